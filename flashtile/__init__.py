@@ -1,0 +1,1 @@
+"""flashtile: exact attention with no hard-coded tile."""

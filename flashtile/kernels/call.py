@@ -1,0 +1,43 @@
+"""What every decode kernel is handed: one call's tensors and run-time numbers, already validated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+
+class DecodeCall(NamedTuple):
+    """Tensors of one decode call (``b`` sequences, ``hq`` query heads, ``hk`` key heads).
+
+    q            (b, seqlen_q, hq, d), or (total_q, hq, d) where cu_seqlens_q is given
+    k_cache      (b, capacity, hk, d), or (pages, page_size, hk, d) where page_table is given
+    v_cache      the same with dv
+    seqlens_k    (b,) int32, on the device, clamped there to [0, capacity]
+    page_table   (b, max_pages) int32 or None; ids outside [0, pages) are masked
+    cu_seqlens_q (b + 1,) int32 or None
+    sinks        (hq,) float32 or None
+    alibi_slopes (hq,) or (b, hq) float32 or None
+    out          like q with dv, written
+    lse          float32 (b, hq, seqlen_q), or (hq, total_q) where packed; written; None if not wanted
+    scale        multiplies q.k
+    softcap      0.0 where off
+    """
+
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    seqlens_k: torch.Tensor
+    page_table: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None
+    sinks: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    scale: float
+    softcap: float
+
+
+DecodeRunner = Callable[[DecodeCall], None]
+"""What a kernel module's ``bind(problem, plan, device)`` returns: runs a call of that problem, on its device's current stream."""
