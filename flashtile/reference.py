@@ -1,0 +1,147 @@
+"""The obvious attention: differentiable, dense, in float64 by default. The oracle of every test."""
+
+from __future__ import annotations
+
+import torch
+
+from flashtile.band import Band
+
+_BYTES_AT_ONCE = 2 << 30
+_FULL = Band()
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    band: Band = _FULL,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    key_mask: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as the formula says it, every score in memory.
+
+    q (b, seqlen_q, hq, d), k (b, seqlen_k, hk, d), v (b, seqlen_k, hk, dv); sinks (hq,); alibi_slopes (hq,) or
+    (b, hq); key_mask (b, seqlen_k) bool, False where a key is invisible to all. Inputs are cast to ``dtype`` first.
+    Returns out (b, seqlen_q, hq, dv) and lse (b, hq, seqlen_q), natural log, both in ``dtype``. A row that sees no
+    key gives out 0 and lse -inf (or the sink).
+    """
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    batch, seqlen_q, heads_q, head_dim = q.shape
+    seqlen_k, heads_kv = k.shape[1], k.shape[2]
+    scale = head_dim**-0.5 if scale is None else scale
+
+    group = heads_q // heads_kv
+    grouped = q.reshape(batch, seqlen_q, heads_kv, group, head_dim)
+    # scores (b, hq, seqlen_q, seqlen_k)
+    scores = torch.einsum("bqhgd,bkhd->bhgqk", grouped, k).flatten(1, 2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        slopes = alibi_slopes.to(dtype).expand(batch, heads_q)
+        scores = scores - slopes[:, :, None, None] * _distance(seqlen_q, seqlen_k, q.device).abs()
+    visible = band.dense(seqlen_q, seqlen_k, device=q.device)[None, None]
+    if key_mask is not None:
+        visible = visible & key_mask[:, None, None, :]
+    scores = scores.masked_fill(~visible, float("-inf"))
+
+    # One more column: the sink, which takes part in the denominator and has no value.
+    sink = q.new_full((heads_q,), float("-inf")) if sinks is None else sinks.to(dtype)
+    logits = torch.cat([scores, sink[None, :, None, None].expand(batch, -1, seqlen_q, 1)], dim=-1)
+    largest = logits.detach().amax(dim=-1, keepdim=True)
+    largest = largest.masked_fill(largest == float("-inf"), 0.0)
+    weights = torch.exp(logits - largest)
+    total = weights.sum(dim=-1, keepdim=True)
+    nothing = total == 0.0
+    total = total + nothing
+    lse = (largest + torch.log(total)).masked_fill(nothing, float("-inf")).squeeze(-1)
+    shares = (weights[..., :-1] / total).reshape(batch, heads_kv, group, seqlen_q, seqlen_k)
+    out = torch.einsum("bhgqk,bkhd->bqhgd", shares, v).flatten(2, 3)
+    return out, lse
+
+
+def decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    *,
+    page_table: torch.Tensor | None = None,
+    cu_seqlens_q: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = True,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    scale: float | None = None,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``flashtile.decode`` as a loop over sequences around ``attention``; same arguments, same contracts.
+
+    ``max_seqlen_q`` and ``max_seqlen_k`` are what a planner needs to know; they change no result here or there.
+    Returns out (like q, with the value's head_dim) and lse (b, hq, seqlen_q) or (hq, total_q), both in ``dtype``.
+    """
+    batch, heads_q = seqlens_k.shape[0], q.shape[-2]
+    if cu_seqlens_q is None:
+        starts = [i * q.shape[1] for i in range(batch + 1)]
+    else:
+        starts = [min(max(start, 0), q.shape[0]) for start in cu_seqlens_q.tolist()]
+    rows = q.flatten(0, 1) if cu_seqlens_q is None else q
+    out = q.new_zeros((rows.shape[0], heads_q, v_cache.shape[-1]), dtype=dtype)
+    lse = q.new_full((heads_q, rows.shape[0]), float("-inf"), dtype=dtype)
+    band = Band.of(causal, window)
+    for i, seqlen_k in enumerate(seqlens_k.tolist()):
+        here = slice(starts[i], max(starts[i], starts[i + 1]))
+        k, v, key_mask = _keys_of(i, seqlen_k, k_cache, v_cache, page_table)
+        slopes = alibi_slopes[i] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes
+        for kv_heads, q_heads in _head_slices(heads_q, k, here.stop - here.start):
+            out_i, lse_i = attention(
+                rows[None, here, q_heads], k[:, :, kv_heads], v[:, :, kv_heads],
+                band=band, softcap=softcap, scale=scale, key_mask=key_mask, dtype=dtype,
+                sinks=None if sinks is None else sinks[q_heads], alibi_slopes=None if slopes is None else slopes[q_heads],
+            )  # fmt: skip
+            out[here, q_heads], lse[q_heads, here] = out_i[0], lse_i[0]
+    if cu_seqlens_q is None:
+        return out.view(*q.shape[:-1], v_cache.shape[-1]), lse.view(heads_q, batch, q.shape[1]).transpose(0, 1)
+    return out, lse
+
+
+def _distance(seqlen_q: int, seqlen_k: int, device: torch.device) -> torch.Tensor:
+    """k - q - offset as a matrix (seqlen_q, seqlen_k): 0 on the diagonal that ends at the last query and key."""
+    q = torch.arange(seqlen_q, device=device)[:, None]
+    return torch.arange(seqlen_k, device=device)[None, :] - q - (seqlen_k - seqlen_q)
+
+
+def _keys_of(
+    i: int, seqlen_k: int, k_cache: torch.Tensor, v_cache: torch.Tensor, page_table: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Sequence i's keys and values, (1, seqlen_k, hk, d) and dv, and which of them lie on a page that exists."""
+    if page_table is None:
+        seqlen_k = min(max(seqlen_k, 0), k_cache.shape[1])
+        return k_cache[i : i + 1, :seqlen_k], v_cache[i : i + 1, :seqlen_k], None
+    num_pages, page_size = k_cache.shape[:2]
+    seqlen_k = min(max(seqlen_k, 0), page_table.shape[1] * page_size)
+    ids = page_table[i, : -(-seqlen_k // page_size)].long()
+    exists = (ids >= 0) & (ids < num_pages)
+    key_mask = exists.repeat_interleave(page_size)[:seqlen_k]
+
+    def gather(cache: torch.Tensor) -> torch.Tensor:
+        found = cache.new_zeros((len(ids), *cache.shape[1:]))
+        found[exists] = cache[ids[exists]]
+        return found.flatten(0, 1)[None, :seqlen_k]
+
+    return gather(k_cache), gather(v_cache), key_mask[None]
+
+
+def _head_slices(heads_q: int, k: torch.Tensor, seqlen_q: int) -> list[tuple[slice, slice]]:
+    """Ranges of key heads, with their query heads, that bound how much is cast and scored at once."""
+    heads_kv, group = k.shape[2], heads_q // k.shape[2]
+    bytes_a_head = 8 * k.shape[1] * (2 * k.shape[3] + 4 * group * seqlen_q)
+    step = max(1, min(heads_kv, _BYTES_AT_ONCE // max(1, bytes_a_head)))
+    return [(slice(h, h + step), slice(h * group, (h + step) * group)) for h in range(0, heads_kv, step)]
