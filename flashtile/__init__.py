@@ -1,1 +1,65 @@
-"""flashtile: exact attention with no hard-coded tile."""
+"""flashtile: exact attention with no hard-coded tile.
+
+Names are imported at first use, so that planning and explaining need neither torch nor Triton.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flashtile.api import decode, decode_with_lse, merge, warmup
+    from flashtile.band import Band
+    from flashtile.checking import checked
+    from flashtile.errors import ArgumentError, AttentionError, DtypeError, ShapeError, ToolchainError, UnsupportedError
+    from flashtile.planner.device import Device
+    from flashtile.planner.explain import explain
+    from flashtile.planner.plans import DecodePlan
+    from flashtile.problem import Problem
+
+__version__ = "0.1.0.dev0"
+
+_HOMES = {
+    "flashtile.api": ("decode", "decode_with_lse", "merge", "warmup"),
+    "flashtile.band": ("Band",),
+    "flashtile.checking": ("checked",),
+    "flashtile.errors": ("ArgumentError", "AttentionError", "DtypeError", "ShapeError", "ToolchainError", "UnsupportedError"),
+    "flashtile.planner.device": ("Device",),
+    "flashtile.planner.explain": ("explain",),
+    "flashtile.planner.plans": ("DecodePlan",),
+    "flashtile.problem": ("Problem",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ArgumentError",
+    "AttentionError",
+    "Band",
+    "DecodePlan",
+    "Device",
+    "DtypeError",
+    "Problem",
+    "ShapeError",
+    "ToolchainError",
+    "UnsupportedError",
+    "__version__",
+    "checked",
+    "decode",
+    "decode_with_lse",
+    "explain",
+    "merge",
+    "warmup",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module 'flashtile' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,6 +9,19 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from flashtile.arguments import (
+    check_bool,
+    check_cache,
+    check_dtypes,
+    check_heads,
+    check_hint,
+    check_lengths,
+    check_number,
+    check_out,
+    check_per_head,
+    check_queries,
+    check_tensors,
+)
 from flashtile.band import Band
 from flashtile.errors import ArgumentError, DtypeError, ShapeError, message
 
@@ -24,7 +37,9 @@ class Problem:
     """One decode call's shapes, dtypes and features (lengths are maxima; real lengths stay on the device).
 
     ``seqlen_k`` is the most keys that a sequence may have; ``page_size`` is 0 for a contiguous cache; ``alignment`` is
-    the largest power of two, at most 16, that divides every pointer and stride in bytes.
+    the largest power of two, at most 16, that divides every pointer and stride of q, k, v and a given out, in bytes.
+    ``Problem.decode`` rounds ``seqlen_k`` up, and with ``ragged_q`` also ``seqlen_q`` and ``total_q``, so that neighbouring
+    calls share one plan: kernels take the real sizes from the call's tensors.
     """
 
     operation: str = "decode"
@@ -134,52 +149,74 @@ class Problem:
         """The problem of one decode call; raises for every wrong argument and reads no tensor's values."""
         import torch
 
-        _check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, seqlens_k=seqlens_k, page_table=page_table,
+        check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, seqlens_k=seqlens_k, page_table=page_table,
                        cu_seqlens_q=cu_seqlens_q, sinks=sinks, alibi_slopes=alibi_slopes, out=out)  # fmt: skip
         ragged = cu_seqlens_q is not None
-        batch = _check_lengths(seqlens_k)
-        total_q, seqlen_q, heads_q, head_dim = _check_queries(q, cu_seqlens_q, max_seqlen_q, batch)
-        heads_kv, head_dim_v, page_size, capacity = _check_cache(k_cache, v_cache, page_table, batch)
-        _check_heads(heads_q, heads_kv, head_dim, k_cache)
-        dtypes = _check_dtypes(q, k_cache, v_cache, out, out_dtype)
-        _check_out(out, (*q.shape[:-1], head_dim_v))
+        batch = check_lengths(seqlens_k)
+        total_q, seqlen_q, heads_q, head_dim = check_queries(q, cu_seqlens_q, max_seqlen_q, batch)
+        heads_kv, head_dim_v, page_size, capacity = check_cache(k_cache, v_cache, page_table, batch)
+        check_heads(heads_q, heads_kv, head_dim, k_cache)
+        dtypes = check_dtypes(q, k_cache, v_cache, out, out_dtype)
+        check_out(out, (*q.shape[:-1], head_dim_v))
         for name, vector in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-            _check_per_head(name, vector, heads_q, batch if name == "alibi_slopes" else None)
-        _check_number("softcap", softcap, minimum=0.0)
+            check_per_head(name, vector, heads_q, batch if name == "alibi_slopes" else None)
+        check_number("softcap", softcap, minimum=0.0)
         if scale is not None:
-            _check_number("scale", scale)
-        if max_seqlen_k is not None and not 0 <= max_seqlen_k <= capacity:
-            raise ArgumentError(
-                message("max_seqlen_k", f"at most the cache's capacity, {capacity} keys", max_seqlen_k, "Leave it out to plan for the capacity.")
-            )
-        name = lambda dtype: str(dtype).removeprefix("torch.")  # noqa: E731
-        measured = [q, k_cache, v_cache] + ([out] if out is not None else [])
+            check_number("scale", scale)
+        check_bool("causal", causal)
+        check_bool("allow_tf32", allow_tf32)
+        planned = check_hint(max_seqlen_k, capacity)
+        dtype_q, dtype_k, dtype_v, dtype_out = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         return cls(
-            operation="decode", batch=batch, seqlen_q=seqlen_q, total_q=total_q,
-            seqlen_k=length_bucket(capacity if max_seqlen_k is None else max_seqlen_k),
+            operation="decode", batch=batch,
+            seqlen_q=query_bucket(seqlen_q) if ragged else seqlen_q, total_q=query_bucket(total_q) if ragged else total_q,
+            seqlen_k=length_bucket(planned),
             num_heads_q=heads_q, num_heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v,
-            dtype_q=name(dtypes[0]), dtype_k=name(dtypes[1]), dtype_v=name(dtypes[2]), dtype_out=name(dtypes[3]),
+            dtype_q=dtype_q, dtype_k=dtype_k, dtype_v=dtype_v, dtype_out=dtype_out,
             band=Band.of(causal, window), softcap=softcap != 0.0, alibi=alibi_slopes is not None,
             sinks=sinks is not None, lse=lse, page_size=page_size, ragged_q=ragged,
-            alignment=min((alignment_of(t) for t in measured), default=16), allow_tf32=allow_tf32 and q.dtype == torch.float32,
+            alignment=alignment_of(q, k_cache, v_cache, out), allow_tf32=allow_tf32 and q.dtype == torch.float32,
         )  # fmt: skip
 
 
 def length_bucket(length: int) -> int:
-    """Rounds a length up to one of eight steps an octave (at least 64 keys a step), so that growth rarely replans."""
+    """Rounds a number of keys up to one of eight steps an octave (at least 64 keys a step), so that growth rarely replans."""
     if length <= 0:
         return 0
-    step = max(64, 1 << max(0, (length - 1).bit_length() - 4))
-    return -(-length // step) * step
+    shift = (length - 1).bit_length() - 4
+    if shift < 6:
+        shift = 6
+    return ((length - 1 >> shift) + 1) << shift
 
 
-def alignment_of(tensor: torch.Tensor) -> int:
-    """The largest power of two, at most 16, that divides the tensor's address and outer strides in bytes."""
-    mixed = tensor.data_ptr() | 16
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1]):
-        if size > 1:
-            mixed |= stride * tensor.element_size()
-    return mixed & -mixed
+def query_bucket(length: int) -> int:
+    """Rounds a number of packed queries up to one of eight steps an octave; up to 16 every number is its own step."""
+    shift = (length - 1).bit_length() - 4
+    return length if shift <= 0 else ((length - 1 >> shift) + 1) << shift
+
+
+def alignment_of(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor | None = None) -> int:
+    """The largest power of two, at most 16, that divides every address and outer stride in bytes.
+
+    0 where a last dimension is not contiguous: such tensors have no kernel. The caches have rank 4 and q's dtype.
+    """
+    strides_q = q.stride()
+    k0, k1, k2, k3 = k_cache.stride()
+    v0, v1, v2, v3 = v_cache.stride()
+    if not strides_q[-1] == k3 == v3 == 1:
+        return 0
+    strides = k0 | k1 | k2 | v0 | v1 | v2 | strides_q[0] | strides_q[1]
+    if len(strides_q) == 4:
+        strides |= strides_q[2]
+    bits = strides * q.element_size() | q.data_ptr() | k_cache.data_ptr() | v_cache.data_ptr() | 16
+    if out is not None:
+        *outer, last = out.stride()
+        if last != 1:
+            return 0
+        for stride in outer:
+            bits |= stride * out.element_size()
+        bits |= out.data_ptr()
+    return bits & -bits
 
 
 def _check_numbers(p: Problem) -> None:
@@ -188,159 +225,21 @@ def _check_numbers(p: Problem) -> None:
             raise ArgumentError(message(name, "a count that is not negative", getattr(p, name), "Use 0 for nothing."))
     if p.num_heads_kv < 1 or p.num_heads_q < 1 or p.num_heads_q % p.num_heads_kv:
         raise ShapeError(
-            message("num_heads_q", f"a positive multiple of num_heads_kv ({p.num_heads_kv})", p.num_heads_q, "Every key head serves the same number of query heads.")
+            message(
+                "num_heads_q",
+                f"a positive multiple of num_heads_kv ({p.num_heads_kv})",
+                p.num_heads_q,
+                "Every key head serves the same number of query heads.",
+            )
         )
     for name in ("head_dim", "head_dim_v"):
         value = getattr(p, name)
         if not 8 <= value <= MAX_HEAD_DIM or value % 8:
-            raise ShapeError(message(name, f"a multiple of 8 from 8 to {MAX_HEAD_DIM}", value, "Pad the heads with zeros to a multiple of 8."))
+            raise ShapeError(
+                message(name, f"a multiple of 8 from 8 to {MAX_HEAD_DIM}", value, "Pad the heads with zeros to a multiple of 8.")
+            )
     for name in ("dtype_q", "dtype_k", "dtype_v", "dtype_out"):
         if getattr(p, name) not in DTYPE_BYTES:
             raise DtypeError(message(name, f"one of {sorted(DTYPE_BYTES)}", getattr(p, name), "Cast the tensor first."))
     if p.alignment not in (1, 2, 4, 8, 16):
         raise ArgumentError(message("alignment", "1, 2, 4, 8 or 16 bytes", p.alignment, "Use 16 for tensors as torch allocates them."))
-
-
-def _check_tensors(*, q: torch.Tensor, **others: torch.Tensor | None) -> None:
-    import torch
-
-    for name, tensor in {"q": q, **others}.items():
-        if tensor is None:
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise DtypeError(message(name, "a torch.Tensor", type(tensor).__name__, "Wrap it with torch.tensor(...)."))
-        if tensor.device != q.device:
-            raise ArgumentError(message(name, f"a tensor on q's device, {q.device}", tensor.device, f"Move it with {name}.to(q.device)."))
-
-
-def _check_lengths(seqlens_k: torch.Tensor) -> int:
-    _check_int32("seqlens_k", seqlens_k, rank=1)
-    return int(seqlens_k.shape[0])
-
-
-def _check_int32(name: str, tensor: torch.Tensor, rank: int) -> None:
-    import torch
-
-    if tensor.dtype != torch.int32:
-        raise DtypeError(message(name, "dtype int32", tensor.dtype, f"Use {name}.to(torch.int32)."))
-    if tensor.ndim != rank:
-        raise ShapeError(message(name, f"a tensor of rank {rank}", f"shape {tuple(tensor.shape)}", "Reshape it."))
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ShapeError(message(name, "a contiguous last dimension", f"strides {tensor.stride()}", f"Use {name}.contiguous()."))
-
-
-def _check_queries(
-    q: torch.Tensor, cu_seqlens_q: torch.Tensor | None, max_seqlen_q: int | None, batch: int
-) -> tuple[int, int, int, int]:
-    if cu_seqlens_q is None:
-        if q.ndim != 4:
-            raise ShapeError(
-                message("q", "shape (batch, seqlen_q, num_heads, head_dim)", f"shape {tuple(q.shape)}", "Packed queries (total_q, num_heads, head_dim) need cu_seqlens_q.")
-            )
-        if q.shape[0] != batch:
-            raise ShapeError(message("seqlens_k", f"one length for each of q's {q.shape[0]} sequences", f"{batch} lengths", "Pass shape (batch,)."))
-        if max_seqlen_q is not None and max_seqlen_q != q.shape[1]:
-            raise ArgumentError(message("max_seqlen_q", f"q's seqlen_q, {q.shape[1]}", max_seqlen_q, "It is only needed with cu_seqlens_q."))
-        total_q, seqlen_q = q.shape[0] * q.shape[1], q.shape[1]
-    else:
-        if q.ndim != 3:
-            raise ShapeError(message("q", "shape (total_q, num_heads, head_dim) with cu_seqlens_q", f"shape {tuple(q.shape)}", "Pack the sequences: q.flatten(0, 1)."))
-        _check_int32("cu_seqlens_q", cu_seqlens_q, rank=1)
-        if cu_seqlens_q.shape[0] != batch + 1:
-            raise ShapeError(message("cu_seqlens_q", f"batch + 1 = {batch + 1} entries", f"{cu_seqlens_q.shape[0]}", "Its first entry is 0, its last total_q."))
-        total_q = q.shape[0]
-        if max_seqlen_q is None:
-            raise ArgumentError(message("max_seqlen_q", "the longest query of the batch with cu_seqlens_q", None, "Pass an int; the device is not read for it."))
-        if not isinstance(max_seqlen_q, int) or not 0 <= max_seqlen_q <= total_q:
-            raise ArgumentError(message("max_seqlen_q", f"an int from 0 to total_q ({total_q})", max_seqlen_q, "Pass the longest query's length."))
-        seqlen_q = max_seqlen_q
-    _check_last_dim("q", q)
-    return total_q, seqlen_q, q.shape[-2], q.shape[-1]
-
-
-def _check_last_dim(name: str, tensor: torch.Tensor) -> None:
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ShapeError(
-            message(name, "a contiguous last dimension (stride 1)", f"strides {tensor.stride()}", f"Use {name}.contiguous(); nothing is copied silently.")
-        )
-
-
-def _check_cache(
-    k: torch.Tensor, v: torch.Tensor, page_table: torch.Tensor | None, batch: int
-) -> tuple[int, int, int, int]:
-    kind = "(batch, capacity, num_heads_kv, head_dim)" if page_table is None else "(num_pages, page_size, num_heads_kv, head_dim)"
-    for name, cache in (("k_cache", k), ("v_cache", v)):
-        if cache.ndim != 4:
-            raise ShapeError(message(name, f"shape {kind}", f"shape {tuple(cache.shape)}", "A cache in HND order is a transposed view: cache.transpose(1, 2)."))
-        _check_last_dim(name, cache)
-    if k.shape[:3] != v.shape[:3]:
-        raise ShapeError(message("v_cache", f"k_cache's leading shape {tuple(k.shape[:3])}", tuple(v.shape[:3]), "Only the last dimension may differ."))
-    if page_table is None:
-        if k.shape[0] != batch:
-            raise ShapeError(message("k_cache", f"{batch} sequences, one for each length in seqlens_k", f"shape {tuple(k.shape)}", "Pass page_table for a paged cache."))
-        return k.shape[2], v.shape[3], 0, k.shape[1]
-    _check_int32("page_table", page_table, rank=2)
-    if page_table.shape[0] != batch:
-        raise ShapeError(message("page_table", f"{batch} rows, one for each sequence", f"shape {tuple(page_table.shape)}", "Pass shape (batch, max_pages)."))
-    if k.shape[1] < 1:
-        raise ShapeError(message("k_cache", "a page size of at least 1", f"shape {tuple(k.shape)}", "Pages lie in the second dimension."))
-    return k.shape[2], v.shape[3], k.shape[1], page_table.shape[1] * k.shape[1]
-
-
-def _check_heads(heads_q: int, heads_kv: int, head_dim: int, k: torch.Tensor) -> None:
-    if k.shape[3] != head_dim:
-        raise ShapeError(message("k_cache", f"q's head_dim, {head_dim}", k.shape[3], "q and k_cache share the last dimension; v_cache may differ."))
-    if heads_kv < 1 or heads_q < 1 or heads_q % heads_kv:
-        raise ShapeError(
-            message("q", f"a number of heads that is a positive multiple of k_cache's {heads_kv}", heads_q, "Every key head serves the same number of query heads.")
-        )
-
-
-def _check_dtypes(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None, out_dtype: torch.dtype | None
-) -> tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype]:
-    import torch
-
-    allowed = (torch.float16, torch.bfloat16, torch.float32)
-    if q.dtype not in allowed:
-        raise DtypeError(message("q", "dtype float16, bfloat16 or float32", q.dtype, "Cast it with q.to(torch.bfloat16)."))
-    for name, cache in (("k_cache", k), ("v_cache", v)):
-        if cache.dtype != q.dtype:
-            raise DtypeError(message(name, f"q's dtype, {q.dtype}", cache.dtype, f"Cast it with {name}.to(q.dtype), or q to the cache's."))
-    wanted = out_dtype or (out.dtype if out is not None else q.dtype)
-    if wanted not in (q.dtype, torch.float32):
-        raise DtypeError(message("out_dtype", f"q's dtype, {q.dtype}, or float32", wanted, "float32 returns partial results for merge()."))
-    if out is not None and out.dtype != wanted:
-        raise DtypeError(message("out", f"dtype {wanted}", out.dtype, "Let out and out_dtype agree."))
-    return q.dtype, k.dtype, v.dtype, wanted
-
-
-def _check_out(out: torch.Tensor | None, shape: tuple[int, ...]) -> None:
-    if out is None:
-        return
-    if tuple(out.shape) != shape:
-        raise ShapeError(message("out", f"shape {shape}", f"shape {tuple(out.shape)}", "Leave it out to have it allocated."))
-    _check_last_dim("out", out)
-
-
-def _check_per_head(name: str, tensor: torch.Tensor | None, heads: int, batch: int | None) -> None:
-    if tensor is None:
-        return
-    import torch
-
-    shapes = [(heads,)] + ([(batch, heads)] if batch is not None else [])
-    if tuple(tensor.shape) not in shapes:
-        raise ShapeError(message(name, f"shape {' or '.join(map(str, shapes))}", f"shape {tuple(tensor.shape)}", "One value for each query head."))
-    if tensor.dtype != torch.float32:
-        raise DtypeError(message(name, "dtype float32", tensor.dtype, f"Use {name}.float()."))
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        raise ShapeError(message(name, "a contiguous last dimension", f"strides {tensor.stride()}", f"Use {name}.contiguous()."))
-
-
-def _check_number(name: str, value: object, minimum: float | None = None) -> None:
-    import math
-
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ArgumentError(message(name, "a finite Python number", repr(value), "Tensors are not read on the host."))
-    if minimum is not None and value < minimum:
-        raise ArgumentError(message(name, f"at least {minimum}", value, f"Use {name}=0.0 to switch it off." if name == "softcap" else ""))

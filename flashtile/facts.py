@@ -1,0 +1,128 @@
+"""A decode call's facts as one tuple: the key under which a checked, planned and bound call is found again.
+
+Equal keys mean that the checks and the plan of `Problem.decode` come out alike. So everything that can make a call
+invalid is in the key, or makes the key None, and None sends the call through the checks. Lengths enter in buckets and
+strides as their alignment, so that a cache that grows by a token a step keeps its key.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flashtile.planner.plans import DecodePlan
+from flashtile.problem import alignment_of, length_bucket, query_bucket
+
+Key = tuple[object, ...]
+
+
+def decode_key(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    page_table: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    causal: bool,
+    window: tuple[int | None, int | None] | None,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    alibi_slopes: torch.Tensor | None,
+    out: torch.Tensor | None,
+    out_dtype: torch.dtype | None,
+    block_m: int | None,
+    num_splits: int | None,
+    plan: DecodePlan | None,
+    allow_tf32: bool,
+    lse: bool,
+) -> Key | None:
+    """The key of one call, in about 2 us of host time; None where the call is wrong or so rare that it is checked each time."""
+    try:
+        shape_q, dtype, device = q.shape, q.dtype, q.device
+        stored, size, heads_kv, head_dim = k_cache.shape
+        stored_v, size_v, heads_v, head_dim_v = v_cache.shape
+        if (
+            stored_v != stored or size_v != size or heads_v != heads_kv
+            or k_cache.dtype is not dtype or v_cache.dtype is not dtype or seqlens_k.dtype is not torch.int32
+            or k_cache.device != device or v_cache.device != device or seqlens_k.device != device
+            or causal.__class__ is not bool or allow_tf32.__class__ is not bool
+            or not seqlens_k.is_contiguous()
+        ):  # fmt: skip
+            return None
+
+        table_rows: int | None = None
+        page_size, capacity = 0, size
+        if page_table is not None:
+            if page_table.dtype is not torch.int32 or page_table.device != device or page_table.stride(-1) != 1:
+                return None
+            table_rows, max_pages = page_table.shape
+            page_size, capacity, stored = size, max_pages * size, stored > 0
+
+        packed: torch.Size | None = None
+        queries: tuple[int, ...] = shape_q
+        if cu_seqlens_q is not None:
+            total_q, heads_q, head_dim_q = shape_q
+            if (
+                cu_seqlens_q.dtype is not torch.int32 or cu_seqlens_q.device != device or not cu_seqlens_q.is_contiguous()
+                or max_seqlen_q.__class__ is not int or not 0 <= max_seqlen_q <= total_q
+            ):  # fmt: skip
+                return None
+            packed = cu_seqlens_q.shape
+            queries = (query_bucket(max_seqlen_q), query_bucket(total_q), heads_q, head_dim_q)
+        elif max_seqlen_q is not None and (max_seqlen_q.__class__ is not int or max_seqlen_q != shape_q[1]):
+            return None
+
+        seqlen_k = capacity
+        if max_seqlen_k is not None:
+            if max_seqlen_k.__class__ is not int or not 0 <= max_seqlen_k <= capacity:
+                return None
+            seqlen_k = max_seqlen_k or min(capacity, 1)
+
+        if window is not None:
+            left, right = window
+            if (left is not None and left.__class__ is not int) or (right is not None and right.__class__ is not int):
+                return None
+            window = (left, right)
+
+        chosen: Key | None = None
+        if block_m is not None or num_splits is not None or plan is not None:
+            if (
+                (block_m is not None and block_m.__class__ is not int)
+                or (num_splits is not None and num_splits.__class__ is not int)
+                or (plan is not None and plan.__class__ is not DecodePlan)
+            ):
+                return None
+            chosen = (block_m, num_splits, plan)
+
+        per_head: Key | None = None
+        if sinks is not None or alibi_slopes is not None:
+            per_head = (_vector_facts(sinks, device), _vector_facts(alibi_slopes, device))
+
+        dtype_out = out_dtype
+        if out is not None:
+            wanted = shape_q if shape_q[-1] == head_dim_v else (*shape_q[:-1], head_dim_v)
+            if out.shape != wanted or out.device != device or 0 in out.stride():
+                return None
+            dtype_out = (out.dtype, out_dtype)  # type: ignore[assignment]
+        if out_dtype is not None and out_dtype.__class__ is not torch.dtype:
+            return None
+
+        alignment = alignment_of(q, k_cache, v_cache, out)
+        if not alignment:
+            return None
+    except (AttributeError, RuntimeError, TypeError, ValueError):
+        # Not tensors, ranks that cannot be, layouts without strides: the checks of Problem.decode say what is wrong.
+        return None
+    return (
+        queries, dtype, device, stored, page_size, length_bucket(seqlen_k), heads_kv, head_dim, head_dim_v, alignment,
+        seqlens_k.shape, table_rows, packed, causal, window, softcap != 0.0, per_head, dtype_out, chosen, allow_tf32, lse,
+    )  # fmt: skip
+
+
+def _vector_facts(vector: torch.Tensor | None, device: torch.device) -> Key | None:
+    if vector is None:
+        return None
+    if vector.device != device:
+        raise ValueError("a vector on another device has no key")
+    return (vector.shape, vector.dtype, vector.stride(-1))
