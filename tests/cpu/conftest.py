@@ -1,0 +1,19 @@
+"""Tests that need no GPU: kernels run in Triton's interpreter, which has to be switched on before Triton is imported."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from hypothesis import HealthCheck, settings
+
+# No deadline: kernels in Triton's interpreter take seconds. In CI the examples are the same at every run.
+settings.register_profile("desk", deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", parent=settings.get_profile("desk"), derandomize=True, database=None)
+settings.load_profile("ci" if os.environ.get("CI") else "desk")
+
+# Test processes share the cores instead of each taking all of them.
+_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+torch.set_num_threads(max(1, (os.cpu_count() or 1) // _workers))
