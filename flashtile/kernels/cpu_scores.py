@@ -1,0 +1,128 @@
+"""Scores, softmax and partial results of the CPU engine: everything that touches rows and keys at once."""
+
+from __future__ import annotations
+
+import torch
+
+from flashtile.band import Band
+
+_MIN_SPLIT_KEYS = 512
+_FOLD_ELEMENTS = 1 << 22
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+class Mask:
+    """The additive mask of some packed rows: band, ALiBi and pages that do not exist.
+
+    Rows are ``num_positions`` query positions from ``first`` on, each with ``group`` heads; ``slopes`` (hq,) or
+    (batch, hq); ``key_mask`` (batch, keys), False where a key lies on no page.
+    """
+
+    def __init__(
+        self, band: Band, offset: int, first: int, num_positions: int, group: int,
+        slopes: torch.Tensor | None, key_mask: torch.Tensor | None,
+    ) -> None:  # fmt: skip
+        self.band, self.offset, self.first = band, offset, first
+        self.num_positions, self.group = num_positions, group
+        self.slopes, self.key_mask = slopes, key_mask
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether no key at all can go without the mask."""
+        return self.slopes is not None or self.key_mask is not None
+
+    def bias(self, start: int, stop: int) -> torch.Tensor:
+        """What is added to the scores of keys ``start`` to ``stop``: float32 (batch or 1, hk or 1, rows, keys)."""
+        first = self.offset + self.first
+        # distance (positions, 1, keys): 0 on the diagonal
+        distance = torch.arange(start, stop) - torch.arange(first, first + self.num_positions)[:, None, None]
+        if self.slopes is None:
+            bias = torch.zeros(1, 1, self.num_positions, self.group, stop - start)
+        else:
+            slopes = self.slopes.view(self.slopes.shape[0] if self.slopes.ndim == 2 else 1, -1, 1, self.group, 1)
+            bias = -slopes * distance.abs()
+        if self.band.left is not None:
+            bias.masked_fill_(distance < -self.band.left, float("-inf"))
+        if self.band.right is not None:
+            bias.masked_fill_(distance > self.band.right, float("-inf"))
+        if self.key_mask is not None:
+            bias = bias.masked_fill(~self.key_mask[:, None, None, None, start:stop], float("-inf"))
+        return bias.flatten(2, 3)
+
+
+class Partials:
+    """Results over parts of the keys, to be merged by their lse."""
+
+    def __init__(self) -> None:
+        self._outs: list[torch.Tensor] = []  # (parts, batch, hk, rows, dv)
+        self._lses: list[torch.Tensor] = []  # (parts, batch, hk, rows)
+        self._elements = 0
+
+    def add(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        self._outs.append(out)
+        self._lses.append(lse)
+        self._elements += out.numel()
+        if self._elements > _FOLD_ELEMENTS and len(self._outs) > 1:
+            out, lse = self._fold()
+            self._outs, self._lses, self._elements = [out[None]], [lse[None]], out.numel()
+
+    def merged(self, shape: tuple[int, int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """out of ``shape`` (batch, hk, rows, dv), and lse; 0 and -inf if there was no part."""
+        if not self._outs:
+            return torch.zeros(shape), torch.full(shape[:-1], float("-inf"))
+        if len(self._outs) == 1 and self._outs[0].shape[0] == 1:
+            return self._outs[0][0], self._lses[0][0]
+        return self._fold()
+
+    def _fold(self) -> tuple[torch.Tensor, torch.Tensor]:
+        lses = torch.cat(self._lses)
+        lse = torch.logsumexp(lses, dim=0)
+        shares = torch.exp(lses - lse).masked_fill_(lses == float("-inf"), 0.0)
+        return (torch.cat(self._outs) * shares.unsqueeze(-1)).sum(dim=0), lse
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float, partials: Partials
+) -> None:
+    """Adds the result of rows q (batch, hk, rows, d) over keys k (batch, hk, keys, d), v (batch, hk, keys, dv)."""
+    if softcap or q.shape[-1] != v.shape[-1]:
+        out, lse = _by_products(q, k, v, bias, scale, softcap)
+    elif bias is not None:
+        out, lse = _flash(q, k, v, attn_mask=bias, scale=scale)
+        # The kernel reports 0 for rows that see no key.
+        lse = lse.masked_fill((bias == float("-inf")).all(dim=-1), float("-inf"))
+    else:
+        splits = torch.get_num_threads() // (q.shape[0] * q.shape[1])
+        if splits > 1 and q.shape[0] == 1 and k.shape[2] >= 2 * _MIN_SPLIT_KEYS:
+            _attend_in_splits(q, k, v, scale, min(splits, k.shape[2] // _MIN_SPLIT_KEYS), partials)
+            return
+        out, lse = _flash(q, k, v, scale=scale)
+    partials.add(out.unsqueeze(0), lse.unsqueeze(0))
+
+
+def _attend_in_splits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, splits: int, partials: Partials) -> None:
+    """One sequence with fewer key heads than there are threads: the keys are parted as if they were sequences."""
+    keys = k.shape[2] // splits
+    parted = [t[0, :, : splits * keys].view(t.shape[1], splits, keys, t.shape[3]).transpose(0, 1) for t in (k, v)]
+    out, lse = _flash(q.expand(splits, -1, -1, -1), *parted, scale=scale)
+    partials.add(out.unsqueeze(1), lse.unsqueeze(1))
+    if splits * keys < k.shape[2]:
+        out, lse = _flash(q, k[:, :, splits * keys :], v[:, :, splits * keys :], scale=scale)
+        partials.add(out.unsqueeze(0), lse.unsqueeze(0))
+
+
+def _by_products(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two float32 matrix products with the softmax between them, for scores that the flash kernel does not know."""
+    scores = torch.matmul(q * scale, k.transpose(2, 3))
+    if softcap:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if bias is not None:
+        scores.add_(bias)
+    largest = scores.amax(dim=-1, keepdim=True)
+    largest.masked_fill_(largest == float("-inf"), 0.0)
+    weights = scores.sub_(largest).exp_()
+    total = weights.sum(dim=-1, keepdim=True)
+    lse = (largest + total.log()).squeeze(-1)
+    return torch.matmul(weights, v).div_(total.clamp_(min=torch.finfo(torch.float32).tiny)), lse
