@@ -1,0 +1,178 @@
+"""The problems that are measured, most telling first.
+
+An ``Entry`` is one problem: the keys of each sequence, the heads, the page size. ``beside`` names a second problem
+that is timed in turn with it (an even batch beside a ragged one, a contiguous cache beside a paged one).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from math import exp, log
+from typing import Any
+
+from flashtile.testing import traffic
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+GRID_NAMES = ("seqlen1", "speculative", "paged", "ragged", "host", "floor", "search", "cpu")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One problem; ``lengths`` holds the keys of each sequence, ``page_size`` is 0 for a contiguous cache."""
+
+    name: str
+    lengths: tuple[int, ...]
+    num_heads_q: int
+    num_heads_kv: int
+    seqlen_q: int = 1
+    head_dim: int = 128
+    dtype: str = "bfloat16"
+    page_size: int = 0
+    beside: Entry | None = None
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def is_even(self) -> bool:
+        return len(set(self.lengths)) <= 1
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V that one call has to read."""
+        return 2 * sum(self.lengths) * self.num_heads_kv * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of K and V that one input set occupies (a contiguous ragged cache has room for the longest everywhere)."""
+        keys = sum(self.lengths) if self.page_size else self.batch * self.longest
+        return 2 * keys * self.num_heads_kv * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    def facts(self) -> dict[str, Any]:
+        """What a result file says about the problem."""
+        facts = asdict(self)
+        facts.pop("beside")
+        lengths = facts.pop("lengths")
+        facts["batch"] = self.batch
+        facts["seqlens_k"] = {"min": min(lengths, default=0), "max": self.longest, "sum": sum(lengths)}
+        facts["kv_bytes"] = self.kv_bytes
+        return facts
+
+
+def even(batch: int, keys: int, heads: tuple[int, int], seqlen_q: int = 1, page_size: int = 0) -> Entry:
+    """``batch`` sequences of ``keys`` keys each."""
+    suffix = (f" q{seqlen_q}" if seqlen_q > 1 else "") + (f" page {page_size}" if page_size else "")
+    return Entry(f"{batch}x{keys} {heads[0]}/{heads[1]}{suffix}", (keys,) * batch, *heads, seqlen_q=seqlen_q, page_size=page_size)
+
+
+GQA, MHA, WIDE, MQA = (32, 8), (32, 32), (64, 8), (16, 1)
+SEQLEN1_SHAPES = ((1, 512), (1, 4096), (1, 32768), (8, 2048), (32, 4096), (1, 131072), (8, 16384), (128, 1024), (128, 4096))
+ODD_SHAPES = ((1, 777), (8, 5001))
+
+
+def seqlen1() -> list[Entry]:
+    """One query a sequence: four kinds of heads, batch x keys from latency to bandwidth, odd lengths beside them."""
+    first = [even(b, n, GQA) for b, n in SEQLEN1_SHAPES + ODD_SHAPES]
+    others = [even(b, n, heads) for b, n in SEQLEN1_SHAPES for heads in (MQA, WIDE, MHA)]
+    odd = [even(b, n, heads) for b, n in ODD_SHAPES for heads in (MQA, WIDE, MHA)]
+    return first + others + odd
+
+
+def speculative() -> list[Entry]:
+    """Several query positions a sequence, causal."""
+    return [even(b, n, GQA, seqlen_q=q) for q in (4, 8, 2, 16) for b, n in ((1, 4096), (1, 32768), (16, 4096))]
+
+
+def paged() -> list[Entry]:
+    """Pages of 16 keys, of one and of 64, each beside the contiguous cache."""
+    plain = even(32, 4096, GQA)
+    return [replace(even(32, 4096, GQA, page_size=size), beside=plain) for size in (16, 1, 64)]
+
+
+def log_uniform(count: int, low: int, high: int, seed: int) -> tuple[int, ...]:
+    """``count`` lengths whose logarithms are uniform."""
+    draw = random.Random(seed)
+    return tuple(round(exp(draw.uniform(log(low), log(high)))) for _ in range(count))
+
+
+def conversation_lengths(count: int, seed: int) -> tuple[int, ...]:
+    """Keys of ``count`` running requests of a conversation service: a prompt, and a random part of its answer."""
+    draw = random.Random(seed)
+    requests = traffic.conversation_quantiles().draw(count, seed=seed)
+    return tuple(max(1, request.context_tokens + round(draw.random() * request.generated_tokens)) for request in requests)
+
+
+def ragged() -> list[Entry]:
+    """Batches of 64 whose lengths differ, each beside an even batch of the same bytes; contiguous, then pages of 16."""
+    batches: dict[str, tuple[int, ...]] = {
+        "log-uniform": log_uniform(64, 128, 65536, seed=2023),
+        "conversation": conversation_lengths(64, seed=2023),
+        "one 65536 among 512": (512,) * 31 + (65536,) + (512,) * 32,
+    }
+    return [_beside_even(f"ragged {kind}", lengths, page_size) for page_size in (0, 16) for kind, lengths in batches.items()]
+
+
+def _beside_even(name: str, lengths: tuple[int, ...], page_size: int) -> Entry:
+    mean = round(sum(lengths) / len(lengths))
+    return Entry(
+        name + (f" page {page_size}" if page_size else ""),
+        lengths,
+        *GQA,
+        page_size=page_size,
+        beside=even(len(lengths), mean, GQA, page_size=page_size),
+    )
+
+
+def host() -> list[Entry]:
+    """Where the host's work is as large as the kernel's."""
+    return [even(1, 512, GQA), even(1, 4096, GQA), even(8, 2048, GQA)]
+
+
+def floor() -> list[Entry]:
+    """Half a gigabyte of keys and values and more: against the best sustained read."""
+    return [even(b, n, heads) for b, n, heads in (
+        (32, 4096, GQA), (1, 131072, GQA), (8, 16384, GQA), (128, 1024, GQA), (128, 4096, GQA), (8, 16384, MHA), (128, 4096, MQA),
+        (128, 4096, MHA),
+    )]  # fmt: skip
+
+
+def search() -> list[Entry]:
+    """Problems on which the planner's choice is held against a search."""
+    shapes = (
+        (1, 4096, GQA, 1), (8, 2048, GQA, 1), (1, 512, GQA, 1), (1, 32768, MQA, 1), (32, 4096, GQA, 1), (1, 32768, GQA, 1),
+        (1, 4096, GQA, 4), (16, 4096, GQA, 8), (8, 2048, MHA, 1), (128, 1024, MQA, 1), (1, 4096, WIDE, 1), (1, 777, GQA, 1),
+        (8, 5001, GQA, 1), (1, 131072, MQA, 1), (1, 4096, MHA, 1), (1, 32768, GQA, 16), (8, 16384, WIDE, 1), (128, 1024, GQA, 1),
+        (1, 512, MQA, 1), (8, 2048, MQA, 1),
+    )  # fmt: skip
+    return [even(b, n, heads, seqlen_q=q) for b, n, heads, q in shapes]
+
+
+def cpu() -> list[Entry]:
+    """What the CPU engine is held to, beside torch SDPA."""
+    shapes = ((1, 4096, GQA), (1, 512, GQA), (4, 2048, GQA), (1, 4096, MHA), (1, 16384, MQA))
+    in_bf16 = [even(b, n, heads) for b, n, heads in shapes]
+    in_fp32 = [replace(entry, name=entry.name + " float32", dtype="float32") for entry in in_bf16[:4]]
+    return in_bf16 + in_fp32
+
+
+def grid(name: str) -> list[Entry]:
+    """The entries of the grid called ``name``."""
+    makers: dict[str, Callable[[], list[Entry]]] = {
+        "seqlen1": seqlen1, "speculative": speculative, "paged": paged, "ragged": ragged,
+        "host": host, "floor": floor, "search": search, "cpu": cpu,
+    }  # fmt: skip
+    return makers[name]()
+
+
+def shrunk(entry: Entry, max_keys: int = 192, max_batch: int = 3) -> Entry:
+    """The same kind of problem, small enough for a dry run of the scripts where there is no GPU."""
+    lengths = tuple(min(n, max_keys + n % 7) for n in entry.lengths[:max_batch])
+    beside = None if entry.beside is None else shrunk(entry.beside, max_keys, max_batch)
+    return replace(entry, lengths=lengths, beside=beside)

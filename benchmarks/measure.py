@@ -1,0 +1,168 @@
+"""One entry: make inputs, check every contestant, time them in turn, check again what was timed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import flashtile
+from benchmarks import peers, timing
+from benchmarks.check import Oracle, WrongResult, poisoned
+from benchmarks.grids import Entry
+from benchmarks.sets import InputSets, num_sets
+from flashtile.errors import AttentionError
+from flashtile.planner.choose import plan_decode
+from flashtile.planner.device import Device
+from flashtile.planner.plans import DecodePlan
+from flashtile.problem import Problem
+
+OURS, BESIDE = "flashtile", "beside"
+HOST_TIME_BYTES = 150_000_000  # beyond it the GPU is the slower side by far
+
+
+class DeviceLost(Exception):
+    """The GPU's context is broken: nothing more can be measured in this process."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is timed, and how long."""
+
+    device: torch.device
+    peers: tuple[str, ...] = ()
+    rounds: int = 11
+    host_times: bool = True
+    floor: bool = True
+
+
+def ours(sets: InputSets, plan: DecodePlan | None = None) -> timing.Contestant:
+    """flashtile.decode; the planner's own choice unless a plan is forced."""
+    calls = [sets.args(i) | ({} if plan is None else {"plan": plan}) for i in range(sets.count)]
+    count = sets.count
+    return lambda i: flashtile.decode(**calls[i % count])
+
+
+def planned(sets: InputSets) -> tuple[Problem, DecodePlan]:
+    """The problem that set 0 poses, and what the planner chooses for it."""
+    problem = Problem.decode(**sets.args(0))
+    return problem, plan_decode(problem, Device.of(sets.device))
+
+
+def measure(entry: Entry, options: Options) -> dict[str, Any]:
+    """Everything about one entry, as a result file carries it. A contestant that fails is recorded with its reason."""
+    sets = InputSets(entry, options.device, num_sets(entry, options.device))
+    facts: dict[str, Any] = entry.facts() | {"sets": sets.count}
+    facts["plan"] = json.loads(planned(sets)[1].to_json())
+    oracle = Oracle(sets)
+    trials = _Trials(options.device)
+    trials.enter(OURS, lambda: ours(sets), oracle)
+    if OURS in trials.fns:
+        trials.attempt(OURS, lambda: oracle.error(poisoned(lambda args: flashtile.decode(**args), sets)))
+    for name in options.peers:
+        trials.enter(name, lambda make=peers.PEERS[name]: make(sets), oracle)  # type: ignore[misc]
+    oracles = dict.fromkeys(trials.fns, oracle)
+    if entry.beside is not None:
+        facts["beside"] = entry.beside.facts()
+        beside = InputSets(entry.beside, options.device, num_sets(entry.beside, options.device), seed=1)
+        oracles[BESIDE] = Oracle(beside)
+        trials.enter(BESIDE, lambda: ours(beside), oracles[BESIDE])
+    if options.device.type == "cuda":
+        _time_gpu(trials, oracles, sets, options)
+    else:
+        for name, clocked in timing.wall_time(trials.fns, sets.count, options.rounds).items():
+            trials.results[name] |= clocked.to_json()
+    floors = [name for name in trials.results if name.startswith("read ")]
+    timed = {name: trials.results[name].get("gpu_us") for name in floors}
+    facts["floor_us"] = min((us for us in timed.values() if us), default=None)
+    return facts | {"results": trials.results}
+
+
+class _Trials:
+    """The contestants of one problem: who is still in, and what became of each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.fns: dict[str, timing.Contestant] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+
+    def enter(self, name: str, make: Callable[[], timing.Contestant], oracle: Oracle | None) -> None:
+        """Makes a contestant and checks its result on set 0; only then does it take part."""
+        self.results[name] = {}
+
+        def first_call() -> None:
+            fn = make()
+            out = fn(0)
+            if oracle is not None:
+                self.results[name]["error"] = round(oracle.error(out), 6)
+            self.fns[name] = fn
+
+        self.attempt(name, first_call)
+
+    def attempt(self, name: str, step: Callable[[], object]) -> bool:
+        """Runs one step of a contestant; a failure is recorded and ends its part. Raises DeviceLost where the GPU is gone."""
+        try:
+            step()
+        except (peers.Refused, AttentionError) as error:
+            self._drop(name, "refused", error)
+        except WrongResult as error:
+            self._drop(name, "wrong", error)
+        except Exception as error:  # a peer may fail in any way, and the others are still to be timed
+            self._drop(name, "failed", error)
+        ensure_alive(self.device)
+        return name in self.fns
+
+    def _drop(self, name: str, how: str, error: Exception) -> None:
+        self.fns.pop(name, None)
+        self.results[name] = {how: f"{type(error).__name__}: {error}"[:500]}
+
+
+def ensure_alive(device: torch.device) -> None:
+    """Raises DeviceLost once a kernel has broken the CUDA context."""
+    if device.type != "cuda":
+        return
+    try:
+        torch.cuda.synchronize(device)
+    except Exception as error:
+        raise DeviceLost(str(error).splitlines()[0]) from error
+
+
+def _time_gpu(trials: _Trials, oracles: dict[str, Oracle], sets: InputSets, options: Options) -> None:
+    if options.floor:
+        from benchmarks import read_floor
+
+        for name, reader in read_floor.readers(sets).items():
+            trials.enter(name, lambda reader=reader: reader, None)  # type: ignore[misc]
+            if name in trials.fns:
+                trials.attempt(name, lambda name=name: _check_reader(trials.fns[name], sets))  # type: ignore[misc]
+    calls = timing.calls_per_graph(sets.count, sets.entry.kv_bytes)
+    captured: dict[str, timing.Captured] = {}
+    for name in list(trials.fns):
+        trials.attempt(name, lambda name=name: captured.update({name: timing.capture(trials.fns[name], sets.count, calls)}))  # type: ignore[misc]
+    captured = {name: graph for name, graph in captured.items() if name in trials.fns}
+    for name, clocked in timing.replay_in_turn(captured, options.rounds).items():
+        trials.results[name] |= clocked.to_json()
+    for name, graph in captured.items():
+        if name in oracles:
+            trials.attempt(name, lambda name=name, graph=graph: _check_after(trials, name, oracles[name], graph))  # type: ignore[misc]
+    if options.host_times and sets.entry.kv_bytes <= HOST_TIME_BYTES:
+        for name in [name for name in trials.fns if name in oracles and name != BESIDE]:
+            trials.results[name]["host_us"] = round(timing.host_time(trials.fns[name], sets.count).median_us, 2)
+
+
+def _check_reader(reader: timing.Contestant, sets: InputSets) -> None:
+    from benchmarks import read_floor
+
+    if read_floor.fold(reader(0).clone()) != read_floor.expected(sets, 0):
+        raise WrongResult("the words read do not fold to the tensors' own xor")
+
+
+def _check_after(trials: _Trials, name: str, oracle: Oracle, graph: timing.Captured) -> None:
+    """What the timed graph itself wrote, for set 0: cleared, replayed once more, compared."""
+    graph.output.fill_(float("nan"))
+    graph.graph.replay()
+    torch.cuda.synchronize()
+    trials.results[name]["error_after"] = round(oracle.error(graph.output), 6)

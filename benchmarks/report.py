@@ -1,0 +1,217 @@
+"""Turns results/*.json into the tables of docs/performance.md: ``python -m benchmarks.report [--check]``.
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a grid's.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks import targets
+from benchmarks.targets import Row
+
+GRIDS = ("seqlen1", "speculative", "paged", "ragged", "floor", "search", "host", "cpu")
+HERE = Path(__file__).parent
+LABELS = {
+    "flashtile": "flashtile", "fa2": "FA2", "fa3": "FA3", "flashinfer_tc": "FlashInfer tc", "flashinfer_cc": "FlashInfer cc",
+    "cudnn": "cuDNN", "torch_flash": "torch flash", "sdpa": "torch SDPA",
+}  # fmt: skip
+_TABLE = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+class StaleReport(Exception):
+    """A document does not show what the results say."""
+
+
+def line(row: Row) -> str:
+    """One entry's outcome in one line of a terminal."""
+    name = row["name"]
+    if "failed" in row:
+        return f"{name:32} FAILED {row['failed'][:160]}"
+    if "regret" in row:
+        found = f"best found {row['best_us']:9.2f} us, regret {row['regret']:.1%} ({row['searched']['timed']} timed)"
+        return f"{name:32} {row['planner_us']:9.2f} us, {found}"
+    own = row["results"].get("flashtile", {})
+    if "gpu_us" not in own:
+        return f"{name:32} flashtile {_outcome(own)}"
+    words = [f"{name:32} {own['gpu_us']:9.2f} us"]
+    if (share := targets.of_floor(row)) is not None:
+        words.append(f"{share:6.1%} of the floor")
+    if (beside := targets.beside_ratio(row)) is not None:
+        words.append(f"{beside:.2f}x beside")
+    rivals = (*targets.RIVALS, "sdpa")
+    if (rival := targets.best_rival(row, rivals)) is not None:
+        words.append(f"best peer {rival[0]} {rival[1]:.2f} us ({rival[1] / own['gpu_us']:.2f}x)")
+    if "host_us" in own:
+        words.append(f"host {own['host_us']:.1f} us")
+    troubles = [f"{peer} {_outcome(result)[:60]}" for peer, result in row["results"].items() if result.keys() & {"wrong", "failed"}]
+    return ", ".join(words + troubles)
+
+
+def _outcome(result: dict[str, Any]) -> str:
+    return next((f"{how}: {result[how]}" for how in ("wrong", "failed", "refused") if how in result), "not timed")
+
+
+def load(folder: Path) -> dict[str, dict[str, Any]]:
+    """The result file of each grid that has one."""
+    files = {grid: folder / f"decode_{grid}.json" for grid in GRIDS}
+    return {grid: json.loads(path.read_text()) for grid, path in files.items() if path.exists()}
+
+
+def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Markdown of each grid's table."""
+    return {grid: _table(grid, results[grid]) if grid in results else "Not measured yet.\n" for grid in GRIDS}
+
+
+def _table(grid: str, data: dict[str, Any]) -> str:
+    rows = [row for row in data["entries"] if not row.get("skipped")]
+    header, cells = _COLUMNS.get(grid, _against_peers)(rows)
+    parts = []
+    judged = targets.verdict(grid, rows)
+    if judged is not None:
+        parts.append(f"**{judged.figure}.**" + ("" if judged.misses else " No miss.") + "\n")
+    if cells:
+        marks = ["---"] + ["---:"] * (len(header) - 1)
+        parts.append("\n".join("| " + " | ".join(row) + " |" for row in [header, marks, *cells]) + "\n")
+    for title, items in (("Misses", judged.misses if judged else ()), ("Failures", targets.failures(rows))):
+        if items:
+            parts.append(f"{title}:\n\n" + "\n".join(f"- {item.splitlines()[0]}" for item in items) + "\n")
+    skipped = len(data["entries"]) - len(rows)
+    if skipped:
+        parts.append(f"Not reached in the time given: {skipped} problems.\n")
+    parts.append(_provenance(data))
+    return "\n".join(parts)
+
+
+def _provenance(data: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items() if version not in ("None", "not installed"))
+    driver = f", driver {data['driver']}" if data["driver"] else ""
+    return f"Measured {data['date']} on {data['device']}{driver}; {versions}; commit {data['commit']}. {_sentence(data['protocol'])}\n"
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:].rstrip(".") + "."
+
+
+def _us(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.2f}" if value < 100 else f"{value:.1f}"
+
+
+def _times(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}x"
+
+
+def _tile(plan: dict[str, Any] | None) -> str:
+    if not plan:
+        return "-"
+    tile = f"{plan['block_m']}{'s' if plan['swapped'] else ''} x {plan['block_n']}"
+    return f"{tile}, {plan['num_warps']}, {plan['num_stages']}, {plan['num_splits']}"
+
+
+def _against_peers(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    shown = [name for name in LABELS if name != "flashtile" and any(targets.microseconds(row, name) for row in rows)]
+    header = [
+        "problem",
+        "tile, warps, stages, splits",
+        "read floor",
+        "flashtile",
+        *(LABELS[name] for name in shown),
+        "best peer / flashtile",
+    ]
+    cells = []
+    for row in rows:
+        peers = [_us(targets.microseconds(row, name)) for name in shown]
+        best = targets.ratio(row, (*targets.RIVALS, "sdpa"))
+        cells.append([row["name"], _tile(row.get("plan")), _us(row.get("floor_us")), _us(targets.microseconds(row)), *peers, _times(best)])
+    return header, cells
+
+
+def _against_beside(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    header = ["problem", "MB", "flashtile", "beside", "its MB", "its time", "speed / beside's", "of the read floor"]
+    cells = []
+    for row in rows:
+        beside = row.get("beside", {})
+        share = targets.of_floor(row)
+        cells.append([
+            row["name"], _megabytes(row), _us(targets.microseconds(row)), beside.get("name", "-"), _megabytes(beside),
+            _us(targets.microseconds(row, "beside")), _times(targets.beside_ratio(row)), "-" if share is None else f"{share:.1%}",
+        ])  # fmt: skip
+    return header, cells
+
+
+def _megabytes(row: Row) -> str:
+    return f"{row['kv_bytes'] / 1e6:.0f}" if "kv_bytes" in row else "-"
+
+
+def _against_floor(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    header = ["problem", "MB", "read floor", "flashtile", "of the floor", "TB/s"]
+    cells = []
+    for row in rows:
+        own, share = targets.microseconds(row), targets.of_floor(row)
+        rate = f"{row['kv_bytes'] / own * 1e-6:.2f}" if own else "-"
+        cells.append([row["name"], _megabytes(row), _us(row.get("floor_us")), _us(own), "-" if share is None else f"{share:.1%}", rate])
+    return header, cells
+
+
+def _against_search(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    header = ["problem", "planner's choice", "us", "best found", "us", "regret", "plans timed"]
+    cells = []
+    for row in [row for row in rows if "regret" in row]:
+        timed = str(row["searched"]["timed"]) + ("" if row["searched"]["complete"] else " (out of time)")
+        choice = [_tile(row["plan"]), _us(row["planner_us"])]
+        cells.append([row["name"], *choice, _tile(row["best_plan"]), _us(row["best_us"]), f"{row['regret']:.1%}", timed])
+    return header, cells
+
+
+def _host_times(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    shown = [name for name in LABELS if any("host_us" in row.get("results", {}).get(name, {}) for row in rows)]
+    header = ["problem", *(f"{LABELS[name]} GPU / host" for name in shown)]
+    cells = []
+    for row in rows:
+        of = [row.get("results", {}).get(name, {}) for name in shown]
+        cells.append([row["name"], *(f"{_us(result.get('gpu_us'))} / {_us(result.get('host_us'))}" for result in of)])
+    return header, cells
+
+
+_COLUMNS: dict[str, Callable[[list[Row]], tuple[list[str], list[list[str]]]]] = {
+    "paged": _against_beside, "ragged": _against_beside, "floor": _against_floor, "search": _against_search, "host": _host_times,
+}  # fmt: skip
+
+
+def rendered(text: str, made: dict[str, str]) -> str:
+    """The document with every table between its markers; raises StaleReport for a marker that names no grid."""
+
+    def fill(match: re.Match[str]) -> str:
+        if match[2] not in made:
+            raise StaleReport(f"there is no table called {match[2]}; there are {', '.join(made)}")
+        return f"{match[1]}\n{made[match[2]]}\n{match[4]}"
+
+    return _TABLE.sub(fill, text)
+
+
+def main(
+    results: Annotated[Path, typer.Option(help="Folder of decode_*.json.")] = HERE / "results",
+    docs: Annotated[Path, typer.Option(help="The document with the markers.")] = HERE.parent / "docs" / "performance.md",
+    check: Annotated[bool, typer.Option(help="Write nothing; exit with 1 if the document is stale.")] = False,
+) -> None:
+    """Fills the document's tables from the results."""
+    text = docs.read_text()
+    fresh = rendered(text, tables(load(results)))
+    if check and fresh != text:
+        print(f"{docs} does not show what {results} says; run python -m benchmarks.report")
+        raise typer.Exit(1)
+    if not check and fresh != text:
+        docs.write_text(fresh)
+        print(f"{docs} written")
+
+
+if __name__ == "__main__":
+    typer.run(main)
