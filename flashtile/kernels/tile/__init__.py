@@ -1,0 +1,1 @@
+"""Device functions with one meaning each, shared by all kernels."""

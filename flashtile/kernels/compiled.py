@@ -1,0 +1,97 @@
+"""What a compiler made of a kernel: registers, spills, shared memory and the matrix instructions it emitted. Needs no GPU."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from flashtile.errors import ArgumentError, message
+from flashtile.kernels.launch import Spec, compile_spec
+
+
+@dataclass(frozen=True)
+class CompiledFacts:
+    """registers a thread; spilled bytes a thread; shared memory a block in bytes; matrix instructions by name ("" where none).
+
+    ``layout`` is the warps' arrangement over the first product (rows x keys), for example "4x1", "" where there is none.
+    """
+
+    arch: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    mma: str
+    warps_per_cta: tuple[int, ...]
+
+
+def target_of(arch: str) -> GPUTarget:
+    """The compiler's target for "sm_90" or "gfx942"."""
+    if match := re.fullmatch(r"sm_(\d+)a?", arch):
+        return GPUTarget("cuda", int(match[1]), 32)
+    if re.fullmatch(r"gfx9\w+", arch):
+        return GPUTarget("hip", arch, 64)
+    if re.fullmatch(r"gfx\w+", arch):
+        return GPUTarget("hip", arch, 32)
+    raise ArgumentError(message("arch", 'an architecture like "sm_90" or "gfx942"', repr(arch), "Device.named(...).arch gives one."))
+
+
+def compile_facts(spec: Spec, arch: str) -> CompiledFacts:
+    """Compiles ``spec`` for ``arch`` and reads the facts out of the binary."""
+    target = target_of(arch)
+    compiled = compile_spec(spec, target)
+    if target.backend == "hip":
+        registers, spilled, mma = _amd_facts(compiled.asm["amdgcn"])
+    else:
+        registers, spilled = _nvidia_resources(compiled.asm["cubin"])
+        mma = _mma_name(compiled.asm["ptx"], r"\b(wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)|mma\.sync\.aligned\.(m\d+n\d+k\d+)|tcgen05\.mma)")
+    return CompiledFacts(arch, registers, spilled, compiled.metadata.shared, mma, _warps_per_cta(compiled.asm["ttgir"]))
+
+
+def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
+    if not found:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {text}")
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def _amd_facts(assembly: str) -> tuple[int, int, str]:
+    def figure(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", assembly)
+        return int(found[1]) if found else 0
+
+    return figure("vgpr_count"), 4 * figure("vgpr_spill_count"), _mma_name(assembly, r"\b(v_mfma_\w+|v_wmma_\w+)")
+
+
+def _mma_name(text: str, pattern: str) -> str:
+    """The commonest matrix instruction, shortened: "wgmma m64n64k16", "mma.sync m16n8k16", "" for none."""
+    names: Counter[str] = Counter()
+    for match in re.finditer(pattern, text):
+        whole, *shapes = match.groups()
+        shape = next((s for s in shapes if s), "")
+        kind = "wgmma" if whole.startswith("wgmma") else "mma.sync" if whole.startswith("mma.sync") else whole
+        names[f"{kind} {shape}".strip()] += 1
+    return names.most_common(1)[0][0] if names else ""
+
+
+def _warps_per_cta(ttgir: str) -> tuple[int, ...]:
+    """How the first matrix product lays its warps over the result; empty where there is none."""
+    found = re.search(r"#(?:ttg|triton_gpu)\.(?:nvidia_mma|amd_mfma|amd_wmma)<\{[^}]*?warpsPerCTA = \[([\d, ]+)\]", ttgir)
+    return tuple(int(n) for n in found[1].split(",")) if found else ()
+
+
+def signature_of(spec: Spec) -> dict[str, Any]:
+    """The types of the kernel's parameters, as Triton sees them."""
+    return dict(spec.source().signature)

@@ -1,0 +1,309 @@
+"""Decode: split-KV attention of a few queries over a long cache, with any query tile.
+
+Rows are packed: (query position, query head of the group), so that a key is read once for all heads that share it.
+A program holds BLOCK_M rows of one sequence and key head, and reads its split of the keys. How scores are computed
+depends on the tile (``how`` in the kernel):
+
+    rows     16 rows and more: q (rows x dim) times k; warps without rows of their own split the keys
+    keys     8 or 16 rows, operands swapped: k (keys x dim) times q, so that queries take the MMA's small side
+    vector   1 row, multiplied and summed on the vector units
+
+Sources: FlashAttention-2 (Dao 2023), Flash-Decoding (Dao et al. 2023).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from flashtile.errors import UnsupportedError
+from flashtile.kernels.call import DecodeCall, DecodeRunner
+from flashtile.kernels.combine import bind_combine
+from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch, Spec, current_stream, launcher, pointer_of, workspace
+from flashtile.kernels.tile.band import keys_of, visible
+from flashtile.kernels.tile.cache import load_tile, locate
+from flashtile.kernels.tile.schedule import owned_rows, sequence_keys, sequence_rows, split_keys
+from flashtile.kernels.tile.softmax import LOG2E, by_key, by_row, join_sink, natural_lse, normaliser, online_step, softcapped
+from flashtile.kernels.tile.views import (
+    BandView,
+    KeysView,
+    LengthsView,
+    LseView,
+    PagesView,
+    PartialsView,
+    RowsView,
+    ScoresView,
+    row_offsets,
+)
+from flashtile.planner.plans import DecodePlan
+from flashtile.problem import DTYPE_BYTES, Problem
+
+_LOG2E = 1.4426950408889634
+_FAR = 2**31  # elements that an int32 offset cannot span
+_MAX_SPLITS = 65_535  # a grid's y axis
+
+
+@triton.jit
+def decode_kernel(
+    q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, min_keys_per_split,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOW: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid: (sequences x key heads x row blocks, splits). The last splits come first: only long sequences have them."""
+    if PDL:
+        gdc_launch_dependents()
+    KEYS_FIRST: tl.constexpr = HOW != "rows"
+    D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
+    DV: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM_V))
+    unit = tl.program_id(0)
+    row_block = unit % row_blocks
+    h_kv = (unit // row_blocks) % num_heads_kv
+    b = unit // row_blocks // num_heads_kv
+    num_splits = tl.num_programs(1)
+    split = num_splits - 1 - tl.program_id(1)
+
+    row_start, seqlen_q = sequence_rows(lengths, b)
+    if not SPLIT:
+        _clear_unowned(out, lse, lengths, batch, b, h_kv, row_block, row_blocks, GROUP, HEAD_DIM_V, DV)
+    if row_block * BLOCK_M >= seqlen_q * GROUP:
+        return
+    seqlen_k = sequence_keys(lengths, b)
+
+    # (BLOCK_M,)
+    rows = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    real = rows < seqlen_q * GROUP
+    position = rows // GROUP
+    head = h_kv * GROUP + rows % GROUP
+    b_rows = b * 0 if lengths.cu_seqlens_q is not None else b
+    # (D,), (DV,), (BLOCK_N,)
+    d = tl.arange(0, D)
+    dv = tl.arange(0, DV)
+    n = tl.arange(0, BLOCK_N)
+
+    # [BLOCK_M, D]
+    q_ptrs = q.ptr + row_offsets(q, b_rows, row_start + position, head)[:, None] + d[None, :]
+    q_tile = tl.load(q_ptrs, mask=real[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    if HOW == "vector":
+        q_tile = q_tile.to(tl.float32)
+    elif HOW == "keys":
+        q_tile = tl.trans(q_tile)
+    offset = seqlen_k - seqlen_q
+    if scores.slopes is not None:
+        slope = tl.load(scores.slopes + b.to(tl.int64) * scores.slopes_stride_b + head, mask=real, other=0.0) * LOG2E
+
+    first_position = row_block * BLOCK_M // GROUP
+    last_position = tl.minimum((row_block * BLOCK_M + BLOCK_M - 1) // GROUP, seqlen_q - 1)
+    first, last = keys_of(band, first_position + offset, last_position + offset, seqlen_k)
+    start, end = split_keys(first, last, split, num_splits, min_keys_per_split, BLOCK_N)
+
+    # (BLOCK_M,)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([DV, BLOCK_M] if KEYS_FIRST else [BLOCK_M, DV], tl.float32)
+    for tile in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        block, slot, inside = locate(pages, b, tile, n, first, end, BLOCK_N, PAGE_SIZE)
+        # [BLOCK_N, D]
+        k_tile = load_tile(k, h_kv, block, slot, inside, n, d, HEAD_DIM, BLOCK_N, PAGE_SIZE)
+        # [BLOCK_N, BLOCK_M] where KEYS_FIRST, else [BLOCK_M, BLOCK_N]
+        if HOW == "vector":
+            s = tl.sum(k_tile.to(tl.float32) * q_tile, 1, keep_dims=True)
+        elif HOW == "keys":
+            s = tl.dot(k_tile, q_tile, input_precision=PRECISION)
+        else:
+            s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
+        s = s * scores.scale_log2
+        if scores.softcap is not None:
+            s = softcapped(s, scores.softcap * LOG2E)
+        key = by_key(tile + n, KEYS_FIRST)
+        at = by_row(position + offset, KEYS_FIRST)
+        if scores.slopes is not None:
+            s = s - by_row(slope, KEYS_FIRST) * tl.abs(key - at).to(tl.float32)
+        seen = by_key(inside, KEYS_FIRST)
+        if band.left is not None or band.right is not None:
+            seen = seen & visible(band, at, key)
+        s = tl.where(seen, s, float("-inf"))
+        m, l, p, alpha = online_step(m, l, s, KEYS_FIRST)
+        # [BLOCK_N, DV]
+        v_tile = load_tile(v, h_kv, block, slot, inside, n, dv, HEAD_DIM_V, BLOCK_N, PAGE_SIZE)
+        acc = acc * by_row(alpha, KEYS_FIRST)
+        if HOW == "vector":
+            acc += tl.sum(v_tile.to(tl.float32) * p, 0)[:, None]
+        elif HOW == "keys":
+            acc = tl.dot(tl.trans(v_tile), p.to(v_tile.dtype), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+
+    if SPLIT:
+        token = row_start + b_rows * seqlen_q + position
+        at = (token.to(tl.int64) * (num_heads_kv * GROUP) + head) * num_splits + split
+        tl.store(partials.lse + at, natural_lse(m, l), mask=real)
+        # a split without keys leaves its rows unwritten: combine sees lse -inf and does not read them
+        offsets = at * HEAD_DIM_V
+        base = partials.out
+        written = real & (start < end)
+    else:
+        if sinks is not None:
+            m, l, alpha = join_sink(m, l, tl.load(sinks + head, mask=real, other=0.0))
+            acc = acc * by_row(alpha, KEYS_FIRST)
+        if lse.ptr is not None:
+            token = row_start + position
+            at = b_rows.to(tl.int64) * lse.stride_b + head.to(tl.int64) * lse.stride_h + token.to(tl.int64) * lse.stride_m
+            tl.store(lse.ptr + at, natural_lse(m, l), mask=real)
+        offsets = row_offsets(out, b_rows, row_start + position, head)
+        base = out.ptr
+        written = real
+    acc = acc * by_row(normaliser(l), KEYS_FIRST)
+    ptrs = base + by_row(offsets, KEYS_FIRST) + by_key(dv, KEYS_FIRST)
+    tl.store(ptrs, acc.to(base.dtype.element_ty), mask=by_row(written, KEYS_FIRST) & by_key(dv < HEAD_DIM_V, KEYS_FIRST))
+
+
+@triton.jit
+def _clear_unowned(out, lse, lengths, batch, b, h_kv, row_block, row_blocks, GROUP: tl.constexpr, DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Packed queries past the last sequence's end see no key: out 0, lse -inf. The last sequence's programs share them."""
+    if lengths.cu_seqlens_q is not None:
+        if b == batch - 1:
+            d = tl.arange(0, BLOCK_D)
+            for token in range(owned_rows(lengths, batch) + row_block, lengths.total_q, row_blocks):
+                for g in range(GROUP):
+                    head = h_kv * GROUP + g
+                    at = token * out.stride_m + head * out.stride_h
+                    tl.store(out.ptr + at + d, tl.zeros([BLOCK_D], out.ptr.dtype.element_ty), mask=d < DIM)
+                    if lse.ptr is not None:
+                        tl.store(lse.ptr + head * lse.stride_h + token * lse.stride_m, float("-inf"))
+
+
+def how(plan: DecodePlan) -> str:
+    """How scores are computed: "vector", "keys" (operands swapped) or "rows"."""
+    return "vector" if plan.block_m == 1 else "keys" if plan.swapped else "rows"
+
+
+def row_blocks(problem: Problem, plan: DecodePlan) -> int:
+    """Programs that share a sequence and key head, for the longest query."""
+    return max(1, -(-problem.rows // plan.block_m))
+
+
+def decode_spec(problem: Problem, plan: DecodePlan, *, far_keys: bool = False) -> Spec:
+    """The split kernel's specialisation. ``far_keys``: a tile of keys spans 2^31 elements or more, so offsets in it are int64."""
+
+    def pointer(dtype: str) -> Arg:
+        return Arg("*" + TRITON_DTYPES[dtype], problem.alignment)
+
+    def stride(dtype: str, type: str = "i64") -> Arg:
+        return Arg(type, max(1, problem.alignment // DTYPE_BYTES[dtype]))
+
+    def rows(dtype: str) -> RowsView:
+        return RowsView(pointer(dtype), stride(dtype), stride(dtype), stride(dtype))
+
+    def keys(dtype: str) -> KeysView:
+        return KeysView(pointer(dtype), stride(dtype), stride(dtype, "i64" if far_keys else "i32"), stride(dtype))
+
+    i32, i64 = Arg("i32"), Arg("i64")
+    split = plan.num_splits > 1
+    return Spec(
+        decode_kernel,
+        args={
+            "q": rows(problem.dtype_q),
+            "k": keys(problem.dtype_k),
+            "v": keys(problem.dtype_v),
+            "out": rows(problem.dtype_out),
+            "lse": LseView(Arg("*fp32"), i64, i64, i64) if problem.lse and not split else LseView(None, None, None, None),
+            "partials": PartialsView(Arg("*fp32", 16), Arg("*fp32"), i32) if split else PartialsView(None, None, None),
+            "lengths": LengthsView(Arg("*i32"), Arg("*i32") if problem.ragged_q else None, i32, i32, i32),
+            "pages": PagesView(Arg("*i32"), i64, i32) if problem.page_size else PagesView(None, None, None),
+            "scores": ScoresView(
+                Arg("fp32"), Arg("fp32") if problem.softcap else None, Arg("*fp32") if problem.alibi else None, i64 if problem.alibi else None
+            ),
+            "band": BandView(None if problem.band.left is None else i32, None if problem.band.right is None else i32),
+            "sinks": Arg("*fp32") if problem.sinks and not split else None,
+            "num_heads_kv": i32,
+            "batch": i32,
+            "row_blocks": i32,
+            "min_keys_per_split": i32,
+        },
+        constants={
+            "GROUP": problem.group,
+            "BLOCK_M": plan.block_m,
+            "BLOCK_N": plan.block_n,
+            "HOW": how(plan),
+            "HEAD_DIM": problem.head_dim,
+            "HEAD_DIM_V": problem.head_dim_v,
+            "PAGE_SIZE": problem.page_size,
+            "SPLIT": split,
+            "STAGES": plan.num_stages,
+            "PRECISION": "tf32" if problem.allow_tf32 else "ieee",
+            "PDL": split and plan.dependent_launch,
+        },
+        options={"num_warps": plan.num_warps, "num_stages": plan.num_stages},
+    )
+
+
+def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
+    """Compiles what ``bind`` will launch."""
+    _split_launch(problem, plan, device, far_keys=False)
+    if plan.num_splits > 1:
+        bind_combine(problem, plan, device)
+
+
+def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunner:
+    """What runs calls of ``problem`` as ``plan`` says: the split kernel and, with more than one split, combine."""
+    group, heads_kv, page_size, head_dim_v = problem.group, problem.num_heads_kv, problem.page_size, problem.head_dim_v
+    num_splits, split, block_n = plan.num_splits, plan.num_splits > 1, plan.block_n
+    blocks = row_blocks(problem, plan)
+    units = problem.batch * heads_kv * blocks
+    if not 1 <= num_splits <= _MAX_SPLITS or units >= _FAR:
+        limit = f"a grid of {units} x {num_splits} programs: at most {_FAR - 1} x {_MAX_SPLITS}"
+        raise UnsupportedError("The plan does not fit a launch.", {plan.kernel: [limit]})
+    min_keys = max(1, -(-plan.min_keys_per_split // block_n)) * block_n
+    packed, max_seqlen_q = problem.ragged_q, problem.seqlen_q
+    rest = ((problem.band.left, problem.band.right), heads_kv, problem.batch, blocks, min_keys)
+    pointer = pointer_of(decode_kernel)
+    near = _split_launch(problem, plan, device, far_keys=False)
+    combine = bind_combine(problem, plan, device) if split else None
+    no_lse, no_partials, no_pages = (None,) * 4, (None,) * 3, (None,) * 3
+    constants = near.constants
+
+    def run(call: DecodeCall) -> None:
+        q, k, v, seqlens_k, page_table, cu_seqlens_q, sinks, slopes, out, lse, scale, softcap = call
+        k_strides, v_strides = k.stride(), v.stride()
+        if k_strides[1] * block_n < _FAR and v_strides[1] * block_n < _FAR:
+            launch = near
+        else:
+            launch = _split_launch(problem, plan, device, far_keys=True)
+        if page_table is None:
+            capacity, pages = k.shape[1], no_pages
+        else:
+            capacity, pages = page_table.shape[1] * page_size, (pointer(page_table), page_table.stride(0), k.shape[0])
+        if packed:
+            total_q = q.shape[0]
+            q_strides, out_strides = (0, *q.stride()[:2]), (0, *out.stride()[:2])
+            lengths = (pointer(seqlens_k), pointer(cu_seqlens_q), capacity, max_seqlen_q, total_q)
+            lse_view = no_lse if lse is None else (pointer(lse), 0, *lse.stride())
+        else:
+            total_q = q.shape[0] * q.shape[1]
+            q_strides, out_strides = q.stride()[:3], out.stride()[:3]
+            lengths = (pointer(seqlens_k), None, capacity, max_seqlen_q, total_q)
+            lse_view = no_lse if lse is None else (pointer(lse), *lse.stride())
+        slopes_view = (None, None) if slopes is None else (pointer(slopes), slopes.stride(0) if slopes.ndim == 2 else 0)
+        scores = (scale * _LOG2E, softcap or None, *slopes_view)
+        out_view = (pointer(out), *out_strides)
+        sink = None if sinks is None else pointer(sinks)
+        stream = current_stream(device)
+        tensors = ((pointer(q), *q_strides), (pointer(k), *k_strides[:3]), (pointer(v), *v_strides[:3]), out_view)
+        if combine is None:
+            launch.run(units, 1, stream, *tensors, lse_view, no_partials, lengths, pages, scores, rest[0], sink, *rest[1:], *constants)
+        else:
+            rows = total_q * heads_kv * group
+            scratch = workspace(rows * num_splits * (head_dim_v + 1), device)
+            partials = (pointer(scratch), pointer(scratch[rows * num_splits * head_dim_v :]), num_splits)
+            launch.run(
+                units, num_splits, stream, *tensors, no_lse, partials, lengths, pages, scores, rest[0], None, *rest[1:], *constants
+            )  # fmt: skip
+            combine(stream, rows, partials, out_view, lse_view, lengths, sink)
+
+    return run
+
+
+def _split_launch(problem: Problem, plan: DecodePlan, device: torch.device, *, far_keys: bool) -> Launch:
+    return launcher(decode_spec(problem, plan, far_keys=far_keys), device)

@@ -1,0 +1,207 @@
+"""How a kernel is compiled and launched cheaply: the one place that knows Triton's internals.
+
+A kernel is compiled from an explicit description of its arguments (``Arg`` trees), never from example tensors: what runs
+on a GPU and what tests compile without one are the same binary, and nothing but the description decides how often it is
+compiled. A launch then costs one call into Triton's C launcher, with pointers as plain ints.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.interpreter import InterpretedFunction
+
+from flashtile.errors import ToolchainError, UnsupportedError
+
+TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+
+
+class Launch(NamedTuple):
+    """``run(grid_x, grid_y, stream, *args)``: pointers and numbers, nested as the kernel's views are, then ``constants``."""
+
+    run: Callable[..., None]
+    constants: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Arg:
+    """One run-time argument: its Triton type ("*bf16", "i32", "i64", "fp32") and a power of two known to divide it."""
+
+    type: str
+    divisible: int = 1
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A kernel with everything that compilation depends on.
+
+    ``args`` maps each parameter to an Arg, None (compiled away), or a view (NamedTuple) of these; ``constants`` are the
+    constexpr parameters; ``options`` are num_warps, num_stages and launch_pdl.
+    """
+
+    kernel: Any
+    args: Mapping[str, Any]
+    constants: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    def key(self) -> Any:
+        """Hashable: equal keys compile to the same binary."""
+        return (self.kernel, tuple(self.args.items()), tuple(self.constants.items()), tuple(self.options.items()))
+
+    def source(self) -> ASTSource:
+        signature: dict[str, Any] = {}
+        constants: dict[tuple[int, ...], Any] = {}
+        attrs: dict[tuple[int, ...], Any] = {}
+
+        def visit(value: Any, path: tuple[int, ...]) -> Any:
+            if isinstance(value, tuple):
+                return type(value)(*(visit(field, (*path, i)) for i, field in enumerate(value)))
+            if value is None:
+                constants[path] = None
+                return "constexpr"
+            if value.divisible > 1:
+                attrs[path] = [["tt.divisibility", value.divisible]]
+            return value.type
+
+        for position, name in enumerate(self.kernel.arg_names):
+            if name in self.args:
+                signature[name] = visit(self.args[name], (position,))
+            else:
+                signature[name] = "constexpr"
+                constants[position,] = self.constants[name]
+        return ASTSource(self.kernel, signature, constants, attrs)
+
+
+_COMPILED: dict[Any, Launch] = {}
+_COMPILING = threading.RLock()
+_compilations = 0
+
+
+def compilations() -> int:
+    """Kernels compiled (or read from Triton's disk cache) for launching in this process so far."""
+    return _compilations
+
+
+def interpreted(kernel: Any) -> bool:
+    """Whether Triton's interpreter runs the kernel (TRITON_INTERPRET=1 when it was defined)."""
+    return isinstance(kernel, InterpretedFunction)
+
+
+def compile_spec(spec: Spec, target: GPUTarget) -> Any:
+    """The compiled kernel for any target; needs no GPU."""
+    return triton.compile(spec.source(), target=target, options=dict(spec.options))
+
+
+def launcher(spec: Spec, device: torch.device) -> Launch:
+    """A launch function for ``spec`` on ``device``: compiled once a process, thread-safe."""
+    key = (device, spec.key())
+    with _COMPILING:
+        if key not in _COMPILED:
+            run = _interpreter_launch(spec) if interpreted(spec.kernel) else _compiled_launch(spec, device)
+            _COMPILED[key] = Launch(run, tuple(spec.constants[name] for name in spec.kernel.arg_names if name in spec.constants))
+        return _COMPILED[key]
+
+
+def pointer_of(kernel: Any) -> Callable[[torch.Tensor], Any]:
+    """How a tensor is passed: by address, or as itself to the interpreter."""
+    return (lambda tensor: tensor) if interpreted(kernel) else torch.Tensor.data_ptr
+
+
+def current_stream(device: torch.device) -> int:
+    """The raw handle of the device's current stream; 0 on the CPU."""
+    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+
+
+def workspace(num_floats: int, device: torch.device) -> torch.Tensor:
+    """Float32 scratch for one call, from torch's allocator: safe on any stream and inside CUDA graphs."""
+    return torch.empty(num_floats, dtype=torch.float32, device=device)
+
+
+def _compiled_launch(spec: Spec, device: torch.device) -> Callable[..., None]:
+    global _compilations
+    check_toolchain()
+    with torch.cuda.device(device):
+        target = triton.runtime.driver.active.get_current_target()
+        try:
+            compiled = compile_spec(spec, target)
+            run = compiled.run  # loads the binary on the current device
+        except triton.runtime.errors.OutOfResources as error:
+            raise UnsupportedError(f"{spec.kernel.__name__} does not fit {torch.cuda.get_device_name(device)}: {error}. Choose a smaller tile.") from error
+        except FileNotFoundError as error:
+            raise ToolchainError(f"Triton could not build its launcher: {error}. Install a C compiler and Python's headers, or set CC.") from error
+    _compilations += 1
+    direct = _direct_launch(compiled, run, target)
+    enter_hook = knobs.runtime.launch_enter_hook
+    index = device.index
+
+    def launch(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
+        if torch._C._cuda_getDevice() != index:
+            with torch.cuda.device(index):
+                return launch(grid_x, grid_y, stream, *args)
+        if getattr(enter_hook, "calls", enter_hook):  # a profiler listens
+            compiled[grid_x, grid_y, 1](*args, stream=stream)
+        else:
+            direct(grid_x, grid_y, stream, args)
+
+    return launch
+
+
+def _direct_launch(compiled: Any, run: Any, target: GPUTarget) -> Callable[[int, int, int, tuple[Any, ...]], None]:
+    """The shortest way into the driver that this Triton is known to have; ``compiled.run`` on any other."""
+    function, metadata = compiled.function, compiled.packed_metadata
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    needs_scratch = getattr(run, "global_scratch_size", 0) or getattr(run, "profile_scratch_size", 0)
+    if target.backend == "cuda" and not needs_scratch and hasattr(run, "launch"):
+        raw, cooperative, pdl = run.launch, run.launch_cooperative_grid, run.launch_pdl
+        if version == (3, 6):
+            return lambda x, y, stream, args: raw(
+                x, y, 1, stream, function, cooperative, pdl, None, None, metadata, None, None, None, *args
+            )  # fmt: skip
+        if version == (3, 7) and hasattr(run, "arg_annotations"):
+            annotations, signature = run.arg_annotations, run.kernel_signature
+            return lambda x, y, stream, args: raw(
+                x, y, 1, stream, function, cooperative, pdl, metadata, None, None, None, None, None, annotations, signature, args
+            )  # fmt: skip
+    return lambda x, y, stream, args: run(x, y, 1, stream, function, metadata, None, None, None, *args)
+
+
+def _interpreter_launch(spec: Spec) -> Callable[..., None]:
+    views = [spec.args.get(name) for name in spec.kernel.arg_names]
+
+    def launch(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
+        given = [type(view)(*value) if isinstance(view, tuple) else value for view, value in zip(views, args, strict=True)]
+        spec.kernel[(grid_x, grid_y)](*given)
+
+    return launch
+
+
+_toolchain_checked = False
+
+
+def check_toolchain() -> None:
+    """Triton builds a small launcher with a C compiler at first use; says so in one sentence where there is none."""
+    global _toolchain_checked
+    if not _toolchain_checked:
+        if not c_compiler():
+            raise ToolchainError(
+                "C compiler: expected gcc, clang or cc on PATH (Triton builds its kernel launcher with it at first use), got none. "
+                "Install one (for example apt install gcc), or set the environment variable CC."
+            )
+        _toolchain_checked = True
+
+
+def c_compiler() -> str | None:
+    """The C compiler that Triton will find, if any."""
+    configured = getattr(knobs.build, "cc", None)
+    if configured:
+        return shutil.which(configured)
+    return next((path for name in ("gcc", "clang", "cc") if (path := shutil.which(name))), None)

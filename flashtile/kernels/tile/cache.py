@@ -1,0 +1,40 @@
+"""The KV cache as tiles of keys: contiguous, or paged with any page size."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate(pages, b, start, n, first, last, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """Where keys start + n lie: (block, slot, inside).
+
+    ``block`` is the sequence or the page (int64, scalar or one a key), ``slot`` the first key's place in it (scalar or one
+    a key), ``inside`` whether each key lies in [first, last) and exists. Ids outside the cache are masked; table entries
+    of pages outside [first, last) are not read, so that an engine may have freed them.
+    """
+    key = start + n
+    inside = (key >= first) & (key < last)
+    if PAGE_SIZE == 0:
+        return b.to(tl.int64), tl.full([], 0, tl.int64) + start, inside
+    elif PAGE_SIZE % BLOCK_N == 0:
+        page = tl.load(pages.table + b.to(tl.int64) * pages.stride_b + tl.maximum(start, first) // PAGE_SIZE)
+        known = (page >= 0) & (page < pages.num_pages)
+        return tl.where(known, page, 0).to(tl.int64), tl.full([], 0, tl.int64) + start % PAGE_SIZE, inside & known
+    else:
+        page = tl.load(pages.table + b.to(tl.int64) * pages.stride_b + key // PAGE_SIZE, mask=inside, other=-1)
+        known = (page >= 0) & (page < pages.num_pages)
+        return tl.where(known, page, 0).to(tl.int64), key % PAGE_SIZE, inside & known
+
+
+@triton.jit
+def load_tile(view, h, block, slot, inside, n, d, DIM: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """[keys, dim] tile; zeros where a key or a dim does not exist (0 x NaN of unwritten memory must not reach a sum)."""
+    base = view.ptr + h.to(tl.int64) * view.stride_h
+    if PAGE_SIZE % BLOCK_N == 0:
+        ptrs = (base + block * view.stride_b + slot * view.stride_n) + ((n * view.stride_n)[:, None] + d[None, :])
+    else:
+        ptrs = base + (block * view.stride_b + slot * view.stride_n)[:, None] + d[None, :]
+    if d.shape[0] == DIM:
+        return tl.load(ptrs, mask=inside[:, None], other=0.0)
+    else:
+        return tl.load(ptrs, mask=inside[:, None] & (d < DIM)[None, :], other=0.0)

@@ -1,0 +1,84 @@
+"""Views: a tensor as a kernel sees it, a pointer with its strides. Fields that are None are compiled away.
+
+Offsets are int64 wherever an index multiplies a stride that the caller chose, so that caches beyond 2^31 elements are right.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class RowsView(NamedTuple):
+    """q and out: (sequence, query position, head, dim), the last dim contiguous. Packed tensors have stride_b 0."""
+
+    ptr: Any
+    stride_b: Any
+    stride_m: Any
+    stride_h: Any
+
+
+class KeysView(NamedTuple):
+    """K or V: (sequence or page, key, head, dim), the last dim contiguous."""
+
+    ptr: Any
+    stride_b: Any
+    stride_n: Any
+    stride_h: Any
+
+
+class LseView(NamedTuple):
+    """lse: float32 (sequence, head, query position); ptr is None where it is not wanted."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_m: Any
+
+
+class PartialsView(NamedTuple):
+    """Split results: out float32 [token, head, split, dim] normalised, lse float32 [token, head, split] natural log."""
+
+    out: Any
+    lse: Any
+    num_splits: Any
+
+
+class LengthsView(NamedTuple):
+    """Lengths on the device: seqlens_k (batch,), cu_seqlens_q (batch + 1,) or None; and what they are clamped to."""
+
+    seqlens_k: Any
+    cu_seqlens_q: Any
+    capacity: Any
+    seqlen_q: Any
+    total_q: Any
+
+
+class PagesView(NamedTuple):
+    """The page table (batch, max_pages) int32, or None; ids outside [0, num_pages) are masked."""
+
+    table: Any
+    stride_b: Any
+    num_pages: Any
+
+
+class ScoresView(NamedTuple):
+    """What happens to q.k: scale_log2 = scale * log2(e); softcap (None: off); ALiBi slopes (None: off) with their batch stride."""
+
+    scale_log2: Any
+    softcap: Any
+    slopes: Any
+    slopes_stride_b: Any
+
+
+class BandView(NamedTuple):
+    """Band(left, right) with None for an unbounded side."""
+
+    left: Any
+    right: Any
+
+
+@triton.jit
+def row_offsets(view, b, m, h):
+    """(rows,) element offsets of (sequence b, query positions m, heads h)."""
+    return b.to(tl.int64) * view.stride_b + m.to(tl.int64) * view.stride_m + h.to(tl.int64) * view.stride_h
