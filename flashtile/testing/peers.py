@@ -1,0 +1,127 @@
+"""Other attention libraries on a uniform decode problem, where they are installed.
+
+Each peer is called as its own documentation says, on the same tensors; what it cannot express it refuses with a reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@dataclass(frozen=True)
+class DecodeInputs:
+    """One query a sequence: q (b, 1, hq, d), k and v (b, seqlen_k, hk, d), seqlens_k (b,) int32, all equal to seqlen_k."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    seqlens_k: torch.Tensor
+
+    @classmethod
+    def random(
+        cls, batch: int, seqlen_k: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device, seed: int
+    ) -> DecodeInputs:
+        generator = torch.Generator(device=device).manual_seed(seed)
+        shapes = ((batch, 1, heads[0], head_dim), (batch, seqlen_k, heads[1], head_dim), (batch, seqlen_k, heads[1], head_dim))
+        q, k, v = (torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in shapes)
+        return cls(q, k, v, torch.full((batch,), seqlen_k, dtype=torch.int32, device=device))
+
+    @property
+    def num_bytes(self) -> int:
+        return self.k.nbytes + self.v.nbytes + 2 * self.q.nbytes
+
+
+Run = Callable[[DecodeInputs], torch.Tensor]
+"""Runs one input set and returns out (b, 1, hq, d)."""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``prepare`` gets one input set, plans what the library wants planned, and returns what is timed on any set like it."""
+
+    name: str
+    reason_against: Callable[[torch.device, torch.dtype], str | None]
+    prepare: Callable[[DecodeInputs], Run]
+
+
+def _attend(x: DecodeInputs) -> torch.Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+def _sdpa(sample: DecodeInputs) -> Run:
+    return _attend
+
+
+def _sdpa_with(backend: SDPBackend) -> Callable[[DecodeInputs], Run]:
+    def attend(x: DecodeInputs) -> torch.Tensor:
+        with sdpa_kernel([backend]):
+            return _attend(x)
+
+    return lambda sample: attend
+
+
+def _flash_attn_2(sample: DecodeInputs) -> Run:
+    from flash_attn import flash_attn_with_kvcache
+
+    return lambda x: flash_attn_with_kvcache(x.q, x.k, x.v, cache_seqlens=x.seqlens_k, causal=True)
+
+
+def _flash_attn_3(sample: DecodeInputs) -> Run:
+    from flash_attn_interface import flash_attn_with_kvcache
+
+    return lambda x: flash_attn_with_kvcache(x.q, x.k, x.v, cache_seqlens=x.seqlens_k, causal=True)
+
+
+def _flashinfer(sample: DecodeInputs) -> Run:
+    """Its paged decode, pages of 16 keys where the length allows: the contiguous cache seen as pages in order."""
+    import flashinfer
+
+    batch, seqlen_k, heads_kv, head_dim = sample.k.shape
+    heads_q, device = sample.q.shape[2], sample.q.device
+    page_size = next(size for size in (16, 8, 4, 2, 1) if seqlen_k % size == 0)
+    pages = seqlen_k // page_size
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(256 << 20, dtype=torch.uint8, device=device), "NHD", use_tensor_cores=heads_q > heads_kv
+    )
+    wrapper.plan(
+        torch.arange(batch + 1, dtype=torch.int32, device=device) * pages,
+        torch.arange(batch * pages, dtype=torch.int32, device=device),
+        torch.full((batch,), page_size, dtype=torch.int32, device=device),
+        heads_q, heads_kv, head_dim, page_size, q_data_type=sample.q.dtype, kv_data_type=sample.k.dtype,
+    )  # fmt: skip
+
+    def run(x: DecodeInputs) -> torch.Tensor:
+        kv = tuple(t.view(batch * pages, page_size, heads_kv, head_dim) for t in (x.k, x.v))
+        out: torch.Tensor = wrapper.run(x.q[:, 0], kv)
+        return out[:, None]
+
+    return run
+
+
+def _on_gpu(*modules: str) -> Callable[[torch.device, torch.dtype], str | None]:
+    def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
+        missing = [name for name in modules if find_spec(name) is None]
+        if missing:
+            return f"{', '.join(missing)} is not installed"
+        if device.type != "cuda":
+            return "runs on a GPU only"
+        return "takes 16-bit inputs only" if dtype == torch.float32 else None
+
+    return reason_against
+
+
+PEERS = (
+    Peer("SDPA", lambda device, dtype: None if device.type == "cpu" else "its backends are timed one by one on a GPU", _sdpa),
+    Peer("SDPA cuDNN", _on_gpu(), _sdpa_with(SDPBackend.CUDNN_ATTENTION)),
+    Peer("SDPA flash", _on_gpu(), _sdpa_with(SDPBackend.FLASH_ATTENTION)),
+    Peer("flash-attn 2", _on_gpu("flash_attn"), _flash_attn_2),
+    Peer("flash-attn 3", _on_gpu("flash_attn_interface"), _flash_attn_3),
+    Peer("FlashInfer", _on_gpu("flashinfer"), _flashinfer),
+)
