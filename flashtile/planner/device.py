@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from flashtile.errors import ArgumentError, UnsupportedError, message
@@ -100,7 +100,10 @@ class Device:
         listed = _listed_in(properties.name, arch)
         base = _listed(listed or _relative(arch))
         shared = ARCHITECTURES[nearest_architecture(arch)]
-        told = lambda field, default: getattr(properties, field, 0) or default  # noqa: E731
+
+        def told(field: str, default: int) -> int:
+            return int(getattr(properties, field, 0) or default)
+
         num_sms = told("multi_processor_count", base.num_sms)
         warp_size = told("warp_size", shared.warp_size)
         threads = told("max_threads_per_multi_processor", shared.max_warps_per_sm * warp_size)
@@ -124,7 +127,7 @@ class Device:
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def nearest_architecture(arch: str) -> str:
     """The row of ARCHITECTURES for an architecture: itself, else the vendor's nearest older one, else its oldest."""
     if arch in ARCHITECTURES:
@@ -134,11 +137,13 @@ def nearest_architecture(arch: str) -> str:
     return max(older, key=_generation) if older else min(family, key=_generation)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _listed(name: str) -> Device:
     row = DATASHEETS[name]
     shared = ARCHITECTURES[row.arch]
     rates = {field: getattr(row, field) * REACHED[field] for field in REACHED} | MEASURED.get(name, {})
+    if not shared.mmas:
+        rates["matrix_rate"] = rates["vector_rate"]
     return Device(
         name=name,
         backend="cuda" if row.arch.startswith("sm_") else "hip",
@@ -156,7 +161,7 @@ def _listed(name: str) -> Device:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _driver_device(index: int) -> Device:
     import torch
 
@@ -174,7 +179,7 @@ def _cpu() -> Device:
     return _cpu_with(threads)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cpu_with(threads: int) -> Device:
     """Sensible figures of a server core: 1 MB of L2, 10 GB/s, and AVX2 at 3 GHz (32 float32 operations a clock), half reached."""
     device = Device(
@@ -215,7 +220,7 @@ def _relative(arch: str) -> str:
     return max(older or family[:1], key=lambda name: _generation(DATASHEETS[name].arch))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _generation(arch: str) -> int:
     """A number that grows with an architecture's age: sm_90 is 90, gfx942 is 0x942."""
     digits = arch.partition("_")[2] if arch.startswith("sm_") else arch.removeprefix("gfx")

@@ -1,0 +1,185 @@
+"""What a decode plan costs: a small model with one named constant for each thing that takes time.
+
+It is meant to rank plans and to say why one loses, not to replace a measurement. Fitted to one H200 (bfloat16, head
+dim 128, GPU time in a replayed graph, cold L2); other devices scale by their figures.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from flashtile.planner.device import Device
+from flashtile.planner.footprint import Footprint, TileShape, footprint_of, padded
+from flashtile.problem import DTYPE_BYTES, Problem
+
+START_US = 2.4  # launch of the first kernel, reading lengths, writing out
+DRAM_LATENCY_US = 0.9  # from asking for the first tile until it is there
+SM_BANDWIDTH_SHARE = 1.25  # one SM reads at most this many times its even share of the bandwidth
+L2_BANDWIDTH_SHARE = 2.6  # re-reads by other row blocks hit L2, which is this much faster than DRAM
+MATRIX_ITERATION_US = 0.25  # dependent chain of one key tile: product, row statistics, product
+VECTOR_ITERATION_US = 0.60  # the same with sums across threads instead of matrix instructions
+SWAPPED_ITERATION_US = 0.35  # row statistics cross warps, probabilities change layout on the way to the second product
+SWAPPED_SCORE_FACTOR = 2  # vector instructions a score when statistics run along the instruction's large side
+EXTRA_WARP_US = 0.10  # each warp beyond four, once a program: barriers and reductions across warps
+SCORE_OPERATIONS = 8  # vector instructions a score: scale, mask, maximum, sum, conversion
+VECTOR_KEY_OPERATIONS = 2.5  # vector instructions a key element and row in place of the matrix product
+FMA_EFFICIENCY = 0.5  # share of the vector rate that an FMA dot reaches
+OVERLAP_LOSS = 0.07  # share of what runs beside the bound that shows all the same
+COMBINE_US = 0.4  # combine: reading the first partial, writing out
+COMBINE_SPLIT_US = 0.012  # combine: each further split
+CPU_START_US = 15.0  # one call into the CPU engine
+CPU_SPLIT_US = 4.0  # each split there
+
+
+class Cost(NamedTuple):
+    """Microseconds by cause. memory, matrix, vector and latency overlap: the longest of them is the bound."""
+
+    memory_us: float
+    matrix_us: float
+    vector_us: float
+    latency_us: float
+    start_us: float
+    combine_us: float
+
+    @property
+    def total_us(self) -> float:
+        longest = max(self.memory_us, self.matrix_us, self.vector_us, self.latency_us)
+        beside = self.memory_us + self.matrix_us + self.vector_us + self.latency_us - longest
+        return self.start_us + longest + OVERLAP_LOSS * beside + self.combine_us
+
+    @property
+    def bound(self) -> str:
+        """What decides: "memory", "matrix", "exp" (vector arithmetic, of which exp2 is the narrowest), or "latency"."""
+        waiting = self.latency_us + self.fixed_us
+        causes = (("memory", self.memory_us), ("matrix", self.matrix_us), ("exp", self.vector_us), ("latency", waiting))
+        return max(causes, key=lambda cause: cause[1])[0]
+
+    @property
+    def fixed_us(self) -> float:
+        return self.start_us + self.combine_us
+
+
+class Work(NamedTuple):
+    """What a problem asks for, counted once for all plans."""
+
+    rows: int  # packed rows of the longest query
+    all_rows: int  # packed rows of all sequences, one key head
+    batch: int
+    num_heads_kv: int
+    keys: int  # keys that a program's rows may see: a window counts, not the cache
+    dim: int
+    dim_v: int
+    kv_bytes_per_key: int
+    partial_bytes_per_row: int
+
+
+def work_of(problem: Problem) -> Work:
+    per_key = problem.head_dim * DTYPE_BYTES[problem.dtype_k] + problem.head_dim_v * DTYPE_BYTES[problem.dtype_v]
+    return Work(
+        problem.rows, problem.total_q * problem.group, problem.batch, problem.num_heads_kv, problem.keys_read,
+        padded(problem.head_dim), padded(problem.head_dim_v), per_key, 4 * problem.head_dim_v + 4,
+    )  # fmt: skip
+
+
+def row_blocks_of(work: Work, block_m: int) -> int:
+    """Row blocks of one key head over all sequences.
+
+    Packed queries of unlike lengths count as one block a sequence plus what all their rows would fill: a batch of single
+    tokens with one long chunk is not a batch of long chunks.
+    """
+    even = work.batch * -(-work.rows // block_m)
+    return min(even, work.batch + -(-work.all_rows // block_m)) if work.rows else 0
+
+
+def predict_us(problem: Problem, plan: TileShape, device: Device, num_splits: int | None = None) -> Cost:
+    """The cost of a plan (or of a tile with ``num_splits``), in microseconds."""
+    splits = getattr(plan, "num_splits", 1) if num_splits is None else num_splits
+    return cost_of(work_of(problem), plan, footprint_of(problem, plan, device), splits, device)
+
+
+def cost_of(work: Work, tile: TileShape, footprint: Footprint, num_splits: int, device: Device) -> Cost:
+    """The same with work and footprint at hand: a program walks its key tiles, an SM serves its programs, DRAM serves all."""
+    if not device.is_gpu:
+        return _cpu_cost(work, tile.block_m, num_splits, device)
+    block_n, sms = tile.block_n, device.num_sms
+    units = row_blocks_of(work, tile.block_m) * work.num_heads_kv
+    tiles = -(-work.keys // block_n)
+    tiles_per_program = -(-tiles // num_splits)
+    programs_per_sm = -(-units * num_splits // sms)
+    walked = programs_per_sm * tiles_per_program
+    rounds = -(-programs_per_sm // footprint.resident)
+
+    matrix_us, vector_us, chain_us = _iteration(work, tile, footprint, device)
+    step_us = _alone(tile, matrix_us, vector_us, chain_us)
+    latency_us = rounds * (tiles_per_program * step_us + EXTRA_WARP_US * max(0, tile.num_warps - 4))
+
+    # everything once from DRAM, what other row blocks read again from L2; no SM beyond its share and its bytes in flight
+    streams = work.batch * work.num_heads_kv
+    once = streams * work.keys * work.kv_bytes_per_key
+    again = max(0, units - streams) * work.keys * work.kv_bytes_per_key
+    tile_bytes = block_n * work.kv_bytes_per_key
+    in_flight = min(footprint.resident, programs_per_sm) * max(1, tile.num_stages - 1) * tile_bytes
+    sm_bytes_per_us = min(SM_BANDWIDTH_SHARE * device.bandwidth / sms * 1e-6, in_flight / DRAM_LATENCY_US)
+    sm_once = walked * tile_bytes * (streams / units) if units > streams else walked * tile_bytes
+    read_us = max(once / device.bandwidth * 1e6, sm_once / sm_bytes_per_us) + again / (L2_BANDWIDTH_SHARE * device.bandwidth) * 1e6
+    return Cost(
+        memory_us=DRAM_LATENCY_US + read_us + step_us,
+        matrix_us=walked * matrix_us,
+        vector_us=walked * vector_us,
+        latency_us=DRAM_LATENCY_US + latency_us,
+        start_us=START_US,
+        combine_us=_combine_us(work, num_splits, device),
+    )
+
+
+def iteration_us(work: Work, tile: TileShape, footprint: Footprint, device: Device) -> float:
+    """How long one key tile takes a program that has an SM for itself; on a CPU, a key for one thread."""
+    if not device.is_gpu:
+        return 2e6 * tile.block_m * (work.dim + work.dim_v) * device.num_sms / device.matrix_rate
+    return _alone(tile, *_iteration(work, tile, footprint, device))
+
+
+def _alone(tile: TileShape, matrix_us: float, vector_us: float, chain_us: float) -> float:
+    """The parts of one key tile one after the other; fewer than four warps leave some of an SM's four schedulers idle."""
+    return chain_us + matrix_us + vector_us * max(1.0, 4.0 / tile.num_warps)
+
+
+def _iteration(work: Work, tile: TileShape, footprint: Footprint, device: Device) -> tuple[float, float, float]:
+    """One key tile of one program: microseconds of an SM's matrix units, of its vector units, and of waiting in between."""
+    scores = tile.block_m * tile.block_n
+    dims = work.dim + work.dim_v
+    sm_instructions_per_us = device.vector_rate / 2 / device.num_sms * 1e-6
+    operations = scores * SCORE_OPERATIONS * (SWAPPED_SCORE_FACTOR if tile.swapped else 1)
+    exp_us = scores * device.num_sms / device.exp_rate * 1e6
+    if tile.block_m == 1:
+        operations += int(VECTOR_KEY_OPERATIONS * tile.block_n * dims)
+        return 0.0, operations / sm_instructions_per_us + exp_us, VECTOR_ITERATION_US
+    mma = footprint.mma
+    rate = device.vector_rate * FMA_EFFICIENCY if mma is None else device.matrix_rate * mma.rate
+    matrix_us = 2.0 * scores * dims * device.num_sms / rate * 1e6
+    chain_us = MATRIX_ITERATION_US + (SWAPPED_ITERATION_US if tile.swapped else 0.0)
+    return matrix_us, operations / sm_instructions_per_us + exp_us, chain_us
+
+
+def _combine_us(work: Work, num_splits: int, device: Device) -> float:
+    """Each partial row is written once and read once; a warp walks a row's splits one after the other."""
+    if num_splits <= 1:
+        return 0.0
+    moved = 2 * work.all_rows * work.num_heads_kv * num_splits * work.partial_bytes_per_row
+    return device.launch_us + COMBINE_US + COMBINE_SPLIT_US * num_splits + 1e6 * moved / (L2_BANDWIDTH_SHARE * device.bandwidth)
+
+
+def _cpu_cost(work: Work, block_m: int, num_splits: int, device: Device) -> Cost:
+    row_blocks = row_blocks_of(work, block_m)
+    units = row_blocks * work.num_heads_kv
+    read = units * work.keys * work.kv_bytes_per_key
+    scores = units * block_m * work.keys
+    busy = min(1.0, units * num_splits / device.num_sms) or 1.0
+    return Cost(
+        memory_us=1e6 * read / device.bandwidth / busy,
+        matrix_us=1e6 * 2.0 * scores * (work.dim + work.dim_v) / device.matrix_rate / busy,
+        vector_us=1e6 * scores / device.exp_rate / busy,
+        latency_us=0.0,
+        start_us=CPU_START_US,
+        combine_us=CPU_SPLIT_US * (num_splits - 1) if num_splits > 1 else 0.0,
+    )

@@ -1,0 +1,220 @@
+"""A plan in words and numbers: what it does, what bounds it, and why each other query tile lost. Needs no GPU and no Triton."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from flashtile.planner.choose import plan_decode, plan_for_tile, why_none_fits
+from flashtile.planner.cost import Cost, Work, cost_of, iteration_us, row_blocks_of, work_of
+from flashtile.planner.device import Device
+from flashtile.planner.footprint import Footprint, footprint_of, mma_name, programs_that_fit
+from flashtile.planner.plans import BLOCK_MS, DecodePlan
+from flashtile.planner.rules import CANDIDATES, TILE_GAIN_PERCENT, Tile, fitting_tiles
+from flashtile.problem import Problem
+
+FIXED_BLOCK_M = 64  # FlashAttention-2's kBlockM in its split-KV kernel, whatever the problem
+_ASKED = {"explicit": "the plan was asked for", "tuned": "a measurement overruled the model"}
+
+
+class Compiled(Protocol):
+    """What a compiler made of the plan's kernel."""
+
+    @property
+    def registers(self) -> int: ...
+    @property
+    def spilled_bytes(self) -> int: ...
+    @property
+    def shared_bytes(self) -> int: ...
+    @property
+    def mma(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another query tile, and why it lost. ``predicted_us`` is None where it cannot run."""
+
+    block_m: int
+    swapped: bool
+    feasible: bool
+    predicted_us: float | None
+    rows_wasted: int
+    why: str
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """One plan explained. Bytes, FLOP and microseconds; rows are those of one sequence and key head."""
+
+    problem: Problem
+    device: Device
+    plan: DecodePlan
+    rows: int
+    row_blocks: int
+    rows_wasted: int
+    mma: str
+    programs: int
+    programs_per_sm: int
+    waves: float
+    shared_memory: int
+    registers: int
+    is_compiled: bool
+    spilled_bytes: int | None
+    bytes_read: int
+    flops: int
+    roofline_us: float
+    cost: Cost
+    predicted_us: float
+    bound: str
+    alternatives: tuple[Alternative, ...]
+
+    def to_json(self) -> str:
+        """Everything as JSON text; the cost by cause."""
+        data: dict[str, Any] = asdict(self)
+        data["cost"] = self.cost._asdict()
+        return json.dumps(data, sort_keys=True)
+
+    def lines(self) -> list[str]:
+        """Plain sentences for a person."""
+        return [*_lines(self)]
+
+
+def explain(problem: Problem, device: Device, plan: DecodePlan | None = None, *, compiled: Compiled | None = None) -> Explanation:
+    """Explains a plan, by default the one that the planner chooses.
+
+    ``compiled`` replaces the estimates of registers and shared memory by a compiler's. Raises UnsupportedError for a plan
+    that cannot run.
+    """
+    plan = plan_decode(problem, device, plan=plan)
+    work = work_of(problem)
+    footprint = footprint_of(problem, plan, device)
+    if compiled is not None:
+        resident = programs_that_fit(compiled.shared_bytes, compiled.registers, plan.num_warps, device)
+        footprint = footprint._replace(shared_memory=compiled.shared_bytes, registers=compiled.registers, resident=resident)
+    cost = cost_of(work, plan, footprint, plan.num_splits, device)
+    blocks = -(-problem.rows // plan.block_m)
+    programs = row_blocks_of(work, plan.block_m) * problem.num_heads_kv * plan.num_splits
+    return Explanation(
+        problem=problem,
+        device=device,
+        plan=plan,
+        rows=problem.rows,
+        row_blocks=blocks,
+        rows_wasted=blocks * plan.block_m - problem.rows,
+        mma=(compiled.mma if compiled else "") or mma_name(problem, plan, device),
+        programs=programs,
+        programs_per_sm=footprint.resident,
+        waves=programs / (device.num_sms * footprint.resident),
+        shared_memory=footprint.shared_memory,
+        registers=footprint.registers,
+        is_compiled=compiled is not None,
+        spilled_bytes=compiled.spilled_bytes if compiled else None,
+        bytes_read=problem.kv_bytes,
+        flops=problem.flops,
+        roofline_us=1e6 * max(problem.kv_bytes / device.bandwidth, problem.flops / device.matrix_rate),
+        cost=cost,
+        predicted_us=cost.total_us,
+        bound=cost.bound,
+        alternatives=tuple(_alternatives(problem, work, device, plan, footprint, cost)),
+    )
+
+
+def _alternatives(
+    problem: Problem, work: Work, device: Device, plan: DecodePlan, footprint: Footprint, cost: Cost
+) -> Iterator[Alternative]:
+    """Every other query tile, each with its own best shape and splits."""
+    if device.is_gpu:
+        fitting = {(tile.block_m, tile.swapped): tile for tile, _ in fitting_tiles(problem, device)}
+        variants = sorted(CANDIDATES)
+    else:
+        variants = [(block_m, False) for block_m in BLOCK_MS]
+        fitting = {variant: Tile(*variant, 1, 1, 1) for variant in variants}
+    for variant in variants:
+        if variant == (plan.block_m, plan.swapped):
+            continue
+        block_m, swapped = variant
+        wasted = -problem.rows % block_m
+        label = "FlashAttention-2's fixed kBlockM" if block_m == FIXED_BLOCK_M else ""
+        tile = fitting.get(variant)
+        if tile is None:
+            yield Alternative(block_m, swapped, False, None, wasted, "; ".join(why_none_fits(problem, device, variant)), label)
+            continue
+        other = plan_for_tile(problem, device, plan.kernel, tile) if device.is_gpu else plan.with_(block_m=block_m)
+        its_footprint = footprint_of(problem, other, device)
+        its_cost = cost_of(work, other, its_footprint, other.num_splits, device)
+        why = _why(problem, work, device, (plan, footprint, cost), (other, its_footprint, its_cost))
+        yield Alternative(block_m, swapped, True, its_cost.total_us, wasted, why, label)
+
+
+def _why(
+    problem: Problem,
+    work: Work,
+    device: Device,
+    chosen: tuple[DecodePlan, Footprint, Cost],
+    other: tuple[DecodePlan, Footprint, Cost],
+) -> str:
+    """Why the other lost to the chosen: the number that differs most, and what it costs."""
+    (plan, _, cost), (lost, _, its_cost) = chosen, other
+    us, best = its_cost.total_us, cost.total_us
+    verdict = f"{us:.1f} us against {best:.1f}"
+    if us < best:
+        within = f"within {TILE_GAIN_PERCENT}%, the model's error, the tile that measured best elsewhere stays"
+        return f"{verdict}: {_ASKED.get(plan.source, within)}"
+    blocks, its_blocks = -(-problem.rows // plan.block_m), -(-problem.rows // lost.block_m)
+    if its_blocks > blocks:
+        return f"{problem.rows} rows need {its_blocks} blocks of {lost.block_m}, and each block reads the keys again: {verdict}"
+    step, its_step = (iteration_us(work, tile, its, device) for tile, its, _ in (chosen, other))
+    slower = f"{lost.block_n} keys take {its_step:.2f} us instead of {step:.2f}: {verdict}"
+    if lost.block_m == 1:
+        return f"on the vector units {slower}"
+    if lost.swapped and not plan.swapped and lost.block_m <= plan.block_m:
+        return f"swapped operands change the probabilities' layout, so {slower}"
+    wasted = its_blocks * lost.block_m - problem.rows
+    if its_blocks < blocks:
+        return f"{its_blocks} blocks instead of {blocks}, but {its_cost.bound} takes longer ({its_step:.2f} us a key tile): {verdict}"
+    if not device.is_gpu:
+        return f"{wasted} of {its_blocks * lost.block_m} rows would be empty: {verdict}"
+    return f"{wasted} of {its_blocks * lost.block_m} rows would be empty, so {slower}"
+
+
+def _lines(e: Explanation) -> Iterator[str]:
+    plan, problem = e.plan, e.problem
+    heads = f"{problem.num_heads_q}/{problem.num_heads_kv} heads"
+    yield (
+        f"{problem.batch} x {problem.seqlen_k} keys, {problem.seqlen_q} queries, {heads}, head dim {problem.head_dim}, "
+        f"{problem.dtype_k} on {e.device.name}: kernel {plan.kernel}, chosen by {_chooser(plan)}."
+    )
+    swapped = " with operands swapped" if plan.swapped else ""
+    yield (
+        f"Tile: block_m {plan.block_m}{swapped}; {e.rows} rows in {_count(e.row_blocks, 'block')}, {e.rows_wasted} rows wasted; "
+        f"products by {e.mma}."
+    )
+    if e.device.is_gpu:
+        yield f"Program: {plan.block_n} keys a step, {_count(plan.num_warps, 'warp')}, {_count(plan.num_stages, 'stage')}."
+        source = "as compiled" if e.is_compiled else "estimated"
+        spilled = f", {e.spilled_bytes} bytes spilled" if e.is_compiled else ""
+        yield (
+            f"Footprint ({source}): {e.shared_memory} of {e.device.smem_per_block} bytes of shared memory, "
+            f"{e.registers} registers a thread{spilled}; {_count(e.programs_per_sm, 'program')} an SM."
+        )
+        yield (
+            f"Splits: {plan.num_splits}, at most {plan.keys_per_split} keys each; {_count(e.programs, 'program')} "
+            f"on {e.device.num_sms} SMs, {e.waves:.2f} waves."
+        )
+    yield f"Work: {e.bytes_read / 1e6:.1f} MB of keys and values, {e.flops / 1e9:.2f} GFLOP; roofline {e.roofline_us:.1f} us."
+    parts = ", ".join(f"{name.removesuffix('_us')} {value:.1f}" for name, value in e.cost._asdict().items())
+    yield f"Bound by {e.bound}: predicted {e.predicted_us:.1f} us ({parts})."
+    for other in e.alternatives:
+        name = f"block_m {other.block_m}{' swapped' if other.swapped else ''}{f' ({other.label})' if other.label else ''}"
+        yield f"Not {name}: {other.why}."
+
+
+def _chooser(plan: DecodePlan) -> str:
+    return {"rule": "the rule", "tuned": "a tuned table", "explicit": "the caller"}[plan.source]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

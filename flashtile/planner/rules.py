@@ -1,0 +1,253 @@
+"""The rules of planning: integer functions of a problem and a device, which say what they maximise.
+
+``infeasible`` says what cannot run, and why. ``choose_tile`` minimises the predicted time over one tile shape for each
+query tile; ``choose_splits`` minimises the busiest SM's share of the key tiles plus the cost of combining.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from flashtile.planner.cost import (
+    COMBINE_SPLIT_US,
+    COMBINE_US,
+    MATRIX_ITERATION_US,
+    SM_BANDWIDTH_SHARE,
+    Work,
+    cost_of,
+    row_blocks_of,
+    work_of,
+)
+from flashtile.planner.device import Device
+from flashtile.planner.footprint import (
+    Footprint,
+    TileShape,
+    footprint_of,
+    mma_of,
+    registers_limit,
+    registers_per_thread,
+    shared_memory_bytes,
+)
+from flashtile.planner.plans import BLOCK_MS, DecodePlan
+from flashtile.problem import Problem
+
+MAX_SPLITS = 65_535  # the grid's second dimension
+MAX_GRID_X = 2**31 - 1
+MIN_BLOCK_N = 16  # the second product's inner dimension
+MAX_BLOCK_N = 256
+MAX_THREADS = 1024
+MAX_STAGES = 8
+SWAPPED_BLOCK_MS = (8, 16)
+PROGRAMS_A_WAVE = 2  # resident programs of an SM that splits may fill: more only make waves and partials
+SPLIT_GAIN_PERCENT = 4  # what more splits must gain: partials and their combine have costs beyond the model
+TAIL_KEYS = 4096  # with several sequences one may be far longer than the rest: the most keys that a program reads
+MIN_KEYS_FEW_UNITS = 256  # the least keys of a split with several sequences, while they do not fill the device often
+MIN_KEYS_MANY_UNITS = 512
+MANY_UNITS_PER_SM = 4
+COMBINE_WARPS_FROM = 64  # splits beyond which a row is combined by four warps
+TILE_GAIN_PERCENT = 2  # what a tile must gain over those before it in SHAPES: less is within the model's error
+VECTOR_ROWS = 2  # rows for which the vector units are tried beside matrix instructions
+
+
+class Tile(NamedTuple):
+    """The shape of one program: its rows, how they meet the matrix instruction, keys a step, warps, ring stages."""
+
+    block_m: int
+    swapped: bool
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# For each query tile, shapes in order of preference: the first that fits is taken. Measured on sm_90 with bfloat16 and head
+# dim 128; the later ones are for longer heads, wider types and less shared memory.
+_FEW_ROWS = ((64, 4, 3), (32, 2, 4), (32, 2, 3), (64, 4, 2), (32, 4, 2), (32, 2, 2), (32, 4, 1), (32, 8, 1))
+_MANY_ROWS = ((64, 4, 3), (64, 4, 2), (32, 4, 3), (64, 8, 3), (64, 8, 2), (32, 4, 2), (32, 8, 2), (32, 4, 1), (32, 8, 1))
+SHAPES: dict[tuple[int, bool], tuple[tuple[int, int, int], ...]] = {
+    (16, False): _FEW_ROWS,
+    (8, True): _FEW_ROWS,
+    (1, False): ((64, 4, 3), (32, 4, 3), (64, 4, 2), (32, 4, 2), (32, 8, 2), (32, 4, 1)),
+    (16, True): _FEW_ROWS,
+    (32, False): _MANY_ROWS,
+    (64, False): _MANY_ROWS,
+    (128, False): ((64, 8, 3), (64, 8, 2), (64, 4, 2), (32, 8, 2), (32, 4, 2), (32, 8, 1)),
+}
+CANDIDATES: dict[tuple[int, bool], tuple[Tile, ...]] = {
+    variant: tuple(Tile(*variant, *shape) for shape in shapes) for variant, shapes in SHAPES.items()
+}
+
+
+def infeasible(problem: Problem, plan: DecodePlan, device: Device) -> list[str]:
+    """Why a plan cannot run this problem on this device: one sentence a reason, each with the number that decided it."""
+    reasons = _malformed(plan, device)
+    if reasons or not device.is_gpu:
+        return reasons
+    reasons = misfits(problem, plan, device)
+    grid_x = problem.units * -(-problem.rows // plan.block_m)
+    if grid_x > MAX_GRID_X:
+        reasons.append(f"{problem.units} units x row blocks of {plan.block_m} rows are {grid_x} programs, and a grid holds {MAX_GRID_X}")
+    return reasons
+
+
+def misfits(problem: Problem, tile: TileShape, device: Device) -> list[str]:
+    """Which resource of the device a tile exceeds: shared memory a program, or registers a thread."""
+    reasons = []
+    shared, limit = shared_memory_bytes(problem, tile, device), device.smem_per_block
+    if shared > limit:
+        reasons.append(
+            f"{tile.num_stages} stages of {tile.block_n} keys take {shared} bytes of shared memory, "
+            f"and a program of {device.name} has {limit}"
+        )
+    registers, most = registers_per_thread(problem, tile, device), registers_limit(tile, device)
+    if registers > most:
+        how = "" if tile.block_m == 1 or mma_of(problem, tile, device) else f" ({_without_mma(problem, device)}, so it runs as FMA)"
+        reasons.append(
+            f"block_m {tile.block_m} with head dims {problem.head_dim} and {problem.head_dim_v} wants {registers} registers a thread with "
+            f"{tile.num_warps} warps, and {device.name} has {most}: it would spill{how}"
+        )
+    return reasons
+
+
+def _without_mma(problem: Problem, device: Device) -> str:
+    if problem.dtype_k == "float32" and device.has_mma:
+        return "IEEE float32 has no matrix instruction"
+    return f"Triton emits no fitting matrix instruction on {device.arch}"
+
+
+def _malformed(plan: DecodePlan, device: Device) -> list[str]:
+    """What no device could run, whatever the problem."""
+    reasons = []
+    if plan.block_m not in BLOCK_MS:
+        reasons.append(f"block_m {plan.block_m} is not one of {BLOCK_MS}")
+    if not 1 <= plan.num_splits <= MAX_SPLITS:
+        reasons.append(f"num_splits {plan.num_splits} is not within 1 and {MAX_SPLITS}")
+    if plan.keys_per_split < 0 or plan.min_keys_per_split < 0:
+        reasons.append(f"keys_per_split {plan.keys_per_split} and min_keys_per_split {plan.min_keys_per_split} must not be negative")
+    if not device.is_gpu:
+        return reasons
+    if plan.swapped and plan.block_m not in SWAPPED_BLOCK_MS:
+        reasons.append(f"swapped operands need block_m {SWAPPED_BLOCK_MS[0]} or {SWAPPED_BLOCK_MS[1]}, not {plan.block_m}")
+    if plan.block_m == 8 and not plan.swapped:
+        reasons.append("block_m 8 needs swapped operands: a matrix instruction's row side takes 16 rows at least")
+    if not (_power_of_two(plan.block_n) and MIN_BLOCK_N <= plan.block_n <= MAX_BLOCK_N):
+        reasons.append(f"block_n {plan.block_n} is not a power of two from {MIN_BLOCK_N} to {MAX_BLOCK_N}")
+    if not (_power_of_two(plan.num_warps) and plan.num_warps * device.warp_size <= MAX_THREADS):
+        reasons.append(f"num_warps {plan.num_warps} is not a power of two of at most {MAX_THREADS // device.warp_size} warps")
+    if not 1 <= plan.num_stages <= MAX_STAGES:
+        reasons.append(f"num_stages {plan.num_stages} is not within 1 and {MAX_STAGES}")
+    if not (_power_of_two(plan.combine_block_d) and plan.combine_block_d >= 1):
+        reasons.append(f"combine_block_d {plan.combine_block_d} is not a power of two")
+    if not (_power_of_two(plan.combine_warps) and plan.combine_warps * device.warp_size <= MAX_THREADS):
+        reasons.append(f"combine_warps {plan.combine_warps} is not a power of two of at most {MAX_THREADS // device.warp_size} warps")
+    if min(plan.keys_per_split, plan.min_keys_per_split) and plan.min_keys_per_split > plan.keys_per_split:
+        reasons.append(f"min_keys_per_split {plan.min_keys_per_split} exceeds keys_per_split {plan.keys_per_split}")
+    if plan.dependent_launch and not device.dependent_launch:
+        reasons.append(f"dependent_launch needs sm_90 or newer, not {device.arch}")
+    return reasons
+
+
+def choose_tile(problem: Problem, device: Device, block_m: int | None = None) -> Tile | None:
+    """Minimises the predicted time, each tile with its own best number of splits.
+
+    Time weighs what a larger tile wastes (rows of the instruction that nobody uses, longer steps, shared memory and
+    registers that leave fewer programs on an SM) against what a smaller one repeats (every row block reads the keys
+    again). None where nothing fits; ``block_m`` confines the search to one query tile.
+    """
+    work = work_of(problem)
+    tiles = fitting_tiles(problem, device)
+    has_mma = any(footprint.mma for _, footprint in tiles)
+    best, best_us = None, float("inf")
+    for tile, footprint in tiles:
+        if not (worth_trying(tile, work.rows, has_mma) if block_m is None else tile.block_m == block_m):
+            continue
+        us = cost_of(work, tile, footprint, split_count(work, tile, footprint, device), device).total_us
+        if us * 100 < best_us * (100 - TILE_GAIN_PERCENT):
+            best, best_us = tile, us
+    return best
+
+
+def worth_trying(tile: Tile, rows: int, has_mma: bool) -> bool:
+    """Leaves out query tiles that are far from the rows: the cost can only grow in that direction."""
+    if tile.block_m == 1:
+        return rows <= VECTOR_ROWS or not has_mma
+    return tile.block_m < 4 * max(rows, 8) and (min(rows, 128) <= 4 * tile.block_m or not has_mma)
+
+
+def fitting_tiles(problem: Problem, device: Device) -> tuple[tuple[Tile, Footprint], ...]:
+    """For each query tile the preferred shape that fits the device; query tiles without one are left out."""
+    return _fitting_tiles(
+        device, problem.head_dim, problem.head_dim_v, problem.dtype_q, problem.dtype_k, problem.dtype_v, problem.allow_tf32
+    )
+
+
+@lru_cache(maxsize=1024)
+def _fitting_tiles(
+    device: Device, head_dim: int, head_dim_v: int, dtype_q: str, dtype_k: str, dtype_v: str, allow_tf32: bool
+) -> tuple[tuple[Tile, Footprint], ...]:
+    problem = Problem(
+        head_dim=head_dim, head_dim_v=head_dim_v, dtype_q=dtype_q, dtype_k=dtype_k, dtype_v=dtype_v, allow_tf32=allow_tf32
+    )
+    firsts = (next((tile for tile in tiles if not misfits(problem, tile, device)), None) for tiles in CANDIDATES.values())
+    return tuple((tile, footprint_of(problem, tile, device)) for tile in firsts if tile is not None)
+
+
+def choose_splits(problem: Problem, device: Device, tile: TileShape) -> tuple[int, int, int]:
+    """(keys_per_split, min_keys_per_split, num_splits) of a tile: see ``split_count`` for what the number minimises."""
+    count = split_count(work_of(problem), tile, footprint_of(problem, tile, device), device)
+    return splits_of(problem, device, tile.block_n, count)
+
+
+def splits_of(problem: Problem, device: Device, block_n: int, num_splits: int) -> tuple[int, int, int]:
+    """(keys_per_split, min_keys_per_split, num_splits) for a wanted number of splits, in whole key tiles.
+
+    A lone sequence may be cut as fine as a key tile. Several may be of unlike length, so short ones are not cut below a
+    few hundred keys, where combining would cost more than it gains.
+    """
+    tiles = max(1, -(-problem.keys_read // block_n))
+    keys_per_split = -(-tiles // num_splits) * block_n
+    if problem.batch <= 1:
+        least = block_n
+    else:
+        many = problem.units * num_splits > MANY_UNITS_PER_SM * device.num_sms
+        least = MIN_KEYS_MANY_UNITS if many else MIN_KEYS_FEW_UNITS
+    return keys_per_split, min(keys_per_split, -(-least // block_n) * block_n), -(-tiles * block_n // keys_per_split)
+
+
+def split_count(work: Work, tile: TileShape, footprint: Footprint, device: Device) -> int:
+    """Minimises the busiest SM's nanoseconds on key tiles plus those of combining; at equal cost the fewest splits.
+
+    Tried are no split, and as many as fill the SMs with one or with two resident programs each: beyond one wave of
+    resident programs splits only lose. Then TAIL_KEYS bounds what a program reads if there are several sequences, for
+    lengths live on the device and one may be much longer than the rest.
+    """
+    tiles = -(-work.keys // tile.block_n)
+    units = row_blocks_of(work, tile.block_m) * work.num_heads_kv
+    if tiles <= 1 or units == 0:
+        return 1
+    tile_bytes = tile.block_n * work.kv_bytes_per_key
+    tile_ns = max(int(1000 * MATRIX_ITERATION_US), int(1e9 * tile_bytes * device.num_sms / (SM_BANDWIDTH_SHARE * device.bandwidth)))
+    combine_ns, per_split_ns = int(1000 * (device.launch_us + COMBINE_US)), int(1000 * COMBINE_SPLIT_US)
+    resident = min(PROGRAMS_A_WAVE, footprint.resident)
+    best, best_ns = 1, -(-units // device.num_sms) * tiles * tile_ns
+    for wave in range(1, resident + 1):
+        wanted = min(tiles, device.num_sms * wave // units)
+        if wanted <= best:
+            continue
+        tiles_per_split = -(-tiles // wanted)
+        splits = -(-tiles // tiles_per_split)
+        ns = -(-units * splits // device.num_sms) * tiles_per_split * tile_ns + combine_ns + splits * per_split_ns
+        if ns * 100 < best_ns * (100 - SPLIT_GAIN_PERCENT):
+            best, best_ns = splits, ns
+    if work.batch > 1:
+        best = max(best, -(-work.keys // TAIL_KEYS))
+    return min(best, MAX_SPLITS)
+
+
+def combine_warps(num_splits: int) -> int:
+    """Warps that combine one row: many splits are folded side by side."""
+    return 4 if num_splits > COMBINE_WARPS_FROM else 1
+
+
+def _power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
