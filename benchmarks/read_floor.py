@@ -10,8 +10,8 @@ import triton.language as tl
 
 from benchmarks.sets import InputSets
 
-# (int32 words a tile, programs a multiprocessor): the best of them is the best sustained read of a run
-VARIANTS = {"read 4K x16": (1024, 16), "read 8K x16": (2048, 16), "read 16K x8": (4096, 8)}
+# (int32 words a tile, programs a multiprocessor, warps): the best of them is the best sustained read of a run
+VARIANTS = {"read 1K x16": (256, 16, 2), "read 4K x16": (1024, 16, 4), "read 8K x16": (2048, 16, 4), "read 16K x8": (4096, 8, 4)}
 
 
 @triton.jit
@@ -35,12 +35,12 @@ def readers(sets: InputSets) -> dict[str, Callable[[int], torch.Tensor]]:
     flat_v = [v.reshape(-1).view(torch.int32) for v in sets.v]
     num_sms = torch.cuda.get_device_properties(sets.device).multi_processor_count
 
-    def reader(block: int, programs: int) -> Callable[[int], torch.Tensor]:
+    def reader(block: int, programs: int, num_warps: int) -> Callable[[int], torch.Tensor]:
         grid = max(1, min(num_sms * programs, triton.cdiv(num_words, block)))
         sink = torch.empty(grid, device=sets.device, dtype=torch.int32)
 
         def read(i: int) -> torch.Tensor:
-            _read[(grid,)](flat_k[i], flat_v[i], sink, num_words, BLOCK=block, num_warps=4)
+            _read[(grid,)](flat_k[i], flat_v[i], sink, num_words, BLOCK=block, num_warps=num_warps)
             return sink
 
         return read
