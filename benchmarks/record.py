@@ -32,7 +32,7 @@ class Record:
             earlier = json.loads(path.read_text())
             record.entries = [entry for entry in earlier["entries"] if not entry.get("skipped")]
             if crashed := earlier.get("running"):
-                record.entries.append({"name": crashed, "failed": "the process died or was stopped here"})
+                record.add({"name": crashed, "failed": "the process died or was stopped here"})
         return record
 
     def has(self, name: str) -> bool:

@@ -1,0 +1,85 @@
+#!/usr/bin/env bash
+# One visit to a GPU host, most telling first; what is cut off leaves what came before it in OUT.
+#
+#   gpu_call.sh check OUT [SECONDS]             tests/gpu, and the planner's choice on a few problems
+#   gpu_call.sh core OUT [SECONDS]              every grid, without peers
+#   gpu_call.sh peers OUT [SECONDS] [PART...]   unpacks the peers that lie in PART..., then the grids that need them
+#   gpu_call.sh search OUT [SECONDS]            the planner's choice against a search
+#   gpu_call.sh sanitize OUT [SECONDS]          memcheck and racecheck over decode variants
+#
+# PYTHON names the interpreter (python3); COMMIT the commit measured; PEERS_DIR where peers are unpacked (/opt/peers).
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+what=${1:?check, core, peers, search or sanitize}
+out=$(mkdir -p "${2:?a folder for results}" && cd "$2" && pwd)
+seconds=${3:-500}
+shift $(($# < 3 ? $# : 3))
+python=${PYTHON:-python3}
+export PYTHONPATH=. PYTHONUNBUFFERED=1
+peers_dir=${PEERS_DIR:-/opt/peers}
+commit=(--commit "${COMMIT:-}")
+begin=$SECONDS
+
+left() { echo $((seconds - (SECONDS - begin))); }
+
+measure() { # share of the time left in percent, then arguments of benchmarks.decode; resumed where the device was lost
+  local budget=$(($(left) * $1 / 100)) status=0
+  shift
+  [ "$budget" -lt 10 ] && { echo "no time for: $*"; return; }
+  local end=$((SECONDS + budget)) resume=()
+  for _ in 1 2 3; do
+    timeout -k 10 $((end - SECONDS + 30)) "$python" -m benchmarks.decode --out "$out" --budget $((end - SECONDS)) \
+      --peers-dir "$peers_dir" "${commit[@]}" "${resume[@]}" "$@"
+    status=$?
+    [ $status -eq 0 ] || [ $((end - SECONDS)) -lt 20 ] && break
+    echo "exit $status: once more from where it stopped"
+    resume=(--resume)
+  done
+}
+
+only_ours=() # the sanitizer's filter by kernel name, as the version at hand spells it
+if [ "$what" = sanitize ]; then
+  flags=$(compute-sanitizer --help 2>&1)
+  case $flags in
+  *--kernel-regex*) only_ours=(--kernel-regex kns=decode_kernel --kernel-regex kns=combine_kernel) ;;
+  *--kernel-name*) only_ours=(--kernel-name kernel_substring=decode_kernel --kernel-name kernel_substring=combine_kernel) ;;
+  esac
+fi
+
+sanitized() { # tool, seconds, arguments of benchmarks.sanitize
+  local tool=$1 limit=$2
+  shift 2
+  timeout -k 10 "$limit" compute-sanitizer --tool "$tool" "${only_ours[@]}" --error-exitcode 9 \
+    "$python" -m benchmarks.sanitize "$@" >"$out/sanitize_$tool.txt" 2>&1
+  echo "$tool: exit $?"
+  grep -E '^sanitize:|ERROR SUMMARY|RACECHECK SUMMARY|Invalid|Error:' "$out/sanitize_$tool.txt" | tail -n 8
+}
+
+case $what in
+check)
+  timeout -k 10 $((seconds * 60 / 100)) "$python" -m pytest tests/gpu -q -n 12 --durations 8 -p no:cacheprovider -o addopts= \
+    --import-mode=importlib 2>&1 | tee "$out/tests_gpu.txt" | tail -n 40
+  measure 100 --grid seqlen1 --no-peers --only 32/8
+  ;;
+core) measure 100 --grid all --no-peers --compilers 12 ;;
+peers)
+  for part in "$@"; do PEERS_DIR=$peers_dir bash "$part/unpack.sh" "$part" >/dev/null || echo "could not unpack $part"; done
+  measure 15 --grid host
+  measure 60 --grid seqlen1
+  measure 60 --grid speculative
+  measure 50 --grid ragged
+  measure 50 --grid paged
+  measure 100 --grid floor --no-peers
+  ;;
+search) measure 100 --grid search --no-peers --compilers 12 ;;
+sanitize)
+  # both tools watch kernels that the first, unwatched run has compiled into Triton's cache
+  timeout -k 10 $((seconds / 4)) "$python" -m benchmarks.sanitize
+  sanitized memcheck $(($(left) / 2))
+  sanitized racecheck "$(left)" --only racecheck
+  ;;
+*)
+  echo "unknown: $what"
+  exit 2
+  ;;
+esac
