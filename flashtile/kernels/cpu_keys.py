@@ -7,7 +7,7 @@ import torch
 from flashtile.kernels.call import DecodeCall
 
 _BLOCK_BYTES = 2 << 20  # of K, and as many of V: a block is written and read again while it lies in the caches
-_MASK_BYTES = 1 << 20
+MASK_BYTES = 1 << 20  # of one block's mask
 _MIN_BLOCK = 64
 
 
@@ -42,7 +42,7 @@ class KeyReader:
         if not self.direct:
             limit = max(_MIN_BLOCK, _BLOCK_BYTES // (batch * self._key_bytes))
         if masked_rows:
-            limit = min(limit, max(_MIN_BLOCK, _MASK_BYTES // (4 * masked_rows)))
+            limit = min(limit, max(_MIN_BLOCK, MASK_BYTES // (4 * masked_rows)))
         return min(limit, self.max_block) if self.max_block > 0 else limit
 
     def open(self, first: int, stop: int, seqlen_k: int) -> None:

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 
 from flashtile.band import Band
 
 _MIN_SPLIT_KEYS = 512
 _FOLD_ELEMENTS = 1 << 22
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+# (q, k, v, *, attn_mask, scale) -> (out in q's dtype, lse float32); scores, softmax and sums in float32
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+class MaskBlock(NamedTuple):
+    """A mask over one block of keys: ``bias`` float32 (batch or 1, hk or 1, rows, keys) is added to the scores;
+    ``blind`` bool (batch or 1, hk or 1, rows) marks rows that see none of these keys, None if there is no such row."""
+
+    bias: torch.Tensor
+    blind: torch.Tensor | None
 
 
 class Mask:
@@ -31,23 +43,39 @@ class Mask:
         """Whether no key at all can go without the mask."""
         return self.slopes is not None or self.key_mask is not None
 
-    def bias(self, start: int, stop: int) -> torch.Tensor:
-        """What is added to the scores of keys ``start`` to ``stop``: float32 (batch or 1, hk or 1, rows, keys)."""
-        first = self.offset + self.first
-        # distance (positions, 1, keys): 0 on the diagonal
-        distance = torch.arange(start, stop) - torch.arange(first, first + self.num_positions)[:, None, None]
-        if self.slopes is None:
-            bias = torch.zeros(1, 1, self.num_positions, self.group, stop - start)
-        else:
+    def block(self, start: int, stop: int) -> MaskBlock:
+        """The mask over keys ``start`` to ``stop``."""
+        diagonal = self.offset + self.first - start
+        block = _band_block(self.band, diagonal, self.num_positions, self.group, stop - start)
+        if not self.everywhere:
+            return block
+        bias = block.bias.view(1, 1, self.num_positions, self.group, -1)
+        if self.slopes is not None:
             slopes = self.slopes.view(self.slopes.shape[0] if self.slopes.ndim == 2 else 1, -1, 1, self.group, 1)
-            bias = -slopes * distance.abs()
-        if self.band.left is not None:
-            bias.masked_fill_(distance < -self.band.left, float("-inf"))
-        if self.band.right is not None:
-            bias.masked_fill_(distance > self.band.right, float("-inf"))
-        if self.key_mask is not None:
-            bias = bias.masked_fill(~self.key_mask[:, None, None, None, start:stop], float("-inf"))
-        return bias.flatten(2, 3)
+            bias = bias - slopes * _distance(diagonal, self.num_positions, stop - start).abs()
+        if self.key_mask is None:
+            return MaskBlock(bias.flatten(2, 3), block.blind)
+        bias = bias.masked_fill(~self.key_mask[:, None, None, None, start:stop], float("-inf")).flatten(2, 3)
+        return MaskBlock(bias, (bias == float("-inf")).all(dim=-1))
+
+
+def _distance(diagonal: int, num_positions: int, keys: int) -> torch.Tensor:
+    """(positions, 1, keys): how far each key lies right of its position's diagonal; position 0's is key ``diagonal``."""
+    return torch.arange(keys) - torch.arange(diagonal, diagonal + num_positions)[:, None, None]
+
+
+@lru_cache(maxsize=16)
+def _band_block(band: Band, diagonal: int, num_positions: int, group: int, keys: int) -> MaskBlock:
+    """The mask of a band alone; every layer of a model asks for the same one. Never written to."""
+    distance = _distance(diagonal, num_positions, keys)
+    bias = torch.zeros(1, 1, num_positions, group, keys)
+    if band.left is not None:
+        bias.masked_fill_(distance < -band.left, float("-inf"))
+    if band.right is not None:
+        bias.masked_fill_(distance > band.right, float("-inf"))
+    bias = bias.flatten(2, 3)
+    blind = (bias == float("-inf")).all(dim=-1)
+    return MaskBlock(bias, blind if bool(blind.any()) else None)
 
 
 class Partials:
@@ -81,22 +109,29 @@ class Partials:
         return (torch.cat(self._outs) * shares.unsqueeze(-1)).sum(dim=0), lse
 
 
+def splits_of(batch: int, heads_kv: int, keys: int) -> int:
+    """Into how many parts keys are cut so that each thread has one: torch's kernel gives a key head to one thread."""
+    if batch > 1:
+        return 1
+    return max(1, min(torch.get_num_threads() // heads_kv, keys // _MIN_SPLIT_KEYS))
+
+
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float, partials: Partials
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: MaskBlock | None, scale: float, softcap: float, partials: Partials
 ) -> None:
     """Adds the result of rows q (batch, hk, rows, d) over keys k (batch, hk, keys, d), v (batch, hk, keys, dv)."""
     if softcap or q.shape[-1] != v.shape[-1]:
-        out, lse = _by_products(q, k, v, bias, scale, softcap)
-    elif bias is not None:
-        out, lse = _flash(q, k, v, attn_mask=bias, scale=scale)
-        # The kernel reports 0 for rows that see no key.
-        lse = lse.masked_fill((bias == float("-inf")).all(dim=-1), float("-inf"))
+        out, lse = _by_products(q, k, v, mask, scale, softcap)
+    elif mask is not None:
+        out, lse = flash(q, k, v, attn_mask=mask.bias, scale=scale)
+        if mask.blind is not None:  # the kernel reports an lse of 0 for them
+            lse = lse.masked_fill(mask.blind, float("-inf"))
     else:
-        splits = torch.get_num_threads() // (q.shape[0] * q.shape[1])
-        if splits > 1 and q.shape[0] == 1 and k.shape[2] >= 2 * _MIN_SPLIT_KEYS:
-            _attend_in_splits(q, k, v, scale, min(splits, k.shape[2] // _MIN_SPLIT_KEYS), partials)
+        splits = splits_of(q.shape[0], q.shape[1], k.shape[2])
+        if splits > 1:
+            _attend_in_splits(q, k, v, scale, splits, partials)
             return
-        out, lse = _flash(q, k, v, scale=scale)
+        out, lse = flash(q, k, v, scale=scale)
     partials.add(out.unsqueeze(0), lse.unsqueeze(0))
 
 
@@ -104,22 +139,22 @@ def _attend_in_splits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
     """One sequence with fewer key heads than there are threads: the keys are parted as if they were sequences."""
     keys = k.shape[2] // splits
     parted = [t[0, :, : splits * keys].view(t.shape[1], splits, keys, t.shape[3]).transpose(0, 1) for t in (k, v)]
-    out, lse = _flash(q.expand(splits, -1, -1, -1), *parted, scale=scale)
+    out, lse = flash(q.expand(splits, -1, -1, -1), *parted, scale=scale)
     partials.add(out.unsqueeze(1), lse.unsqueeze(1))
     if splits * keys < k.shape[2]:
-        out, lse = _flash(q, k[:, :, splits * keys :], v[:, :, splits * keys :], scale=scale)
+        out, lse = flash(q, k[:, :, splits * keys :], v[:, :, splits * keys :], scale=scale)
         partials.add(out.unsqueeze(0), lse.unsqueeze(0))
 
 
 def _by_products(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, scale: float, softcap: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: MaskBlock | None, scale: float, softcap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two float32 matrix products with the softmax between them, for scores that the flash kernel does not know."""
     scores = torch.matmul(q * scale, k.transpose(2, 3))
     if softcap:
         scores.div_(softcap).tanh_().mul_(softcap)
-    if bias is not None:
-        scores.add_(bias)
+    if mask is not None:
+        scores.add_(mask.bias)
     largest = scores.amax(dim=-1, keepdim=True)
     largest.masked_fill_(largest == float("-inf"), 0.0)
     weights = scores.sub_(largest).exp_()
