@@ -273,8 +273,7 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | None = None
         ToolchainError: a kernel cannot be compiled on this machine.
     """
     where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if where.type == "cuda" and where.index is None:
-        where = torch.device("cuda", torch.cuda.current_device())
+    where = torch.empty(0, device=where).device  # "cuda" alone means the current GPU: give it its index
     figures = Device.of(where)
     plans = []
     for problem in problems:

@@ -18,7 +18,7 @@ def check_tensors(*, q: torch.Tensor, **others: torch.Tensor | None) -> None:
     import torch
 
     for name, tensor in {"q": q, **others}.items():
-        if tensor is None:
+        if tensor is None and name not in ("q", "k_cache", "v_cache", "seqlens_k"):
             continue
         if not isinstance(tensor, torch.Tensor):
             raise DtypeError(message(name, "a torch.Tensor", type(tensor).__name__, "Wrap it with torch.tensor(...)."))
@@ -59,7 +59,7 @@ def check_queries(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None, max_seqlen
             raise ShapeError(
                 message("seqlens_k", f"one length for each of q's {q.shape[0]} sequences", f"{batch} lengths", "Pass shape (batch,).")
             )
-        if max_seqlen_q is not None and (not _is_int(max_seqlen_q) or max_seqlen_q != q.shape[1]):
+        if max_seqlen_q is not None and (not is_int(max_seqlen_q) or max_seqlen_q != q.shape[1]):
             raise ArgumentError(
                 message("max_seqlen_q", f"q's seqlen_q, {q.shape[1]}", max_seqlen_q, "It is only needed with cu_seqlens_q.")
             )
@@ -91,7 +91,7 @@ def check_queries(q: torch.Tensor, cu_seqlens_q: torch.Tensor | None, max_seqlen
                     "max_seqlen_q", "the longest query of the batch with cu_seqlens_q", None, "Pass an int; the device is not read for it."
                 )
             )
-        if not _is_int(max_seqlen_q) or not 0 <= max_seqlen_q <= total_q:
+        if not is_int(max_seqlen_q) or not 0 <= max_seqlen_q <= total_q:
             raise ArgumentError(
                 message("max_seqlen_q", f"an int from 0 to total_q ({total_q})", repr(max_seqlen_q), "Pass the longest query's length.")
             )
@@ -156,7 +156,7 @@ def check_hint(max_seqlen_k: int | None, capacity: int) -> int:
     """The keys to plan for: at least one wherever the cache holds any, since the hint changes no result."""
     if max_seqlen_k is None:
         return capacity
-    if not _is_int(max_seqlen_k) or not 0 <= max_seqlen_k <= capacity:
+    if not is_int(max_seqlen_k) or not 0 <= max_seqlen_k <= capacity:
         raise ArgumentError(
             message(
                 "max_seqlen_k",
@@ -238,7 +238,7 @@ def check_per_head(name: str, tensor: torch.Tensor | None, heads: int, batch: in
         raise ShapeError(message(name, "a contiguous last dimension", f"strides {tensor.stride()}", f"Use {name}.contiguous()."))
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import torch
 
-from flashtile.arguments import check_number
+from flashtile.arguments import check_number, is_int
 from flashtile.checking import CHECKING, check_decode_values
+from flashtile.errors import ArgumentError, message
 from flashtile.facts import Key, decode_key
 from flashtile.kernels.call import DecodeCall, DecodeRunner
 from flashtile.planner.catalog import module_of
@@ -83,6 +84,7 @@ def decode(
             max_seqlen_k=max_seqlen_k, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks,
             alibi_slopes=alibi_slopes, out=out, out_dtype=out_dtype, lse=want_lse, allow_tf32=allow_tf32,
         )  # fmt: skip
+        _check_choice(block_m, num_splits, plan)
         holds_keys = k_cache.numel() > 0
         prepared = _prepare(key, problem, q.device, holds_keys, block_m=block_m, num_splits=num_splits, plan=plan)
     run, dtype_out, out_like_q, head_dim_v, default_scale = prepared
@@ -104,6 +106,14 @@ def decode(
         check_decode_values(call, max_seqlen_q, None if window is None else window[0])
     run(call)
     return out, lse
+
+
+def _check_choice(block_m: int | None, num_splits: int | None, plan: DecodePlan | None) -> None:
+    for name, value in (("block_m", block_m), ("num_splits", num_splits)):
+        if value is not None and not is_int(value):
+            raise ArgumentError(message(name, "an int or None", repr(value), "Leave it out to have it planned."))
+    if plan is not None and not isinstance(plan, DecodePlan):
+        raise ArgumentError(message("plan", "a DecodePlan or None", repr(plan), "DecodePlan.from_json reads one from text."))
 
 
 def _prepare(

@@ -1,0 +1,398 @@
+"""The public functions: results against the reference, what a call allocates, what it remembers, and merge."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+import flashtile
+from flashtile import ops, reference
+from flashtile.errors import ArgumentError, DtypeError, ShapeError
+from flashtile.facts import decode_key
+from flashtile.planner.plans import DecodePlan
+from flashtile.problem import Problem, length_bucket, query_bucket
+from flashtile.testing.cases import SMALL_CASES, Case
+from flashtile.testing.inputs import make_inputs
+from flashtile.testing.tolerance import assert_close
+
+INF = float("inf")
+CHOSEN = {
+    "length_zero", "no_capacity", "batch_zero", "no_queries", "ragged", "ragged_no_queries", "ragged_batch_zero",
+    "pages_of_3_hnd", "value_dim_smaller_paged", "window_paged_ragged", "everything", "everything_contiguous_fp32",
+}  # fmt: skip
+
+
+def small(**changes: Any) -> dict[str, Any]:
+    return make_inputs(Case("small", (9, 30), capacity=40, dtype="float32", **changes)).args
+
+
+@pytest.mark.parametrize("case", [case for case in SMALL_CASES if case.name in CHOSEN], ids=lambda case: case.name)
+def test_agrees_with_the_reference(case: Case) -> None:
+    inputs = make_inputs(case)
+    out, lse = flashtile.decode_with_lse(**inputs.args)
+    expected_out, expected_lse = reference.decode(**inputs.args)
+    q = inputs.args["q"]
+    assert out.shape == (*q.shape[:-1], case.head_dim_v)
+    assert out.dtype == q.dtype
+    assert lse.shape == (*q.shape[:-3], q.shape[-2], q.shape[-3])
+    assert lse.dtype == torch.float32
+    assert_close(out, lse, expected_out, expected_lse)
+    torch.testing.assert_close(flashtile.decode(**inputs.args), out, rtol=0, atol=0, equal_nan=False)
+
+
+def test_every_name_is_public() -> None:
+    for name in flashtile.__all__:
+        assert getattr(flashtile, name) is not None
+        assert name in dir(flashtile)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = flashtile.no_such_name  # type: ignore[attr-defined]
+
+
+def test_out_is_written_and_returned() -> None:
+    args = small()
+    expected = flashtile.decode(**args)
+    out = torch.full_like(expected, float("nan"))
+    assert flashtile.decode(**args, out=out) is out
+    assert torch.equal(out, expected)
+
+
+def test_out_is_contiguous_whatever_q_is() -> None:
+    args = small(seqlens_q=3)
+    args["q"] = args["q"].transpose(1, 2).contiguous().transpose(1, 2)
+    assert not args["q"].is_contiguous()
+    assert flashtile.decode(**args).is_contiguous()
+
+
+def test_partial_results_are_float32() -> None:
+    args = make_inputs(Case("half", (9, 30), dtype="bfloat16")).args
+    out, lse = flashtile.decode_with_lse(**args, out_dtype=torch.float32)
+    assert out.dtype == torch.float32
+    assert (out != out.bfloat16().float()).any(), "rounded to bfloat16 before it was stored"
+    assert_close(out, lse, *reference.decode(**args), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_no_capacity_leaves_the_sink(paged: bool) -> None:
+    sinks = torch.tensor([0.5, -1.0])
+    args: dict[str, Any] = {
+        "q": torch.randn(3, 2, 2, 8),
+        "k_cache": torch.randn(0, 4, 1, 8) if paged else torch.randn(3, 0, 1, 8),
+        "seqlens_k": torch.full((3,), 7, dtype=torch.int32),
+        "page_table": torch.zeros(3, 2, dtype=torch.int32) if paged else None,
+    }
+    args["v_cache"] = args["k_cache"]
+    out, lse = flashtile.decode_with_lse(**args)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(lse, torch.full((3, 2, 2), -INF))
+    out, lse = flashtile.decode_with_lse(**args, sinks=sinks)
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(lse, sinks[None, :, None].expand(3, 2, 2))
+
+
+def test_no_capacity_gives_unowned_rows_no_sink() -> None:
+    cache = torch.randn(1, 0, 1, 8)
+    _, lse = flashtile.decode_with_lse(
+        torch.randn(3, 2, 8), cache, cache, torch.zeros(1, dtype=torch.int32),
+        cu_seqlens_q=torch.tensor([0, 2], dtype=torch.int32), max_seqlen_q=2, sinks=torch.tensor([0.5, -1.0]),
+    )  # fmt: skip
+    assert torch.equal(lse, torch.tensor([[0.5, 0.5, -INF], [-1.0, -1.0, -INF]]))
+
+
+@pytest.mark.parametrize("hint", [0, 1, 9, 40])
+def test_the_hint_changes_no_result(hint: int) -> None:
+    args = small()
+    torch.testing.assert_close(flashtile.decode(**args, max_seqlen_k=hint), flashtile.decode(**args))
+
+
+def test_an_explicit_plan_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = small()
+    bound: list[DecodePlan] = []
+    module = ops.kernel_module(flashtile.warmup([Problem.decode(**args)], device="cpu")[0])
+
+    class Spy:
+        @staticmethod
+        def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> Any:
+            bound.append(plan)
+            return module.bind(problem, plan, device)
+
+    monkeypatch.setattr(ops, "kernel_module", lambda plan: Spy)
+    monkeypatch.setattr(ops, "_PREPARED", {})
+    expected = flashtile.decode(**args)
+    wanted = bound[0].with_(block_m=64)
+    torch.testing.assert_close(flashtile.decode(**args, plan=wanted), expected)
+    assert bound[1:] == [wanted]
+    flashtile.decode(**args, block_m=32)
+    assert bound[2].block_m == 32
+
+
+def test_a_warm_call_neither_checks_nor_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = small()
+    expected = flashtile.decode(**args)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a warm call came to the slow path")
+
+    monkeypatch.setattr(Problem, "decode", refuse)
+    monkeypatch.setattr(ops, "plan_decode", refuse)
+    assert torch.equal(flashtile.decode(**args), expected)
+    monkeypatch.setattr(ops, "_PREPARED", {})
+    with pytest.raises(AssertionError, match="slow path"):
+        flashtile.decode(**args)
+
+
+def key_of(q: torch.Tensor, k_cache: torch.Tensor, seqlens_k: torch.Tensor, **others: Any) -> Any:
+    names = (
+        "page_table", "cu_seqlens_q", "max_seqlen_q", "max_seqlen_k", "causal", "window", "softcap", "sinks", "alibi_slopes",
+        "out", "out_dtype", "block_m", "num_splits", "plan", "allow_tf32", "lse",
+    )  # fmt: skip
+    defaults = {"causal": True, "softcap": 0.0, "allow_tf32": False, "lse": False}
+    return decode_key(q, k_cache, k_cache, seqlens_k, *({**defaults, **others}.get(name) for name in names))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("grows", ["contiguous", "page_table", "hint"])
+def test_a_thousand_growing_lengths_share_a_handful_of_keys(grows: str) -> None:
+    q, lengths = torch.randn(1, 1, 2, 8), torch.zeros(1, dtype=torch.int32)
+    keys = set()
+    for length in range(3000, 4000):
+        if grows == "contiguous":
+            keys.add(key_of(q, torch.empty(1, length, 1, 8), lengths))
+        elif grows == "page_table":
+            keys.add(key_of(q, torch.empty(length, 1, 1, 8), lengths, page_table=torch.empty(1, length, dtype=torch.int32)))
+        else:
+            keys.add(key_of(q, torch.empty(1, 8192, 1, 8), lengths, max_seqlen_k=length))
+    assert None not in keys
+    assert len(keys) <= 5
+
+
+def test_what_shares_a_key_shares_a_problem() -> None:
+    """Over calls that differ in everything: equal keys come with equal Problems (calls that fail the checks included)."""
+    lengths = torch.zeros(2, dtype=torch.int32)
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+    buffer = torch.zeros(2 * 40 * 2 * 16 + 8)
+    problems: dict[Any, Problem] = {}
+    calls = 0
+    for packed in (False, True):
+        for heads in (2, 4):
+            for capacity in (3, 9, 33, 40):
+                for shift in (0, 1, 2):
+                    for hint in (None, 0, 3):
+                        for window in (None, (4, None), (4, 0)):
+                            q = torch.zeros(2 + 3 * packed, heads, 16) if packed else torch.zeros(2, 1, heads, 16)
+                            k = buffer[shift : shift + 2 * capacity * 2 * 16].view(2, capacity, 2, 16)
+                            more: dict[str, Any] = {"cu_seqlens_q": starts, "max_seqlen_q": 1} if packed else {}
+                            more |= {"max_seqlen_k": hint, "window": window}
+                            key = key_of(q, k, lengths, **more)
+                            problem = Problem.decode(q, k, k, lengths, **more)
+                            assert problems.setdefault(key, problem) == problem
+                            calls += 1
+    assert None not in problems
+    assert 10 < len(problems) < calls
+
+
+def test_buckets_bound_what_they_round() -> None:
+    for length in range(1, 5000):
+        assert length <= length_bucket(length) <= max(length + 63, length * 9 // 8)
+        assert length <= query_bucket(length) <= length * 9 // 8
+    assert length_bucket(0) == query_bucket(0) == 0
+    assert len({length_bucket(n) for n in range(4097, 8193)}) == 8
+
+
+def test_the_memory_of_prepared_calls_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_PREPARED", {})
+    monkeypatch.setattr(ops, "MAX_PREPARED", 3)
+    for batch in range(1, 8):
+        cache = torch.zeros(batch, 4, 1, 8)
+        flashtile.decode(torch.zeros(batch, 1, 1, 8), cache, cache, torch.zeros(batch, dtype=torch.int32))
+    assert len(ops._PREPARED) == 3
+
+
+def test_threads_share_what_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_PREPARED", {})
+    args = small()
+    expected = reference.decode(**args)[0]
+    results: list[torch.Tensor] = []
+    threads = [threading.Thread(target=lambda: results.append(flashtile.decode(**args))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 6
+    for out in results:
+        torch.testing.assert_close(out, expected.to(out.dtype))
+    assert len(ops._PREPARED) == 1
+
+
+def test_warmup_compiles_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems = [Problem(batch=2, seqlen_k=100, dtype_q="float32"), Problem(batch=3, seqlen_k=64)]
+    prepared: list[Any] = []
+
+    class Module:
+        @staticmethod
+        def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
+            prepared.append((problem, plan, device))
+
+    monkeypatch.setattr(ops, "kernel_module", lambda plan: Module)
+    plans = flashtile.warmup(problems, device="cpu")
+    assert prepared == [(problem, plan, torch.device("cpu")) for problem, plan in zip(problems, plans)]
+
+
+# The debug switch
+
+
+def test_checked_accepts_what_is_right() -> None:
+    for case in SMALL_CASES:
+        if case.name in {"pages_of_16", "window_paged_ragged", "everything", "length_zero", "batch_zero"}:
+            with flashtile.checked():
+                flashtile.decode(**make_inputs(case).args)
+
+
+@pytest.mark.parametrize(("lengths", "entry"), [((9, 41), 1), ((-1, 50), 0)])
+def test_checked_names_the_first_bad_length(lengths: tuple[int, int], entry: int) -> None:
+    args = small() | {"seqlens_k": torch.tensor(lengths, dtype=torch.int32)}
+    flashtile.decode(**args)
+    with flashtile.checked(), pytest.raises(ArgumentError, match=rf"seqlens_k\[{entry}\]: .*capacity, 40, got {lengths[entry]}\."):
+        flashtile.decode(**args)
+    flashtile.decode(**args)
+
+
+def test_checked_names_the_first_bad_page() -> None:
+    args = small(page_size=8)
+    args["page_table"][1, 3] = 1000
+    flashtile.decode(**args)
+    with flashtile.checked(), pytest.raises(ArgumentError, match=r"page_table\[1, 3\]: .* got 1000"):
+        flashtile.decode(**args)
+    args["seqlens_k"][1] = 24
+    with flashtile.checked():
+        flashtile.decode(**args)
+
+
+def test_checked_forgives_pages_that_the_window_has_left() -> None:
+    args = small(page_size=8)
+    args["page_table"][1, 0] = -1
+    with flashtile.checked():
+        flashtile.decode(**args | {"window": (10, 0)})
+        with pytest.raises(ArgumentError, match=r"page_table\[1, 0\]"):
+            flashtile.decode(**args)
+
+
+@pytest.mark.parametrize(("starts", "entry"), [((1, 2, 5), 0), ((0, 3, 2), 2), ((0, 1, 6), 2), ((0, 4, 5), 1)])
+def test_checked_names_the_first_bad_start(starts: tuple[int, ...], entry: int) -> None:
+    args = small(seqlens_q=(2, 3), ragged_q=True)
+    flashtile.decode(**args)
+    args["cu_seqlens_q"] = torch.tensor(starts, dtype=torch.int32)
+    with flashtile.checked(), pytest.raises(ArgumentError, match=rf"cu_seqlens_q\[{entry}\]"):
+        flashtile.decode(**args)
+
+
+# merge
+
+
+def parts_of(packed: bool, count: int = 3, dtype: torch.dtype = torch.float32) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    rng = torch.Generator().manual_seed(1)
+    shape = (5, 2, 4) if packed else (3, 5, 2, 4)
+    outs = [torch.randn(shape, generator=rng, dtype=dtype) for _ in range(count)]
+    lses = [torch.randn(*shape[:-3], 2, 5, generator=rng, dtype=dtype) * 20 for _ in range(count)]
+    return outs, lses
+
+
+def test_merge_of_key_ranges_is_attention_over_all() -> None:
+    args = small(seqlens_q=1)
+    lengths = args["seqlens_k"]
+    expected_out, expected_lse = flashtile.decode_with_lse(**args)
+    outs, lses = [], []
+    for start, end in ((0, 4), (4, 21), (21, 40)):
+        part = {"k_cache": args["k_cache"][:, start:end], "v_cache": args["v_cache"][:, start:end], "causal": False}
+        part["seqlens_k"] = (lengths - start).clamp(0, end - start).to(torch.int32)
+        out, lse = flashtile.decode_with_lse(**args | part)
+        outs.append(out)
+        lses.append(lse)
+    out, lse = flashtile.merge(outs, lses)
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_merge_is_associative_and_commutative(packed: bool) -> None:
+    (a, b, c), (la, lb, lc) = parts_of(packed)
+    out, lse = flashtile.merge([a, b, c], [la, lb, lc])
+    assert out.shape == a.shape
+    assert lse.shape == la.shape
+    ab, lab = flashtile.merge([a, b], [la, lb])
+    for again in (flashtile.merge([ab, c], [lab, lc]), flashtile.merge([c, b, a], [lc, lb, la])):
+        torch.testing.assert_close(again[0], out)
+        torch.testing.assert_close(again[1], lse)
+
+
+def test_merge_of_one_part_is_that_part() -> None:
+    outs, lses = parts_of(packed=False, count=1)
+    out, lse = flashtile.merge(outs, lses)
+    torch.testing.assert_close(out, outs[0])
+    torch.testing.assert_close(lse, lses[0])
+
+
+def test_merge_ignores_parts_that_saw_nothing() -> None:
+    (a, b, _), (la, lb, _) = parts_of(packed=False)
+    lb[0] = -INF
+    b[0] = float("nan")
+    blind, never = torch.full_like(a, float("nan")), torch.full_like(la, -INF)
+    out, lse = flashtile.merge([a, b, blind], [la, lb, never])
+    torch.testing.assert_close(out[0], a[0])
+    torch.testing.assert_close(lse[0], la[0])
+    assert torch.isfinite(out).all()
+    out, lse = flashtile.merge([blind, blind], [never, never])
+    assert torch.equal(out, torch.zeros_like(out))
+    assert torch.equal(lse, never)
+
+
+def test_merge_survives_large_logits() -> None:
+    (a, b), (la, lb) = parts_of(packed=True, count=2)
+    out, lse = flashtile.merge([a, b], [la + 3e4, lb - 3e4])
+    torch.testing.assert_close(out, a)
+    torch.testing.assert_close(lse, la + 3e4)
+
+
+def test_merge_keeps_the_dtype_of_its_parts() -> None:
+    outs, lses = parts_of(packed=False)
+    out, lse = flashtile.merge([part.bfloat16() for part in outs], lses)
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    out, lse = flashtile.merge([outs[0].bfloat16(), *outs[1:]], [part.half() for part in lses])
+    assert (out.dtype, lse.dtype) == (torch.float32, torch.float32)
+
+
+def test_merge_is_differentiable() -> None:
+    outs, lses = parts_of(packed=True, count=3, dtype=torch.float64)
+    leaves = [part.requires_grad_() for part in (*outs, *(lse / 10 for lse in lses))]
+    assert torch.autograd.gradcheck(lambda *parts: flashtile.merge(parts[:3], parts[3:]), leaves)
+
+
+def test_merge_has_finite_gradients_where_nothing_was_seen() -> None:
+    (a, b), (la, lb) = parts_of(packed=False, count=2)
+    la[0] = -INF
+    lb[0, 0] = -INF
+    leaves = [part.requires_grad_() for part in (a, b, la, lb)]
+    out, lse = flashtile.merge([a, b], [la, lb])
+    (out.sum() + lse[torch.isfinite(lse)].sum()).backward()
+    for leaf in leaves:
+        assert leaf.grad is not None
+        assert torch.isfinite(leaf.grad).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        (lambda o, s: ([], []), ArgumentError, "at least one"),
+        (lambda o, s: (o, s[:1]), ArgumentError, "3 outs and 1 lses"),
+        (lambda o, s: ([o[0], o[1][:1], o[2]], s), ShapeError, r"outs\[1\]"),
+        (lambda o, s: ([o[0][0, 0]] * 3, s), ShapeError, r"outs\[0\].*total_q"),
+        (lambda o, s: (o, [s[0], s[1], s[2].transpose(1, 2)]), ShapeError, r"lses\[2\].*Transpose"),
+        (lambda o, s: ([o[0], o[1].int(), o[2]], s), DtypeError, r"outs\[1\]"),
+        (lambda o, s: (o, [s[0].to("meta"), *s[1:]]), ArgumentError, r"lses\[0\].*device"),
+        (lambda o, s: (o, [None, *s[1:]]), DtypeError, r"lses\[0\]"),
+    ],
+)
+def test_merge_names_the_wrong_part(change: Any, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        flashtile.merge(*change(*parts_of(packed=False)))
