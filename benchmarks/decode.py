@@ -20,7 +20,7 @@ from benchmarks.search import Compilers, regret
 
 # what each grid gets of the time that is left, where several run
 SHARES = {"host": 2, "seqlen1": 10, "speculative": 3, "paged": 2, "ragged": 3, "floor": 2, "search": 10}
-LEAST_SECONDS = 2.0
+LEAST_SECONDS = 1.0
 
 
 @dataclass
@@ -35,10 +35,10 @@ class Budget:
         return self.end - time.monotonic()
 
     def allows_another(self) -> bool:
-        return self.left > self.longest
+        return self.left > 0.7 * self.longest
 
     def spent(self, seconds: float) -> None:
-        self.longest = max(LEAST_SECONDS, 0.7 * self.longest, seconds)
+        self.longest = max(LEAST_SECONDS, 0.5 * self.longest, seconds)
 
 
 def main(
