@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
@@ -74,7 +75,7 @@ def _flash_attn_2(sample: DecodeInputs) -> Run:
 
 
 def _flash_attn_3(sample: DecodeInputs) -> Run:
-    from flash_attn_interface import flash_attn_with_kvcache
+    flash_attn_with_kvcache = import_module("flash_attn_interface").flash_attn_with_kvcache
 
     return lambda x: flash_attn_with_kvcache(x.q, x.k, x.v, cache_seqlens=x.seqlens_k, causal=True)
 

@@ -169,7 +169,7 @@ class Engine:
     def place(self, request: Request, num_keys: int) -> None:
         """Starts a request of which ``num_keys`` tokens already lie in the cache (an earlier turn, a shared prefix)."""
         if not self._admit(request):
-            raise ArgumentError(message("request", "one that fits beside the running ones", request, "Use a larger cache or fewer requests."))
+            raise ArgumentError(message("request", "one that fits beside the running ones", request, "Use a larger cache."))
         self._append(self.running[-1], num_keys)
 
     def step(self, draft_tokens: int = 0) -> Step | None:
@@ -178,7 +178,8 @@ class Engine:
         With ``draft_tokens`` every decoding sequence brings that many speculative tokens beside its own.
         """
         if not 0 <= draft_tokens <= self.max_draft_tokens:
-            raise ArgumentError(message("draft_tokens", f"0 to max_draft_tokens ({self.max_draft_tokens})", draft_tokens, "Pages are promised for no more."))
+            expected = f"0 to max_draft_tokens ({self.max_draft_tokens})"
+            raise ArgumentError(message("draft_tokens", expected, draft_tokens, "Pages are promised for no more."))
         self._retire()
         while self.waiting and self._admit(self.waiting[0]):
             self.waiting.popleft()

@@ -37,13 +37,13 @@ class Stopwatch:
             call()
             return time.perf_counter() - start
         with torch.cuda.device(self.device):
-            start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start_event, end_event = _event(), _event()
             self._flush.zero_()
             start_event.record()
             call()
             end_event.record()
             end_event.synchronize()
-            return start_event.elapsed_time(end_event) * 1e-3
+            return float(start_event.elapsed_time(end_event)) * 1e-3
 
     def in_turn(self, calls: Sequence[Call], *, repeats: int = 7, budget: float = 0.5) -> list[float]:
         """The median of each call; rounds stop after ``repeats``, or once ``budget`` seconds are spent (at least two are run).
@@ -73,17 +73,17 @@ def graphs_in_turn(candidates: Sequence[Sequence[Call]], *, rounds: int = 9, cal
     samples: list[list[float]] = [[] for _ in graphs]
     for _ in range(rounds):
         for (graph, length), times in zip(graphs, samples):
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start, end = _event(), _event()
             start.record()
             graph.replay()
             end.record()
             end.synchronize()
-            times.append(start.elapsed_time(end) * 1e-3 / length)
+            times.append(float(start.elapsed_time(end)) * 1e-3 / length)
     return [statistics.median(times) for times in samples]
 
 
 def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for call in calls[:3]:
@@ -97,3 +97,7 @@ def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     graph.replay()
     torch.cuda.synchronize()
     return graph
+
+
+def _event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

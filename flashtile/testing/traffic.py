@@ -79,7 +79,7 @@ def read_trace(path: Path | str) -> list[Request]:
             reader = csv.DictReader(file)
             missing = [name for name in COLUMNS if name not in (reader.fieldnames or ())]
             if missing:
-                raise ArgumentError(message("trace", f"the columns {', '.join(COLUMNS)} in {path}", f"none named {', '.join(missing)}", fix))
+                raise ArgumentError(message("trace", f"the columns of a trace in {path}", f"none named {', '.join(missing)}", fix))
             rows = [_parse_row(row, path, reader.line_num) for row in reader]
     except OSError as error:
         raise ArgumentError(message("trace", "a readable CSV file", f"{path} ({error.strerror})", fix)) from error

@@ -1,0 +1,5 @@
+"""``python -m flashtile``."""
+
+from flashtile.cli import main
+
+main()

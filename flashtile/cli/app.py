@@ -1,0 +1,60 @@
+"""The commands, gathered, and what they share: one line and exit code 2 for every error made on purpose."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from flashtile.cli import bench, demo, env, explain, replay, warmup
+from flashtile.cli.output import errors
+from flashtile.errors import AttentionError
+
+
+class Commands(TyperGroup):
+    """Turns flashtile's own errors into one line: a traceback would hide the sentence that was written for the user."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except AttentionError as error:
+            sentence = "; ".join(line.strip() for line in str(error).splitlines())
+            errors.print(f"flashtile: {sentence}", markup=False, highlight=False, soft_wrap=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(
+    name="flashtile",
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    help="Exact attention in which no query tile is hard-coded: see it run, ask why, measure it.",
+)
+bench_app = typer.Typer(no_args_is_help=True, help="Time an operation on a grid of problems, peers beside it.")
+bench_app.command("decode")(bench.decode)
+app.command()(demo.demo)
+app.command()(replay.replay)
+app.command()(explain.explain)
+app.add_typer(bench_app, name="bench")
+app.command()(warmup.warmup)
+app.command()(env.env)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"flashtile {metadata.version('flashtile')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,103 @@
+"""``flashtile explain``: why this tile, on any device, without a GPU."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from flashtile.cli import shape
+from flashtile.cli.output import console, plan_words, print_json, table
+from flashtile.errors import ToolchainError
+from flashtile.planner.choose import plan_decode
+from flashtile.planner.device import Device
+from flashtile.planner.explain import Explanation
+from flashtile.planner.explain import explain as explain_plan
+from flashtile.planner.plans import DecodePlan
+from flashtile.problem import Problem
+
+if TYPE_CHECKING:
+    from flashtile.kernels.compiled import CompiledFacts
+
+
+def explain(
+    device: shape.DeviceName = None,
+    batch: Annotated[int, typer.Option("--batch", min=0, help="Sequences.")] = 1,
+    seqlen_q: shape.SeqlenQ = 1,
+    seqlen_k: Annotated[int, typer.Option("--seqlen-k", min=0, help="Keys of the longest sequence.")] = 4096,
+    heads: shape.Heads = 32,
+    kv_heads: shape.KvHeads = 8,
+    head_dim: shape.HeadDim = 128,
+    head_dim_v: shape.HeadDimV = None,
+    dtype: shape.DtypeOption = shape.Dtype.bfloat16,
+    page_size: shape.PageSize = 0,
+    window: shape.Window = None,
+    causal: shape.Causal = True,
+    softcap: shape.Softcap = False,
+    alibi: shape.Alibi = False,
+    sinks: shape.Sinks = False,
+    block_m: shape.BlockM = None,
+    num_splits: shape.NumSplits = None,
+    compiles: Annotated[bool, typer.Option("--compile", help="Compile the kernel (needs Triton, no GPU): say what it takes.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Explain the plan for a shape on a device that need not be here: tile, splits, bound, and why every other tile lost."""
+    figures, basis = shape.named_device(device)
+    problem = shape.make_problem(
+        batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads=heads, kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v,
+        dtype=dtype, page_size=page_size, window=window, causal=causal, softcap=softcap, alibi=alibi, sinks=sinks,
+    )  # fmt: skip
+    plan = plan_decode(problem, figures, block_m=block_m, num_splits=num_splits)
+    facts = _compile(problem, plan, figures) if compiles else None
+    explanation = explain_plan(problem, figures, plan, compiled=facts)
+    notes = [f"The figures are {basis}."]
+    if problem.seqlen_k != seqlen_k:
+        notes.append(f"{seqlen_k} keys are planned as {problem.seqlen_k}: in steps, so that a growing cache is rarely planned anew.")
+    if as_json:
+        print_json({**json.loads(explanation.to_json()), "notes": notes, "compiled": _facts_json(facts)})
+    else:
+        _render(explanation, notes, facts)
+
+
+def _compile(problem: Problem, plan: DecodePlan, device: Device) -> CompiledFacts:
+    if not device.is_gpu:
+        raise typer.BadParameter(f"nothing is compiled for {device.name}; name a GPU with --device.", param_hint="--compile")
+    if find_spec("triton") is None:
+        raise ToolchainError("--compile: expected Triton, got none. Install it (on Linux: pip install triton), or leave --compile out.")
+    from flashtile.kernels.compiled import compile_facts
+    from flashtile.kernels.decode import decode_spec
+
+    return compile_facts(decode_spec(problem, plan), device.arch)
+
+
+def _facts_json(facts: CompiledFacts | None) -> dict[str, Any] | None:
+    if facts is None:
+        return None
+    return {
+        "arch": facts.arch,
+        "registers": facts.registers,
+        "spilled_bytes": facts.spilled_bytes,
+        "shared_bytes": facts.shared_bytes,
+        "mma": facts.mma or None,
+        "warps_per_cta": list(facts.warps_per_cta),
+    }
+
+
+def _render(explanation: Explanation, notes: list[str], facts: CompiledFacts | None) -> None:
+    for line in [*notes, *plan_words(explanation)]:
+        console.print(line, markup=False, highlight=False)
+    if facts is not None:
+        console.print(
+            f"Compiled for {facts.arch}: {facts.registers} registers a thread, {facts.spilled_bytes} bytes spilled, "
+            f"{facts.shared_bytes} bytes of shared memory, matrix instruction {facts.mma or 'none'}.",
+            markup=False,
+            highlight=False,
+        )
+    others = table("The other tiles", "tile", "why it lost", "rows wasted", "predicted", left=2)
+    for other in explanation.alternatives:
+        name = f"{other.block_m}{' swapped' if other.swapped else ''}{f' ({other.label})' if other.label else ''}"
+        predicted = "cannot run" if other.predicted_us is None else f"{other.predicted_us:.1f} us"
+        others.add_row(name, other.why, str(other.rows_wasted), predicted)
+    console.print(others)
