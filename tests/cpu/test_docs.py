@@ -1,0 +1,112 @@
+"""Documents describe this program: examples run, commands and files exist, links lead somewhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from flashtile.cli.app import app
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# On a GPU host too, examples run as a user would run them.
+PLAIN = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+def page_id(page: Path) -> str:
+    return page.name
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(text: str) -> set[str]:
+    """What a heading can be linked by: lower case, spaces as dashes, punctuation gone."""
+    headings = re.findall(r"^#+ (.+)$", without_code(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The words of every `flashtile ...` in inline code and after a prompt."""
+    for found in re.findall(r"(?:`|^\$ )flashtile ([a-z][^`\n]*)", text, flags=re.MULTILINE):
+        yield found.split()
+
+
+def test_readme_example_runs() -> None:
+    (example,) = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+    done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, env=PLAIN, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "block_m" in done.stdout
+
+
+def test_readme_shows_what_explain_prints() -> None:
+    (shown,) = re.findall(r"<!-- explain -->\n```console\n(.*?)\n```\n<!-- end -->", README, flags=re.DOTALL)
+    command, _, printed = shown.partition("\n")
+    assert command.startswith("$ flashtile explain ")
+    done = subprocess.run(
+        [sys.executable, "-m", "flashtile", *command.split()[2:]],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**PLAIN, "COLUMNS": "200"},
+    )
+    now = done.stdout.partition("The other tiles")[0].rstrip()
+    assert printed == now, f"the planner says something else by now; README's example should read:\n{now}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_resolve(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(linked.read_text(encoding="utf-8")), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_commands_exist(page: Path) -> None:
+    for words in commands(page.read_text(encoding="utf-8")):
+        command = typer.main.get_command(app)
+        while words and hasattr(command, "commands"):
+            assert words[0] in command.commands, f"{page.name}: flashtile {' '.join(words)}"
+            command = command.commands[words.pop(0)]
+        flags = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
+        unknown = {word for word in words if word.startswith("--")} - flags
+        assert not unknown, f"{page.name}: no {unknown}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_make_targets_exist(page: Path) -> None:
+    targets = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z][\w-]*)", page.read_text(encoding="utf-8"), flags=re.MULTILINE))
+    assert named <= targets, f"{page.name}: {named - targets}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_files_named_exist(page: Path) -> None:
+    files = [
+        f"/{path.relative_to(ROOT).as_posix()}" for top in ("flashtile", "tests", "benchmarks", "docs") for path in (ROOT / top).rglob("*")
+    ]
+    files += [f"/{path.name}" for path in ROOT.iterdir()]
+    for name in re.findall(r"`([\w./-]+\.(?:py|txt|toml|md))`", page.read_text(encoding="utf-8")):
+        assert any(path.endswith(f"/{name}") for path in files), f"{page.name} names {name}"
+
+
+def test_map_of_the_house_is_complete() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    here = {path.name for path in (ROOT / "flashtile").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    missing = {name for name in here if not re.search(rf"(?<![\w/]){re.escape(name)}(?!\w)", text)}
+    assert not missing, f"CONTRIBUTING.md's map lacks {sorted(missing)}"
