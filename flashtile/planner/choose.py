@@ -95,7 +95,8 @@ def _gpu_plan(problem: Problem, device: Device, kernel: Kernel, block_m: int | N
         plan = plan_for_tile(problem, device, kernel.name, tile, "tuned")
         if "num_splits" in tuned:
             plan = with_splits(plan, problem, device, tuned["num_splits"])
-        return plan
+        if not infeasible(problem, plan, device):
+            return plan
     if block_m is not None and block_m not in BLOCK_MS:
         raise UnsupportedError("block_m cannot be obeyed:", {kernel.name: [f"block_m {block_m} is not one of {BLOCK_MS}"]})
     chosen = choose_tile(problem, device, block_m)

@@ -118,9 +118,9 @@ def cost_of(work: Work, tile: TileShape, footprint: Footprint, num_splits: int, 
     once = streams * work.keys * work.kv_bytes_per_key
     again = max(0, units - streams) * work.keys * work.kv_bytes_per_key
     tile_bytes = block_n * work.kv_bytes_per_key
-    in_flight = min(footprint.resident, programs_per_sm) * max(1, tile.num_stages - 1) * tile_bytes
+    in_flight = min(footprint.resident, max(1, programs_per_sm)) * max(1, tile.num_stages - 1) * tile_bytes
     sm_bytes_per_us = min(SM_BANDWIDTH_SHARE * device.bandwidth / sms * 1e-6, in_flight / DRAM_LATENCY_US)
-    sm_once = walked * tile_bytes * (streams / units) if units > streams else walked * tile_bytes
+    sm_once = walked * tile_bytes * min(1.0, streams / max(1, units))
     read_us = max(once / device.bandwidth * 1e6, sm_once / sm_bytes_per_us) + again / (L2_BANDWIDTH_SHARE * device.bandwidth) * 1e6
     return Cost(
         memory_us=DRAM_LATENCY_US + read_us + step_us,

@@ -17,11 +17,20 @@ MIN_PADDED_DIM = 16
 SHARED_SCRATCH = 1024  # bytes: reductions over warps, barriers
 REGISTERS_BASE = 40  # addresses, loop counters, row statistics
 REGISTERS_PER_SCORE = 2  # a score and its probability before packing
-FRAGMENT_REGISTERS = 16  # fragments of K and V on their way into a matrix instruction
-FMA_OPERANDS_LIVE = 0.5  # share of an FMA dot's operand rows that live in registers at a time
-VECTOR_TILES_LIVE = 1.5  # float32 tiles of keys times dim that the vector kernel holds: K's, and half of V's while it sums
+REGISTERS_PER_FEATURE = 7  # each of softcap, ALiBi, paging and packed queries
+REGISTERS_PER_COPY = 2  # the address of one 16-byte copy of a key tile, kept over the loop
+FRAGMENT_REGISTERS = 24  # fragments of K and V on their way into a matrix instruction
+TENSOR_MEMORY_REGISTERS = 16  # tcgen05: what passes between tensor memory and registers
+MAX_Q_REGISTERS = 64  # beyond, q's fragments are read again from shared memory
+IDLE_WARPS_SHARE = 0.75  # what a warp beyond one for 16 rows still holds of the accumulator that it repeats
+FMA_OPERANDS_LIVE = 0.35  # share of an FMA dot's operand elements that live in registers at a time
+FMA_SWAPPED_FACTOR = {"cuda": 1.45, "hip": 2.0}  # more of them when operands are swapped for 16 rows, or for AMD's 4-row mfma
+VECTOR_TILES_LIVE = {"cuda": 1.5, "hip": 12.0}  # float32 tiles of keys times dim that the vector kernel holds at a time
+VECTOR_WARPS_PER_32_DIMS = 2  # with fewer warps than this for 32 value dims, a thread holds whole columns of keys,
+VECTOR_COLUMN_SHARE = 6 / 128  # this many registers a key and value dim
 MAX_PROGRAMS_PER_SM = 32
 REGISTER_GRANULE = 8
+COPY_BYTES = 16
 
 
 class TileShape(Protocol):
@@ -78,60 +87,76 @@ def _mma(arch: Architecture, float32: bool, allow_tf32: bool, m: int, n: int, nu
 def shared_memory_bytes(problem: Problem, tile: TileShape, device: Device) -> int:
     """Bytes of shared memory that one program takes.
 
-    buffers * (K tile + V tile): buffers is num_stages where copies are asynchronous, num_stages - 1 (at least 1) where
-    loads pass through registers, for one tile is then on its way in those. Beside the ring lie q (for a matrix
-    instruction that reads it from shared memory, and for FMA), the probabilities where they change layout between the
-    products (swapped tiles and FMA), and a scratch for reductions. The vector kernel holds K and V in registers.
+    buffers * (K tile + V tile): buffers is num_stages where the matrix instruction itself reads shared memory, for a tile
+    must stay until the instruction is done, and num_stages - 1 (at least 1) where fragments go through registers; the
+    vector kernel has none unless copies are asynchronous. Beside the ring lie q and the probabilities on their way
+    between layouts (float32 results too, for FMA), and a scratch for reductions.
     """
     k_bytes, v_bytes = DTYPE_BYTES[problem.dtype_k], DTYPE_BYTES[problem.dtype_v]
     dim, dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
-    arch = device.architecture
-    if arch.async_copies:
-        buffers = tile.num_stages
-    else:
-        buffers = 0 if tile.block_m == 1 else max(1, tile.num_stages - 1)
-    ring = buffers * tile.block_n * (dim * k_bytes + dim_v * v_bytes)
+    key_bytes = dim * k_bytes + dim_v * v_bytes
+    buffers = max(1, tile.num_stages - 1)
     if tile.block_m == 1:
-        return ring + SHARED_SCRATCH + tile.num_warps * dim_v * 4
+        ring = buffers * tile.block_n * key_bytes if device.architecture.async_copies else 0
+        return ring + tile.num_warps * dim_v * 4 + SHARED_SCRATCH
     mma = mma_of(problem, tile, device)
-    in_shared = mma is None or mma.m >= 64 or tile.swapped
-    q_bytes = tile.block_m * dim * k_bytes if in_shared else 0
-    p_bytes = tile.block_m * tile.block_n * v_bytes if mma is None or tile.swapped else 0
-    return ring + q_bytes + p_bytes + SHARED_SCRATCH
+    reads_shared = mma is not None and mma.warps > 1
+    ring = (tile.num_stages if reads_shared else buffers) * tile.block_n * key_bytes
+    q_bytes = tile.block_m * dim * k_bytes
+    p_bytes = 0 if reads_shared and not tile.swapped else tile.block_m * tile.block_n * v_bytes
+    result_bytes = tile.block_m * dim_v * 4 if mma is None else 0
+    return ring + q_bytes + p_bytes + result_bytes + SHARED_SCRATCH
 
 
 def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> int:
     """32-bit registers that one thread would like to have; more than the device gives means spills.
 
-    Matrix tiles: accumulator block_m x dim_v and scores block_m x block_n, spread over all threads (but a matrix
-    instruction's rows cannot be halved: each group of its warps holds at least one instruction's worth), plus q where
-    the instruction takes it from registers, plus fragments. Vector units: K and V tiles as float32, and the
-    accumulator in each warp. FMA: each thread holds rows of q and columns of k over the whole head dim.
+    A base and the features; the addresses of the copies of a key tile; the accumulator block_m x dim_v and the scores
+    block_m x block_n, spread over the threads. Then by how the products run: a matrix instruction holds fragments, and
+    q or (swapped) the keys where it takes them from registers; an FMA dot holds rows and columns over the whole inner
+    dimension; the vector kernel holds float32 tiles of keys.
     """
     threads = tile.num_warps * device.warp_size
     dim, dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
+    k_bytes, v_bytes = DTYPE_BYTES[problem.dtype_k], DTYPE_BYTES[problem.dtype_v]
+    base = REGISTERS_BASE + REGISTERS_PER_FEATURE * features_of(problem)
     if tile.block_m == 1:
-        tiles = VECTOR_TILES_LIVE * tile.block_n * max(dim, dim_v) / threads
-        return int(REGISTERS_BASE + tiles + dim_v / device.warp_size + dim / device.warp_size)
-    accumulator = tile.block_m * dim_v / threads
+        few_warps = device.backend == "cuda" and tile.num_warps * 32 < VECTOR_WARPS_PER_32_DIMS * dim_v
+        columns = VECTOR_COLUMN_SHARE * tile.block_n * dim_v if few_warps else 0.0
+        return int(base + columns + (VECTOR_TILES_LIVE[device.backend] * tile.block_n * max(dim, dim_v) + 2 * (dim + dim_v)) / threads)
+    copies = REGISTERS_PER_COPY * tile.block_n * (dim * k_bytes + dim_v * v_bytes) / COPY_BYTES / threads
     scores = REGISTERS_PER_SCORE * tile.block_m * tile.block_n / threads
+    accumulator = tile.block_m * dim_v / threads
     mma = mma_of(problem, tile, device)
     if mma is None:
-        rows, columns = _fma_share(tile.block_m, tile.block_n, threads)
-        operands = FMA_OPERANDS_LIVE * (rows + columns) * max(dim, tile.block_n)
-        return int(REGISTERS_BASE + accumulator + scores + operands)
-    q = 0.0
-    if mma.m < 64 and not tile.swapped:
-        threads_of_a_row_set = min(threads, max(1, tile.block_m // mma.m) * device.warp_size)
-        q = tile.block_m * dim * DTYPE_BYTES[problem.dtype_q] / 4 / threads_of_a_row_set
-    return int(REGISTERS_BASE + accumulator + scores + q + FRAGMENT_REGISTERS)
+        first = _fma_operands(tile.block_m, tile.block_n, dim, threads)
+        second = _fma_operands(tile.block_m, dim_v, tile.block_n, threads)
+        more = tile.swapped and (tile.block_m >= 16 or device.backend == "hip")
+        live = FMA_OPERANDS_LIVE * (FMA_SWAPPED_FACTOR[device.backend] if more else 1.0)
+        return int(base + accumulator + scores + live * max(first, second))
+    fragments = FRAGMENT_REGISTERS
+    if mma.warps > 1:
+        fragments += TENSOR_MEMORY_REGISTERS if mma.name.startswith("tcgen05") else 0
+        if not tile.swapped and tile.num_warps * 16 > tile.block_m:
+            accumulator = IDLE_WARPS_SHARE * tile.block_m * dim_v / (tile.block_m // 16 * device.warp_size)
+        operands = tile.block_n * dim_v * v_bytes / 4 / threads if tile.swapped else 0.0
+    elif tile.swapped:
+        operands = tile.block_n * (dim * k_bytes + dim_v * v_bytes) / 4 / threads
+    else:
+        operands = min(MAX_Q_REGISTERS, tile.block_m * dim * k_bytes / 4 / device.warp_size)
+    return int(base + copies + accumulator + scores + operands + fragments)
 
 
-def _fma_share(block_m: int, block_n: int, threads: int) -> tuple[int, int]:
-    """Rows and columns of the scores that one thread of an FMA dot computes: as square as they get."""
-    outputs = max(1, block_m * block_n // threads)
-    rows = 1 << (outputs.bit_length() - 1) // 2
-    return rows, outputs // rows
+def features_of(problem: Problem) -> int:
+    """How many features a kernel carries that take registers of their own."""
+    return problem.softcap + problem.alibi + problem.ragged_q + (problem.page_size > 0)
+
+
+def _fma_operands(rows: int, columns: int, inner: int, threads: int) -> int:
+    """Elements of both operands that one thread of an FMA dot touches: its share of the result, as square as it gets."""
+    outputs = max(1, rows * columns // threads)
+    its_rows = min(rows, 1 << (outputs.bit_length() - 1) // 2)
+    return (its_rows + outputs // its_rows) * inner
 
 
 def registers_limit(tile: TileShape, device: Device) -> int:

@@ -41,6 +41,8 @@ MAX_STAGES = 8
 SWAPPED_BLOCK_MS = (8, 16)
 PROGRAMS_A_WAVE = 2  # resident programs of an SM that splits may fill: more only make waves and partials
 SPLIT_GAIN_PERCENT = 4  # what more splits must gain: partials and their combine have costs beyond the model
+FEW_UNITS_PER_SM = 2  # below this, whole units may load SMs unevenly: FEW_SPLITS are tried as well
+FEW_SPLITS = (2, 3)
 TAIL_KEYS = 4096  # with several sequences one may be far longer than the rest: the most keys that a program reads
 MIN_KEYS_FEW_UNITS = 256  # the least keys of a split with several sequences, while they do not fill the device often
 MIN_KEYS_MANY_UNITS = 512
@@ -62,16 +64,17 @@ class Tile(NamedTuple):
 
 # For each query tile, shapes in order of preference: the first that fits is taken. Measured on sm_90 with bfloat16 and head
 # dim 128; the later ones are for longer heads, wider types and less shared memory.
-_FEW_ROWS = ((64, 4, 3), (32, 2, 4), (32, 2, 3), (64, 4, 2), (32, 4, 2), (32, 2, 2), (32, 4, 1), (32, 8, 1))
-_MANY_ROWS = ((64, 4, 3), (64, 4, 2), (32, 4, 3), (64, 8, 3), (64, 8, 2), (32, 4, 2), (32, 8, 2), (32, 4, 1), (32, 8, 1))
+_FEW_ROWS = ((64, 4, 3), (32, 2, 4), (64, 4, 2), (32, 4, 3), (64, 8, 3), (32, 2, 2), (32, 4, 2), (64, 8, 2), (32, 8, 2), (32, 8, 1))
+_MANY_ROWS = ((64, 4, 3), (64, 4, 2), (64, 8, 3), (32, 4, 3), (64, 8, 2), (32, 8, 3), (32, 4, 2), (32, 8, 2), (32, 8, 1))
 SHAPES: dict[tuple[int, bool], tuple[tuple[int, int, int], ...]] = {
     (16, False): _FEW_ROWS,
-    (8, True): _FEW_ROWS,
-    (1, False): ((64, 4, 3), (32, 4, 3), (64, 4, 2), (32, 4, 2), (32, 8, 2), (32, 4, 1)),
+    # with four warps the keys' fragments take 172 registers, which spills on sm_80
+    (8, True): ((64, 8, 3), (32, 4, 3), *_FEW_ROWS),
+    (1, False): ((64, 4, 3), (64, 8, 3), (32, 8, 3), (32, 8, 2), (64, 16, 2), (32, 16, 2), (32, 4, 2)),
     (16, True): _FEW_ROWS,
     (32, False): _MANY_ROWS,
     (64, False): _MANY_ROWS,
-    (128, False): ((64, 8, 3), (64, 8, 2), (64, 4, 2), (32, 8, 2), (32, 4, 2), (32, 8, 1)),
+    (128, False): ((64, 8, 3), (64, 8, 2), (32, 8, 3), (32, 8, 2), (32, 8, 1)),
 }
 CANDIDATES: dict[tuple[int, bool], tuple[Tile, ...]] = {
     variant: tuple(Tile(*variant, *shape) for shape in shapes) for variant, shapes in SHAPES.items()
@@ -176,18 +179,21 @@ def worth_trying(tile: Tile, rows: int, has_mma: bool) -> bool:
 
 def fitting_tiles(problem: Problem, device: Device) -> tuple[tuple[Tile, Footprint], ...]:
     """For each query tile the preferred shape that fits the device; query tiles without one are left out."""
-    return _fitting_tiles(
-        device, problem.head_dim, problem.head_dim_v, problem.dtype_q, problem.dtype_k, problem.dtype_v, problem.allow_tf32
-    )
+    kind = (problem.head_dim, problem.head_dim_v, problem.dtype_q, problem.dtype_k, problem.dtype_v, problem.allow_tf32)
+    features = (problem.softcap, problem.alibi, problem.ragged_q, problem.page_size > 0)
+    return _fitting_tiles(device, kind, features)
 
 
 @lru_cache(maxsize=1024)
 def _fitting_tiles(
-    device: Device, head_dim: int, head_dim_v: int, dtype_q: str, dtype_k: str, dtype_v: str, allow_tf32: bool
+    device: Device, kind: tuple[int, int, str, str, str, bool], features: tuple[bool, bool, bool, bool]
 ) -> tuple[tuple[Tile, Footprint], ...]:
+    head_dim, head_dim_v, dtype_q, dtype_k, dtype_v, allow_tf32 = kind
+    softcap, alibi, ragged_q, paged = features
     problem = Problem(
-        head_dim=head_dim, head_dim_v=head_dim_v, dtype_q=dtype_q, dtype_k=dtype_k, dtype_v=dtype_v, allow_tf32=allow_tf32
-    )
+        head_dim=head_dim, head_dim_v=head_dim_v, dtype_q=dtype_q, dtype_k=dtype_k, dtype_v=dtype_v, allow_tf32=allow_tf32,
+        softcap=softcap, alibi=alibi, ragged_q=ragged_q, page_size=int(paged),
+    )  # fmt: skip
     firsts = (next((tile for tile in tiles if not misfits(problem, tile, device)), None) for tiles in CANDIDATES.values())
     return tuple((tile, footprint_of(problem, tile, device)) for tile in firsts if tile is not None)
 
@@ -215,28 +221,32 @@ def splits_of(problem: Problem, device: Device, block_n: int, num_splits: int) -
 
 
 def split_count(work: Work, tile: TileShape, footprint: Footprint, device: Device) -> int:
-    """Minimises the busiest SM's nanoseconds on key tiles plus those of combining; at equal cost the fewest splits.
+    """Minimises nanoseconds of reading and combining; at (nearly) equal cost the fewest splits.
 
-    Tried are no split, and as many as fill the SMs with one or with two resident programs each: beyond one wave of
-    resident programs splits only lose. Then TAIL_KEYS bounds what a program reads if there are several sequences, for
-    lengths live on the device and one may be much longer than the rest.
+    Reading takes as long as DRAM needs for all keys, or the busiest SM for its own. Tried are no split, as many as fill
+    the SMs with one or with two resident programs each (beyond one wave of resident programs splits only lose), and two
+    or three where whole units would leave many SMs idle. Then TAIL_KEYS bounds what a program reads if there are several
+    sequences, for lengths live on the device and one may be much longer than the rest.
     """
     tiles = -(-work.keys // tile.block_n)
     units = row_blocks_of(work, tile.block_m) * work.num_heads_kv
     if tiles <= 1 or units == 0:
         return 1
-    tile_bytes = tile.block_n * work.kv_bytes_per_key
-    tile_ns = max(int(1000 * MATRIX_ITERATION_US), int(1e9 * tile_bytes * device.num_sms / (SM_BANDWIDTH_SHARE * device.bandwidth)))
+    sms = device.num_sms
+    even_ns = 1e9 * tile.block_n * work.kv_bytes_per_key / device.bandwidth
+    all_ns = int(even_ns * work.batch * work.num_heads_kv * tiles)
+    tile_ns = max(int(1000 * MATRIX_ITERATION_US), int(even_ns * sms / SM_BANDWIDTH_SHARE))
     combine_ns, per_split_ns = int(1000 * (device.launch_us + COMBINE_US)), int(1000 * COMBINE_SPLIT_US)
-    resident = min(PROGRAMS_A_WAVE, footprint.resident)
-    best, best_ns = 1, -(-units // device.num_sms) * tiles * tile_ns
-    for wave in range(1, resident + 1):
-        wanted = min(tiles, device.num_sms * wave // units)
-        if wanted <= best:
-            continue
-        tiles_per_split = -(-tiles // wanted)
+    wanted = [sms * wave // units for wave in range(1, min(PROGRAMS_A_WAVE, footprint.resident) + 1)]
+    if sms < units < FEW_UNITS_PER_SM * sms:
+        wanted += FEW_SPLITS
+    best, best_ns = 1, max(all_ns, -(-units // sms) * tiles * tile_ns)
+    for count in wanted:
+        tiles_per_split = -(-tiles // min(tiles, max(1, count)))
         splits = -(-tiles // tiles_per_split)
-        ns = -(-units * splits // device.num_sms) * tiles_per_split * tile_ns + combine_ns + splits * per_split_ns
+        if splits <= best:
+            continue
+        ns = max(all_ns, -(-units * splits // sms) * tiles_per_split * tile_ns) + combine_ns + splits * per_split_ns
         if ns * 100 < best_ns * (100 - SPLIT_GAIN_PERCENT):
             best, best_ns = splits, ns
     if work.batch > 1:

@@ -1,0 +1,67 @@
+"""The golden table: what the planner chooses for forty problems, so that each change of a rule is visible in a diff.
+
+After a deliberate change of a rule, regenerate the table and read the diff:
+
+    python tests/cpu/planner/golden.py > tests/cpu/planner/golden.txt
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flashtile.band import Band
+from flashtile.planner.choose import plan_decode
+from flashtile.planner.device import Device
+from flashtile.problem import Problem
+
+TABLE = Path(__file__).with_name("golden.txt")
+
+NVIDIA_AND_AMD = ("T4", "A100", "L40S", "RTX 4090", "RTX 5090", "H100", "B200", "MI300X")
+BATCHES = ((8, 16384), (32, 4096), (128, 1024))
+SPECULATIVE = ((1, 2), (1, 8), (1, 16), (16, 8), (1, 64))
+HEADS = {"32/8": (32, 8), "32/32": (32, 32), "64/8": (64, 8), "16/1": (16, 1)}
+
+# device, batch, seqlen_q, keys, heads, head dim, dtype, what else is special
+PROBLEMS = [
+    *[("H200", 1, 1, keys, heads, 128, "bfloat16", "") for heads in HEADS for keys in (512, 4096, 131072)],
+    *[("H200", batch, 1, keys, heads, 128, "bfloat16", "") for heads in ("32/8", "16/1") for batch, keys in BATCHES],
+    *[("H200", batch, queries, 32768, "32/8", 128, "bfloat16", "") for batch, queries in SPECULATIVE],
+    ("H200", 8, 1, 131072, "32/8", 128, "bfloat16", "window"),
+    ("H200", 64, 1, 65536, "32/8", 128, "bfloat16", ""),
+    ("H200", 64, 512, 8192, "32/8", 128, "bfloat16", "ragged"),
+    ("H200", 1, 1, 64, "32/8", 128, "bfloat16", ""),
+    ("H200", 1, 1, 777, "32/8", 128, "bfloat16", ""),
+    ("H200", 8, 1, 5001, "32/8", 64, "float16", ""),
+    ("H200", 8, 1, 5001, "32/8", 256, "float16", ""),
+    ("H200", 8, 4, 4096, "32/8", 96, "bfloat16", ""),
+    ("H200", 1, 1, 4096, "32/8", 128, "float32", ""),
+    ("H200", 1, 1, 4096, "32/8", 64, "float32", ""),
+    *[(device, 1, 1, 4096, "32/8", 128, "float16", "") for device in NVIDIA_AND_AMD],
+    *[(device, 16, 8, 4096, "32/8", 256, "float16", "") for device in ("T4", "A100", "L40S", "RTX 5090", "B200", "MI300X")],
+]  # fmt: skip
+
+Row = tuple[str, int, int, int, str, int, str, str]
+
+
+def problem_of(row: Row) -> tuple[Problem, Device]:
+    device, batch, seqlen_q, keys, heads, head_dim, dtype, special = row
+    num_heads_q, num_heads_kv = HEADS[heads]
+    problem = Problem(
+        batch=batch, seqlen_q=seqlen_q, seqlen_k=keys, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, head_dim=head_dim, dtype_q=dtype,
+        band=Band(1023, 0) if special == "window" else Band(None, 0), ragged_q=special == "ragged",
+        total_q=batch + seqlen_q - 1 if special == "ragged" else -1,
+    )  # fmt: skip
+    return problem, Device.named(device)
+
+
+def line_of(row: Row) -> str:
+    """One problem and its plan, in fixed columns."""
+    device, batch, seqlen_q, keys, heads, head_dim, dtype, special = row
+    plan = plan_decode(*problem_of(row))
+    asked = f"{device:8} {batch:3} x {seqlen_q:3} q {keys:6} k {heads:5} d{head_dim:<3} {dtype:8} {special:6}"
+    tile = f"m{plan.block_m}{'s' if plan.swapped else ''} n{plan.block_n} w{plan.num_warps} s{plan.num_stages}"
+    return f"{asked} | {tile} | {plan.num_splits} x {plan.keys_per_split}, at least {plan.min_keys_per_split}"
+
+
+if __name__ == "__main__":
+    print("\n".join(line_of(row) for row in PROBLEMS))

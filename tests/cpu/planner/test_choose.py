@@ -1,0 +1,145 @@
+"""plan_decode: wishes are obeyed or refused, tuned tiles come before the rule, plans are cached and cheap."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from flashtile.errors import ArgumentError, UnsupportedError
+from flashtile.planner import choose, table
+from flashtile.planner.catalog import CATALOG, kernel_named, module_of
+from flashtile.planner.choose import plan_decode
+from flashtile.planner.device import Device
+from flashtile.planner.plans import BLOCK_MS, DecodePlan
+from flashtile.planner.rules import infeasible
+from flashtile.problem import Problem
+
+H200 = Device.named("H200")
+LLAMA = Problem(seqlen_k=4096, num_heads_q=32, num_heads_kv=8)
+
+
+def test_an_explicit_plan_is_obeyed_as_it_is() -> None:
+    wish = DecodePlan("triton.decode", 32, block_n=32, num_warps=8, num_stages=2, num_splits=3)
+    assert plan_decode(LLAMA, H200, plan=wish) is wish
+
+
+@pytest.mark.parametrize(
+    ("wish", "reason"),
+    [
+        (DecodePlan("triton.decode", 24), "24"),
+        (DecodePlan("triton.decode", 16, block_n=256, num_stages=8), "bytes of shared memory"),
+        (DecodePlan("cpu.decode", 16), "cuda"),
+        (DecodePlan("no.decode", 16), "no such kernel"),
+    ],
+)
+def test_an_impossible_plan_is_refused_with_reasons(wish: DecodePlan, reason: str) -> None:
+    with pytest.raises(UnsupportedError, match=reason) as raised:
+        plan_decode(LLAMA, H200, plan=wish)
+    assert list(raised.value.reasons) == [wish.kernel]
+
+
+@pytest.mark.parametrize("block_m", BLOCK_MS)
+def test_block_m_is_obeyed(block_m: int) -> None:
+    plan = plan_decode(LLAMA, H200, block_m=block_m)
+    assert (plan.block_m, plan.swapped, plan.source) == (block_m, block_m == 8, "explicit")
+    assert infeasible(LLAMA, plan, H200) == []
+
+
+def test_block_m_that_is_none_of_the_tiles() -> None:
+    with pytest.raises(UnsupportedError, match="block_m 4 is not one of"):
+        plan_decode(LLAMA, H200, block_m=4)
+
+
+def test_block_m_that_would_spill_is_refused() -> None:
+    problem = Problem(seqlen_k=4096, num_heads_q=32, num_heads_kv=8, head_dim=256, dtype_q="float32")
+    with pytest.raises(UnsupportedError, match="spill"):
+        plan_decode(problem, H200, block_m=128)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 7, 64, 1000])
+def test_num_splits_is_obeyed(num_splits: int) -> None:
+    plan = plan_decode(LLAMA, H200, num_splits=num_splits)
+    assert plan.num_splits == num_splits
+    assert plan.min_keys_per_split == plan.block_n
+    assert plan.num_splits * plan.keys_per_split >= 4096
+
+
+@pytest.mark.parametrize("num_splits", [0, -3])
+def test_no_splits_at_all_is_an_error(num_splits: int) -> None:
+    with pytest.raises(ArgumentError, match="num_splits"):
+        plan_decode(LLAMA, H200, num_splits=num_splits)
+
+
+def test_more_splits_than_a_grid_holds() -> None:
+    with pytest.raises(UnsupportedError, match="65535"):
+        plan_decode(LLAMA, H200, num_splits=65536)
+
+
+def test_a_wish_that_contradicts_the_plan() -> None:
+    with pytest.raises(ArgumentError, match="block_m"):
+        plan_decode(LLAMA, H200, plan=DecodePlan("triton.decode", 32), block_m=16)
+
+
+def test_no_kernel_lists_every_kernel() -> None:
+    with pytest.raises(UnsupportedError) as raised:
+        plan_decode(LLAMA.with_(kv_scales="tensor"), H200)
+    assert set(raised.value.reasons) == {kernel.name for kernel in CATALOG}
+    assert "scales" in raised.value.reasons["triton.decode"][0]
+
+
+def test_cpu_plans() -> None:
+    plan = plan_decode(LLAMA, Device.named("cpu"))
+    assert (plan.kernel, plan.block_m, plan.swapped, plan.num_splits, plan.keys_per_split) == ("cpu.decode", 8, False, 1, 4096)
+    assert plan_decode(LLAMA, Device.named("cpu"), block_m=64, num_splits=4).keys_per_split == 1024
+
+
+def test_modules_of_kernels() -> None:
+    assert {module_of(kernel.name) for kernel in CATALOG} == {"flashtile.kernels.decode", "flashtile.kernels.cpu"}
+    with pytest.raises(ArgumentError, match=r"triton\.decode"):
+        kernel_named("other")
+
+
+def test_plans_survive_json() -> None:
+    plan = plan_decode(LLAMA, H200)
+    assert DecodePlan.from_json(plan.to_json()) == plan
+
+
+def test_plans_are_cached() -> None:
+    assert plan_decode(LLAMA, H200) is plan_decode(LLAMA.with_(), H200)
+
+
+def test_growing_lengths_need_few_tiles() -> None:
+    plans = [plan_decode(LLAMA.with_(seqlen_k=keys), H200) for keys in range(64, 8192, 64)]
+    assert len({(p.block_m, p.swapped, p.block_n, p.num_warps, p.num_stages, p.num_splits > 1, p.combine_warps) for p in plans}) <= 4
+
+
+def test_a_tuned_tile_comes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = LLAMA.with_(seqlen_k=3000)
+    tile = {"block_m": 32, "swapped": False, "block_n": 32, "num_warps": 8, "num_stages": 2, "num_splits": 5}
+    text = json.dumps({"arch": "sm_90", "rows": [{"key": list(table.key_of(problem)), "tile": tile}]})
+    monkeypatch.setattr(table, "tuned_table", lambda arch: table.read_table(text))
+    plan = plan_decode.__wrapped__(problem, H200)
+    assert (plan.block_m, plan.block_n, plan.num_warps, plan.num_splits, plan.source) == (32, 32, 8, 5, "tuned")
+    asked = plan_decode.__wrapped__(problem, H200, block_m=16)
+    assert (asked.block_m, asked.source) == (16, "explicit")
+
+
+def test_a_tuned_tile_that_does_not_fit_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    tile = {"block_m": 64, "swapped": False, "block_n": 256, "num_warps": 4, "num_stages": 8}
+    text = json.dumps({"arch": "sm_90", "rows": [{"key": list(table.key_of(LLAMA)), "tile": tile}]})
+    monkeypatch.setattr(table, "tuned_table", lambda arch: table.read_table(text))
+    assert plan_decode.__wrapped__(LLAMA, H200).source == "rule"
+
+
+def test_shipped_tables_are_readable() -> None:
+    for file in Path(choose.__file__).with_name("tuned").glob("*.json"):
+        assert table.tuned_table(file.stem)
+
+
+@pytest.mark.parametrize(("name", "major"), [("NVIDIA Never Seen", 15), ("Old", 5)])
+def test_unknown_gpus_get_a_plan(name: str, major: int) -> None:
+    device = Device.from_properties(SimpleNamespace(name=name, major=major, minor=0, multi_processor_count=33), "cuda")
+    assert infeasible(LLAMA, plan_decode(LLAMA, device), device) == []

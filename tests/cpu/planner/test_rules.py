@@ -1,0 +1,196 @@
+"""Rules and footprints: what fits, what is chosen, and what is refused with the number that decided."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashtile.band import Band
+from flashtile.planner.choose import plan_decode
+from flashtile.planner.cost import predict_us
+from flashtile.planner.device import Device
+from flashtile.planner.footprint import footprint_of, mma_name, mma_of, padded, registers_limit, registers_per_thread, shared_memory_bytes
+from flashtile.planner.plans import DecodePlan
+from flashtile.planner.rules import MAX_SPLITS, TAIL_KEYS, Tile, choose_splits, choose_tile, infeasible
+from flashtile.problem import Problem
+
+H200 = Device.named("H200")
+GPUS = [Device.named(name) for name in Device.names() if name != "cpu"]
+LLAMA = Problem(seqlen_k=4096, num_heads_q=32, num_heads_kv=8)
+
+problems = st.builds(
+    lambda group, num_heads_kv, **facts: Problem(num_heads_q=group * num_heads_kv, num_heads_kv=num_heads_kv, **facts),
+    group=st.sampled_from([1, 2, 5, 8, 16]),
+    num_heads_kv=st.sampled_from([1, 2, 8, 32]),
+    batch=st.integers(0, 300),
+    seqlen_q=st.sampled_from([0, 1, 2, 4, 7, 64, 2048]),
+    seqlen_k=st.sampled_from([0, 1, 63, 64, 777, 4096, 131072, 1 << 20]),
+    head_dim=st.sampled_from([8, 64, 72, 96, 128, 192, 256]),
+    head_dim_v=st.sampled_from([8, 64, 128, 256]),
+    dtype_q=st.sampled_from(["float16", "bfloat16", "float32"]),
+    band=st.sampled_from([Band(None, 0), Band(), Band(1023, 0), Band(0, 0)]),
+    page_size=st.sampled_from([0, 1, 16]),
+    alibi=st.booleans(),
+    softcap=st.booleans(),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(problem=problems, device=st.sampled_from([*GPUS, Device.named("cpu")]))
+def test_every_planned_decode_is_feasible_and_covers_its_keys(problem: Problem, device: Device) -> None:
+    plan = plan_decode(problem, device)
+    assert infeasible(problem, plan, device) == []
+    assert plan.num_splits * plan.keys_per_split >= problem.keys_read
+    assert 0 < plan.min_keys_per_split <= plan.keys_per_split
+    assert predict_us(problem, plan, device).total_us > 0
+    if device.is_gpu:
+        assert plan.keys_per_split % plan.block_n == 0
+        assert plan.min_keys_per_split % plan.block_n == 0
+        assert shared_memory_bytes(problem, plan, device) <= device.smem_per_block
+        assert registers_per_thread(problem, plan, device) <= registers_limit(plan, device)
+
+
+@pytest.mark.parametrize(("dim", "held"), [(8, 16), (16, 16), (64, 64), (72, 128), (192, 256)])
+def test_head_dims_are_padded_to_powers_of_two(dim: int, held: int) -> None:
+    assert padded(dim) == held
+
+
+@pytest.mark.parametrize(
+    ("device", "tile", "name"),
+    [
+        ("H200", Tile(16, False, 64, 4, 3), "mma.sync m16n8k16"),
+        ("H200", Tile(64, False, 64, 4, 3), "wgmma m64n64k16"),
+        ("H200", Tile(64, False, 64, 2, 3), "mma.sync m16n8k16"),
+        ("H200", Tile(8, True, 64, 4, 3), "mma.sync m16n8k16"),
+        ("H200", Tile(16, True, 64, 4, 3), "wgmma m64n16k16"),
+        ("H200", Tile(1, False, 64, 8, 3), "the vector units"),
+        ("A100", Tile(64, False, 64, 4, 3), "mma.sync m16n8k16"),
+        ("T4", Tile(16, False, 32, 4, 2), "FMA on the vector units"),
+        ("MI300X", Tile(16, False, 32, 4, 2), "mfma m16n16k16"),
+    ],
+)
+def test_matrix_instruction(device: str, tile: Tile, name: str) -> None:
+    assert mma_name(LLAMA, tile, Device.named(device)) == name
+
+
+def test_ieee_float32_has_no_matrix_instruction_on_nvidia_unless_tf32_is_allowed() -> None:
+    tile = Tile(16, False, 32, 4, 2)
+    ieee = LLAMA.with_(dtype_q="float32", dtype_k="float32", dtype_v="float32", dtype_out="float32")
+    assert mma_of(ieee, tile, H200) is None
+    assert mma_name(ieee.with_(allow_tf32=True), tile, H200) == "mma.sync m16n8k8"
+    assert mma_of(ieee, tile, Device.named("MI300X")) is not None
+
+
+def test_shared_memory_grows_with_stages_and_keys() -> None:
+    small, deep, wide = (shared_memory_bytes(LLAMA, Tile(16, False, n, 4, s), H200) for n, s in ((32, 3), (32, 4), (64, 3)))
+    assert deep - small == 32 * 128 * 2 * 2
+    assert wide > small
+
+
+@pytest.mark.parametrize(
+    ("rows", "block_m"), [(1, 16), (4, 16), (16, 16), (17, 32), (32, 32), (64, 64), (256, 128)]
+)
+def test_rows_choose_the_tile(rows: int, block_m: int) -> None:
+    tile = choose_tile(Problem(seqlen_q=rows, seqlen_k=32768, num_heads_q=8, num_heads_kv=8), H200)
+    assert tile is not None
+    assert tile.block_m == block_m
+
+
+def test_less_shared_memory_gives_a_shallower_ring() -> None:
+    tile = choose_tile(LLAMA, H200)
+    small = choose_tile(LLAMA, replace(H200, smem_per_block=48 * 1024))
+    assert tile is not None
+    assert small is not None
+    assert shared_memory_bytes(LLAMA, small, H200) <= 48 * 1024 < shared_memory_bytes(LLAMA, tile, H200)
+
+
+@pytest.mark.parametrize(("keys", "heads_kv", "splits"), [(4096, 8, 16), (131072, 8, 16), (131072, 1, 128), (64, 8, 1), (512, 8, 8)])
+def test_splits_of_a_lone_sequence_fill_one_wave(keys: int, heads_kv: int, splits: int) -> None:
+    problem = Problem(seqlen_k=keys, num_heads_q=4 * heads_kv, num_heads_kv=heads_kv)
+    assert choose_splits(problem, H200, Tile(16, False, 64, 4, 3))[2] == splits
+
+
+def test_more_sms_give_more_splits() -> None:
+    tile = Tile(16, False, 64, 4, 3)
+    assert choose_splits(LLAMA, replace(H200, num_sms=66), tile)[2] < choose_splits(LLAMA, H200, tile)[2]
+
+
+def test_a_batch_bounds_what_one_program_reads() -> None:
+    keys_per_split, least, splits = choose_splits(LLAMA.with_(batch=64, total_q=64, seqlen_k=65536), H200, Tile(16, False, 64, 4, 3))
+    assert keys_per_split <= TAIL_KEYS
+    assert splits == 16
+    assert 256 <= least <= 512
+
+
+def test_a_full_machine_is_not_split() -> None:
+    assert choose_splits(LLAMA.with_(batch=128, total_q=128), H200, Tile(16, False, 64, 4, 3))[2] == 1
+
+
+def test_a_window_counts_and_not_the_cache() -> None:
+    problem = LLAMA.with_(seqlen_k=131072, band=Band(1023, 0))
+    keys_per_split, _, splits = choose_splits(problem, H200, Tile(16, False, 64, 4, 3))
+    assert 1024 <= keys_per_split * splits < 2048
+
+
+def plan(**changes: object) -> DecodePlan:
+    return DecodePlan("triton.decode", 16).with_(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "number"),
+    [
+        ({"block_m": 48}, "48"),
+        ({"block_m": 8}, "at least"),
+        ({"block_m": 32, "swapped": True}, "not 32"),
+        ({"block_n": 48}, "48"),
+        ({"block_n": 8}, "8"),
+        ({"num_warps": 3}, "3"),
+        ({"num_warps": 64}, "64"),
+        ({"num_stages": 0}, "0"),
+        ({"num_splits": 0}, "0"),
+        ({"num_splits": MAX_SPLITS + 1}, str(MAX_SPLITS)),
+        ({"combine_warps": 5}, "5"),
+        ({"combine_block_d": 12}, "12"),
+        ({"keys_per_split": 64, "min_keys_per_split": 128}, "128"),
+        ({"keys_per_split": -1}, "-1"),
+        ({"block_n": 256, "num_stages": 8}, str(227 * 1024)),
+    ],
+)
+def test_infeasible_quotes_the_number(changes: dict[str, object], number: str) -> None:
+    reasons = infeasible(LLAMA, plan(**changes), H200)
+    assert reasons
+    assert number in " ".join(reasons)
+
+
+def test_spills_are_infeasible() -> None:
+    wide = LLAMA.with_(head_dim=256, head_dim_v=256)
+    (reason,) = infeasible(wide, plan(block_m=64, block_n=64, num_warps=4, num_stages=2), H200)
+    assert "255" in reason
+    assert "spill" in reason
+
+
+def test_dependent_launch_needs_hopper() -> None:
+    (reason,) = infeasible(LLAMA, plan(dependent_launch=True), Device.named("A100"))
+    assert "sm_80" in reason
+
+
+@pytest.mark.parametrize(
+    ("batch", "keys", "heads", "block_m", "measured_us"),
+    [
+        (1, 4096, (32, 8), 16, 10.4), (1, 4096, (32, 8), 64, 10.6), (1, 32768, (32, 8), 16, 36.8), (1, 32768, (32, 8), 64, 37.3),
+        (1, 131072, (32, 8), 16, 125.4), (8, 2048, (32, 8), 16, 22.1), (32, 4096, (32, 8), 16, 122.0), (128, 4096, (32, 8), 64, 480.3),
+        (128, 4096, (32, 32), 16, 1890.1), (1, 131072, (16, 1), 16, 24.3), (128, 1024, (16, 1), 16, 21.3),
+    ],
+)  # fmt: skip
+def test_the_model_is_near_what_an_h200_measured(batch: int, keys: int, heads: tuple[int, int], block_m: int, measured_us: float) -> None:
+    problem = Problem(batch=batch, seqlen_k=keys, num_heads_q=heads[0], num_heads_kv=heads[1])
+    predicted = predict_us(problem, plan_decode(problem, H200, block_m=block_m), H200).total_us
+    assert predicted == pytest.approx(measured_us, rel=0.15)
+
+
+def test_resident_programs_follow_from_shared_memory() -> None:
+    tile = Tile(16, False, 64, 4, 3)
+    assert footprint_of(LLAMA, tile, H200).resident == 228 * 1024 // shared_memory_bytes(LLAMA, tile, H200)
