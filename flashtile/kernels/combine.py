@@ -67,10 +67,10 @@ def combine_kernel(
 def _fold(partials, first, split, num_splits, d, column, m, l, acc, HEAD_DIM_V: tl.constexpr):
     """Merges a block of splits into (m, l, acc): the same algebra as one step of online softmax, a split as a key."""
     # (BLOCK_S,)
-    weight = tl.load(partials.lse + first + split, mask=split < num_splits, other=float("-inf")) * LOG2E
+    weight = tl.load(partials.ptr + partials.lse_start + first + split, mask=split < num_splits, other=float("-inf")) * LOG2E
     # (BLOCK_S, BLOCK_D)
     values = tl.load(
-        partials.out + (first + split)[:, None] * HEAD_DIM_V + d[None, :],
+        partials.ptr + (first + split)[:, None] * HEAD_DIM_V + d[None, :],
         mask=(weight > float("-inf"))[:, None] & column[None, :],
         other=0.0,
     )
@@ -91,7 +91,7 @@ def combine_spec(problem: Problem, plan: DecodePlan) -> Spec:
     return Spec(
         combine_kernel,
         args={
-            "partials": PartialsView(Arg("*fp32", 16), Arg("*fp32"), i32),
+            "partials": PartialsView(Arg("*fp32", 16), i64, i32),
             "out": RowsView(Arg("*" + TRITON_DTYPES[problem.dtype_out], problem.alignment), stride, stride, stride),
             "lse": LseView(Arg("*fp32"), i64, i64, i64) if problem.lse else LseView(None, None, None, None),
             "lengths": LengthsView(Arg("*i32"), Arg("*i32") if problem.ragged_q else None, i32, i32, i32),

@@ -21,7 +21,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from flashtile.errors import UnsupportedError
 from flashtile.kernels.call import DecodeCall, DecodeRunner
 from flashtile.kernels.combine import bind_combine
-from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch, Spec, current_stream, launcher, pointer_of, workspace
+from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch, Spec, launcher, on_device, pointer_of, workspace
 from flashtile.kernels.tile.band import keys_of, visible
 from flashtile.kernels.tile.cache import load_tile, locate
 from flashtile.kernels.tile.schedule import owned_rows, sequence_keys, sequence_rows, split_keys
@@ -138,10 +138,10 @@ def decode_kernel(
     if SPLIT:
         token = row_start + b_rows * seqlen_q + position
         at = (token.to(tl.int64) * (num_heads_kv * GROUP) + head) * num_splits + split
-        tl.store(partials.lse + at, natural_lse(m, l), mask=real)
+        tl.store(partials.ptr + partials.lse_start + at, natural_lse(m, l), mask=real)
         # a split without keys leaves its rows unwritten: combine sees lse -inf and does not read them
         offsets = at * HEAD_DIM_V
-        base = partials.out
+        base = partials.ptr
         written = real & (start < end)
     else:
         if sinks is not None:
@@ -209,7 +209,7 @@ def decode_spec(problem: Problem, plan: DecodePlan, *, far_keys: bool = False) -
             "v": keys(problem.dtype_v),
             "out": rows(problem.dtype_out),
             "lse": LseView(Arg("*fp32"), i64, i64, i64) if problem.lse and not split else LseView(None, None, None, None),
-            "partials": PartialsView(Arg("*fp32", 16), Arg("*fp32"), i32) if split else PartialsView(None, None, None),
+            "partials": PartialsView(Arg("*fp32", 16), i64, i32) if split else PartialsView(None, None, None),
             "lengths": LengthsView(Arg("*i32"), Arg("*i32") if problem.ragged_q else None, i32, i32, i32),
             "pages": PagesView(Arg("*i32"), i64, i32) if problem.page_size else PagesView(None, None, None),
             "scores": ScoresView(
@@ -264,7 +264,7 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
     no_lse, no_partials, no_pages = (None,) * 4, (None,) * 3, (None,) * 3
     constants = near.constants
 
-    def run(call: DecodeCall) -> None:
+    def run(stream: int, call: DecodeCall) -> None:
         q, k, v, seqlens_k, page_table, cu_seqlens_q, sinks, slopes, out, lse, scale, softcap = call
         k_strides, v_strides = k.stride(), v.stride()
         if k_strides[1] * block_n < _FAR and v_strides[1] * block_n < _FAR:
@@ -289,20 +289,20 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
         scores = (scale * _LOG2E, softcap or None, *slopes_view)
         out_view = (pointer(out), *out_strides)
         sink = None if sinks is None else pointer(sinks)
-        stream = current_stream(device)
         tensors = ((pointer(q), *q_strides), (pointer(k), *k_strides[:3]), (pointer(v), *v_strides[:3]), out_view)
         if combine is None:
             launch.run(units, 1, stream, *tensors, lse_view, no_partials, lengths, pages, scores, rest[0], sink, *rest[1:], *constants)
         else:
             rows = total_q * heads_kv * group
-            scratch = workspace(rows * num_splits * (head_dim_v + 1), device)
-            partials = (pointer(scratch), pointer(scratch[rows * num_splits * head_dim_v :]), num_splits)
+            num_partials = rows * num_splits
+            scratch = workspace(num_partials * (head_dim_v + 1), device)
+            partials = (pointer(scratch), num_partials * head_dim_v, num_splits)
             launch.run(
                 units, num_splits, stream, *tensors, no_lse, partials, lengths, pages, scores, rest[0], None, *rest[1:], *constants
             )  # fmt: skip
             combine(stream, rows, partials, out_view, lse_view, lengths, sink)
 
-    return run
+    return on_device(run, device)
 
 
 def _split_launch(problem: Problem, plan: DecodePlan, device: torch.device, *, far_keys: bool) -> Launch:

@@ -7,6 +7,7 @@ compiled. A launch then costs one call into Triton's C launcher, with pointers a
 
 from __future__ import annotations
 
+import functools
 import shutil
 import threading
 from collections.abc import Callable, Mapping
@@ -116,9 +117,21 @@ def pointer_of(kernel: Any) -> Callable[[torch.Tensor], Any]:
     return (lambda tensor: tensor) if interpreted(kernel) else torch.Tensor.data_ptr
 
 
-def current_stream(device: torch.device) -> int:
-    """The raw handle of the device's current stream; 0 on the CPU."""
-    return torch._C._cuda_getCurrentRawStream(device.index) if device.type == "cuda" else 0
+def on_device(run: Callable[[int, Any], None], device: torch.device) -> Callable[[Any], None]:
+    """Runs ``run(stream, call)`` with ``device`` current, on its current stream (0 where the interpreter runs on a CPU)."""
+    if device.type != "cuda":
+        return functools.partial(run, 0)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    current_device, current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
+
+    def guarded(call: Any) -> None:
+        if current_device() == index:
+            run(current_stream(index), call)
+        else:
+            with torch.cuda.device(index):
+                run(current_stream(index), call)
+
+    return guarded
 
 
 def workspace(num_floats: int, device: torch.device) -> torch.Tensor:
@@ -139,39 +152,46 @@ def _compiled_launch(spec: Spec, device: torch.device) -> Callable[..., None]:
         except FileNotFoundError as error:
             raise ToolchainError(f"Triton could not build its launcher: {error}. Install a C compiler and Python's headers, or set CC.") from error
     _compilations += 1
-    direct = _direct_launch(compiled, run, target)
-    enter_hook = knobs.runtime.launch_enter_hook
-    index = device.index
-
-    def launch(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
-        if torch._C._cuda_getDevice() != index:
-            with torch.cuda.device(index):
-                return launch(grid_x, grid_y, stream, *args)
-        if getattr(enter_hook, "calls", enter_hook):  # a profiler listens
-            compiled[grid_x, grid_y, 1](*args, stream=stream)
-        else:
-            direct(grid_x, grid_y, stream, args)
-
-    return launch
+    return _raw_launch(compiled, run, target)
 
 
-def _direct_launch(compiled: Any, run: Any, target: GPUTarget) -> Callable[[int, int, int, tuple[Any, ...]], None]:
-    """The shortest way into the driver that this Triton is known to have; ``compiled.run`` on any other."""
+def _raw_launch(compiled: Any, run: Any, target: GPUTarget) -> Callable[..., None]:
+    """The shortest way into the driver that this Triton is known to have; ``compiled.run`` on any other.
+
+    A profiler that listens to Triton's launch hooks is served by Triton's own, slower way.
+    """
     function, metadata = compiled.function, compiled.packed_metadata
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     needs_scratch = getattr(run, "global_scratch_size", 0) or getattr(run, "profile_scratch_size", 0)
-    if target.backend == "cuda" and not needs_scratch and hasattr(run, "launch"):
-        raw, cooperative, pdl = run.launch, run.launch_cooperative_grid, run.launch_pdl
-        if version == (3, 6):
-            return lambda x, y, stream, args: raw(
-                x, y, 1, stream, function, cooperative, pdl, None, None, metadata, None, None, None, *args
+    listeners = getattr(knobs.runtime.launch_enter_hook, "calls", ())
+
+    def by_triton(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
+        compiled[grid_x, grid_y, 1](*args, stream=stream)
+
+    if target.backend != "cuda" or needs_scratch or not hasattr(run, "launch"):
+        return by_triton
+    raw, cooperative, pdl = run.launch, run.launch_cooperative_grid, run.launch_pdl
+    if version == (3, 6):
+
+        def by_launcher_36(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
+            if listeners:
+                return by_triton(grid_x, grid_y, stream, *args)
+            raw(grid_x, grid_y, 1, stream, function, cooperative, pdl, None, None, metadata, None, None, None, *args)
+
+        return by_launcher_36
+    if version == (3, 7) and hasattr(run, "arg_annotations"):
+        annotations, signature = run.arg_annotations, run.kernel_signature
+
+        def by_launcher_37(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
+            if listeners:
+                return by_triton(grid_x, grid_y, stream, *args)
+            raw(
+                grid_x, grid_y, 1, stream, function, cooperative, pdl, metadata, None, None, None, None, None,
+                annotations, signature, args,
             )  # fmt: skip
-        if version == (3, 7) and hasattr(run, "arg_annotations"):
-            annotations, signature = run.arg_annotations, run.kernel_signature
-            return lambda x, y, stream, args: raw(
-                x, y, 1, stream, function, cooperative, pdl, metadata, None, None, None, None, None, annotations, signature, args
-            )  # fmt: skip
-    return lambda x, y, stream, args: run(x, y, 1, stream, function, metadata, None, None, None, *args)
+
+        return by_launcher_37
+    return by_triton
 
 
 def _interpreter_launch(spec: Spec) -> Callable[..., None]:

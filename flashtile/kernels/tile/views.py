@@ -37,10 +37,12 @@ class LseView(NamedTuple):
 
 
 class PartialsView(NamedTuple):
-    """Split results: out float32 [token, head, split, dim] normalised, lse float32 [token, head, split] natural log."""
+    """Split results in one float32 buffer: out [token, head, split, dim] normalised, from ``lse_start`` on lse
+    [token, head, split] (natural log). ptr is None where nothing is split.
+    """
 
-    out: Any
-    lse: Any
+    ptr: Any
+    lse_start: Any
     num_splits: Any
 
 
