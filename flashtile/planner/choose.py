@@ -13,7 +13,7 @@ from flashtile.planner.rules import (
     CANDIDATES,
     Tile,
     choose_splits,
-    choose_tile,
+    choose_tile_and_splits,
     combine_warps,
     infeasible,
     misfits,
@@ -60,7 +60,11 @@ def plan_decode(
 
 def plan_for_tile(problem: Problem, device: Device, kernel: str, tile: Tile, source: Source = "rule") -> DecodePlan:
     """The plan of a tile with the splits that the rule gives it."""
-    keys_per_split, least, num_splits = choose_splits(problem, device, tile)
+    return _plan(device, kernel, tile, choose_splits(problem, device, tile), source)
+
+
+def _plan(device: Device, kernel: str, tile: Tile, splits: tuple[int, int, int], source: Source) -> DecodePlan:
+    keys_per_split, least, num_splits = splits
     return DecodePlan(
         kernel=kernel,
         block_m=tile.block_m,
@@ -99,13 +103,14 @@ def _gpu_plan(problem: Problem, device: Device, kernel: Kernel, block_m: int | N
             return plan
     if block_m is not None and block_m not in BLOCK_MS:
         raise UnsupportedError("block_m cannot be obeyed:", {kernel.name: [f"block_m {block_m} is not one of {BLOCK_MS}"]})
-    chosen = choose_tile(problem, device, block_m)
+    chosen = choose_tile_and_splits(problem, device, block_m)
     if chosen is None:
         variants = [variant for variant in CANDIDATES if block_m in (None, variant[0])]
         reasons = [reason for variant in variants for reason in why_none_fits(problem, device, variant)]
         asked = "" if block_m is None else f" of block_m {block_m}"
         raise UnsupportedError(f"No tile{asked} fits {device.name}:", {kernel.name: reasons})
-    return plan_for_tile(problem, device, kernel.name, chosen, source)
+    tile, splits = chosen
+    return _plan(device, kernel.name, tile, splits_of(problem, device, tile.block_n, splits), source)
 
 
 def why_none_fits(problem: Problem, device: Device, variant: tuple[int, bool]) -> list[str]:

@@ -17,15 +17,15 @@ MIN_PADDED_DIM = 16
 SHARED_SCRATCH = 1024  # bytes: reductions over warps, barriers
 REGISTERS_BASE = 40  # addresses, loop counters, row statistics
 REGISTERS_PER_SCORE = 2  # a score and its probability before packing
-REGISTERS_PER_FEATURE = 7  # each of softcap, ALiBi, paging and packed queries
+REGISTERS_PER_FEATURE = {"cuda": 7, "hip": 20}  # each of softcap, ALiBi, paging and packed queries
 REGISTERS_PER_COPY = 2  # the address of one 16-byte copy of a key tile, kept over the loop
 FRAGMENT_REGISTERS = 24  # fragments of K and V on their way into a matrix instruction
 TENSOR_MEMORY_REGISTERS = 16  # tcgen05: what passes between tensor memory and registers
 MAX_Q_REGISTERS = 64  # beyond, q's fragments are read again from shared memory
 IDLE_WARPS_SHARE = 0.75  # what a warp beyond one for 16 rows still holds of the accumulator that it repeats
-FMA_OPERANDS_LIVE = 0.35  # share of an FMA dot's operand elements that live in registers at a time
-FMA_SWAPPED_FACTOR = {"cuda": 1.45, "hip": 2.0}  # more of them when operands are swapped for 16 rows, or for AMD's 4-row mfma
-VECTOR_TILES_LIVE = {"cuda": 1.5, "hip": 12.0}  # float32 tiles of keys times dim that the vector kernel holds at a time
+FMA_OPERANDS_LIVE = 0.25  # share of both FMA dots' operand elements that live in registers at a time
+FMA_SWAPPED_FACTOR = {"cuda": 1.45, "hip": 2.8}  # more of them when operands are swapped for 16 rows, or for AMD's 4-row mfma
+VECTOR_TILES_LIVE = {"cuda": 1.5, "hip": 13.5}  # float32 tiles of keys times dim that the vector kernel holds at a time
 VECTOR_WARPS_PER_32_DIMS = 2  # with fewer warps than this for 32 value dims, a thread holds whole columns of keys,
 VECTOR_COLUMN_SHARE = 6 / 128  # this many registers a key and value dim
 MAX_PROGRAMS_PER_SM = 32
@@ -119,7 +119,7 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
     threads = tile.num_warps * device.warp_size
     dim, dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
     k_bytes, v_bytes = DTYPE_BYTES[problem.dtype_k], DTYPE_BYTES[problem.dtype_v]
-    base = REGISTERS_BASE + REGISTERS_PER_FEATURE * features_of(problem)
+    base = REGISTERS_BASE + REGISTERS_PER_FEATURE[device.backend] * features_of(problem)
     if tile.block_m == 1:
         few_warps = device.backend == "cuda" and tile.num_warps * 32 < VECTOR_WARPS_PER_32_DIMS * dim_v
         columns = VECTOR_COLUMN_SHARE * tile.block_n * dim_v if few_warps else 0.0
@@ -133,7 +133,7 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
         second = _fma_operands(tile.block_m, dim_v, tile.block_n, threads)
         more = tile.swapped and (tile.block_m >= 16 or device.backend == "hip")
         live = FMA_OPERANDS_LIVE * (FMA_SWAPPED_FACTOR[device.backend] if more else 1.0)
-        return int(base + accumulator + scores + live * max(first, second))
+        return int(base + accumulator + scores + live * (first + second))
     fragments = FRAGMENT_REGISTERS
     if mma.warps > 1:
         fragments += TENSOR_MEMORY_REGISTERS if mma.name.startswith("tcgen05") else 0

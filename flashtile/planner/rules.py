@@ -151,6 +151,12 @@ def _malformed(plan: DecodePlan, device: Device) -> list[str]:
 
 
 def choose_tile(problem: Problem, device: Device, block_m: int | None = None) -> Tile | None:
+    """The tile of ``choose_tile_and_splits``; None where nothing fits."""
+    chosen = choose_tile_and_splits(problem, device, block_m)
+    return chosen[0] if chosen else None
+
+
+def choose_tile_and_splits(problem: Problem, device: Device, block_m: int | None = None) -> tuple[Tile, int] | None:
     """Minimises the predicted time, each tile with its own best number of splits.
 
     Time weighs what a larger tile wastes (rows of the instruction that nobody uses, longer steps, shared memory and
@@ -164,9 +170,10 @@ def choose_tile(problem: Problem, device: Device, block_m: int | None = None) ->
     for tile, footprint in tiles:
         if not (worth_trying(tile, work.rows, has_mma) if block_m is None else tile.block_m == block_m):
             continue
-        us = cost_of(work, tile, footprint, split_count(work, tile, footprint, device), device).total_us
+        splits = split_count(work, tile, footprint, device)
+        us = cost_of(work, tile, footprint, splits, device).total_us
         if us * 100 < best_us * (100 - TILE_GAIN_PERCENT):
-            best, best_us = tile, us
+            best, best_us = (tile, splits), us
     return best
 
 

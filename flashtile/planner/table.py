@@ -34,7 +34,7 @@ def tuned_tile(problem: Problem, device: Device) -> dict[str, Any] | None:
 @lru_cache(maxsize=64)
 def tuned_table(arch: str) -> dict[Key, dict[str, Any]]:
     """The rows of an architecture's table by key; empty where there is none."""
-    file = resources.files("flashtile.planner")/ "tuned" / f"{arch}.json"
+    file = resources.files("flashtile.planner") / "tuned" / f"{arch}.json"
     if not file.is_file():
         return {}
     return read_table(file.read_text(encoding="utf-8"))

@@ -75,6 +75,11 @@ def test_changing_the_rows_flips_the_choice(seqlen_q: int, chosen: int) -> None:
     assert explain(LLAMA.with_(seqlen_q=seqlen_q, total_q=seqlen_q), H200).plan.block_m == chosen
 
 
+def test_where_the_choice_is_64_it_says_so() -> None:
+    text = "\n".join(explain(LLAMA.with_(seqlen_q=16, total_q=16), H200).lines())
+    assert "block_m 64 (as FlashAttention-2's fixed kBlockM)" in text
+
+
 def test_a_smaller_tile_loses_by_the_blocks_it_needs() -> None:
     row = other(explain(LLAMA.with_(seqlen_q=16, total_q=16), H200), 16)
     assert row.why.startswith("64 rows need 4 blocks of 16")

@@ -90,9 +90,7 @@ def test_shared_memory_grows_with_stages_and_keys() -> None:
     assert wide > small
 
 
-@pytest.mark.parametrize(
-    ("rows", "block_m"), [(1, 16), (4, 16), (16, 16), (17, 32), (32, 32), (64, 64), (256, 128)]
-)
+@pytest.mark.parametrize(("rows", "block_m"), [(1, 16), (4, 16), (16, 16), (17, 32), (32, 32), (64, 64), (256, 128)])
 def test_rows_choose_the_tile(rows: int, block_m: int) -> None:
     tile = choose_tile(Problem(seqlen_q=rows, seqlen_k=32768, num_heads_q=8, num_heads_kv=8), H200)
     assert tile is not None
