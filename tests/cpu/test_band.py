@@ -59,7 +59,8 @@ def test_an_offset_of_its_own_moves_the_diagonal() -> None:
 def test_causal_closes_the_right_side_and_keeps_the_left() -> None:
     assert Band.of(causal=True, window=(7, 3)) == Band(7, 0)
     assert Band.of(causal=False, window=(7, 3)) == Band(7, 3)
-    assert Band.of(causal=False).is_full and not Band.of(causal=True).is_full
+    assert Band.of(causal=False).is_full
+    assert not Band.of(causal=True).is_full
 
 
 @pytest.mark.parametrize("window", [(-1, 0), (0, -1), (1.5, 0), (True, 0)])

@@ -66,8 +66,11 @@ def softmax(logits: list[float], values: list[torch.Tensor], sink: float | None,
     return out.tolist(), largest + math.log(total)
 
 
-FEW = ("pages_missing", "everything", "everything_contiguous_fp32", "window_both_sides", "more_queries_than_keys", "alibi_per_sequence_paged",
-       "alibi_not_causal_fp32", "softcap", "sinks", "beyond_capacity", "negative_length", "ragged_spare_rows", "pages_of_3_hnd", "negative_scale")  # fmt: skip
+FEW = (
+    "pages_missing", "everything", "everything_contiguous_fp32", "window_both_sides", "more_queries_than_keys",
+    "alibi_per_sequence_paged", "alibi_not_causal_fp32", "softcap", "sinks", "beyond_capacity", "negative_length",
+    "ragged_spare_rows", "pages_of_3_hnd", "negative_scale",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", [c for c in SMALL_CASES if c.name in FEW], ids=lambda c: c.name)
@@ -89,7 +92,8 @@ def test_decode_is_the_formula(case: Case) -> None:
 def test_rows_of_nobody_are_empty() -> None:
     case = next(c for c in SMALL_CASES if c.name == "ragged_spare_rows")
     out, lse = reference.decode(**make_inputs(case).args)
-    assert (out[-case.spare_rows :] == 0).all() and (lse[:, -case.spare_rows :] == -math.inf).all()
+    assert (out[-case.spare_rows :] == 0).all()
+    assert (lse[:, -case.spare_rows :] == -math.inf).all()
     assert lse[:, : -case.spare_rows].isfinite().all()
 
 
@@ -97,7 +101,8 @@ def test_rows_of_nobody_are_empty() -> None:
 def test_no_poison_reaches_a_result(case: Case) -> None:
     out, lse = reference.decode(**make_inputs(case).args)
     assert out.isfinite().all()
-    assert not lse.isnan().any() and not (lse == math.inf).any()
+    assert not lse.isnan().any()
+    assert not (lse == math.inf).any()
 
 
 def test_attention_has_right_gradients() -> None:
@@ -105,7 +110,8 @@ def test_attention_has_right_gradients() -> None:
     q, k, v = (torch.randn(2, n, h, 4, dtype=torch.float64, generator=rng, requires_grad=True) for n, h in ((3, 4), (5, 2), (5, 2)))
     sinks, slopes = (torch.rand(4, dtype=torch.float64, generator=rng, requires_grad=True) for _ in range(2))
 
-    def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor, slopes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def run(*tensors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        q, k, v, sinks, slopes = tensors
         return reference.attention(q, k, v, band=Band(2, 0), softcap=3.0, sinks=sinks, alibi_slopes=slopes)
 
     assert torch.autograd.gradcheck(run, (q, k, v, sinks, slopes))
@@ -114,6 +120,9 @@ def test_attention_has_right_gradients() -> None:
 def test_a_row_that_sees_nothing_has_no_gradient_and_no_nan() -> None:
     q, k, v = (torch.randn(1, n, 1, 8, requires_grad=True) for n in (4, 2, 2))
     out, lse = reference.attention(q, k, v, band=Band(None, 0))
-    assert (out[0, :2] == 0).all() and (lse[0, 0, :2] == -math.inf).all()
+    assert (out[0, :2] == 0).all()
+    assert (lse[0, 0, :2] == -math.inf).all()
     out.sum().backward()
-    assert (q.grad[0, :2] == 0).all() and k.grad.isfinite().all() and v.grad.isfinite().all()
+    assert (q.grad[0, :2] == 0).all()
+    assert k.grad.isfinite().all()
+    assert v.grad.isfinite().all()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,9 @@ from flashtile.testing.inputs import Inputs, make_inputs
 from flashtile.testing.tolerance import assert_close
 
 
-def run_engine(inputs: Inputs, *, block_m: int = 128, keys_per_split: int = 0, out_dtype: torch.dtype | None = None, lse: bool = True):
+def run_engine(
+    inputs: Inputs, *, block_m: int = 128, keys_per_split: int = 0, out_dtype: torch.dtype | None = None, lse: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of the engine; memory that it leaves to chance is NaN."""
     args, case = inputs.args, inputs.case
     problem = Problem.decode(**args, lse=lse, out_dtype=out_dtype)
@@ -34,7 +37,7 @@ def run_engine(inputs: Inputs, *, block_m: int = 128, keys_per_split: int = 0, o
     return out, lse_out
 
 
-def check(case: Case, **options) -> None:
+def check(case: Case, **options: Any) -> None:
     inputs = make_inputs(case)
     out, lse = run_engine(inputs, **options)
     assert_close(out, lse, *reference.decode(**inputs.args), dtype=inputs.dtype, what=f"{case.name} {options}")
@@ -51,7 +54,9 @@ def test_every_case_in_small_tiles_and_parts(case: Case) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("name", ["speculative_4", "everything", "pages_of_16", "window_both_sides", "value_dim_larger", "large_logits", "dim_8_mha"])
+@pytest.mark.parametrize(
+    "name", ["speculative_4", "everything", "pages_of_16", "window_both_sides", "value_dim_larger", "large_logits", "dim_8_mha"]
+)
 def test_every_dtype_and_float32_results(name: str, dtype: str) -> None:
     case = dataclasses.replace(next(c for c in SMALL_CASES if c.name == name), dtype=dtype)
     check(case)
@@ -89,6 +94,18 @@ def test_problems_of_many_blocks(case: Case) -> None:
     check(case)
 
 
+def test_equal_lengths_with_other_queries_are_no_run() -> None:
+    check(Case("equal_keys", (40, 40, 40, 40), seqlens_q=(1, 1, 3, 0), ragged_q=True))
+
+
+def test_a_row_that_sees_no_key_in_any_part_is_empty() -> None:
+    case = Case("all_pages_missing", (100,), page_size=16, missing_pages=7)
+    check(case, keys_per_split=16)
+    out, lse = run_engine(make_inputs(case), keys_per_split=16)
+    assert (out == 0).all()
+    assert (lse == float("-inf")).all()
+
+
 def test_more_threads_than_key_heads_part_the_keys() -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(5)
@@ -114,7 +131,8 @@ def test_a_minus_infinite_sink_is_no_sink() -> None:
     inputs.args["sinks"][:] = float("-inf")
     assert_close(*run_engine(inputs), *reference.decode(**inputs.args))
     out, lse = run_engine(inputs)
-    assert (out[1] == 0).all() and (lse[1] == float("-inf")).all()
+    assert (out[1] == 0).all()
+    assert (lse[1] == float("-inf")).all()
 
 
 @st.composite
