@@ -3,8 +3,9 @@
     python benchmarks/cpu_decode.py                    the whole grid, some minutes
     python benchmarks/cpu_decode.py --only bfloat16    problems whose name contains the text
 
-Writes benchmarks/results/cpu_decode.json. A time is the median of calls that alternate with the peer's, in one
-process; the peer gets its mask ready made. Targets: at least 0.95x wherever the peer takes 100 us or more, and at
+Writes benchmarks/results/cpu_decode.json. Times are of calls that alternate with the peer's in one process:
+the median, and the fastest tenth, which other load on the machine blurs less; the speedup is that of the medians. The
+peer gets its mask ready made. Targets: at least 0.95x wherever the peer takes 100 us or more, and at
 least 5x on bfloat16, heads 32/8, 1 x 4096.
 """
 
@@ -19,7 +20,9 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,17 +30,15 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+import flashtile
 from flashtile import reference
 from flashtile.band import Band
-from flashtile.kernels.call import DecodeCall
-from flashtile.kernels.cpu import bind
-from flashtile.planner.plans import DecodePlan
-from flashtile.problem import Problem
 from flashtile.testing.tolerance import assert_close
 
 RESULTS = Path(__file__).parent / "results" / "cpu_decode.json"
 MAX_CACHE_BYTES = 300 << 20
 WORTH_COMPARING_US = 100.0
+TARGET = 0.95
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def main() -> None:
     report(rows)
 
 
-def measure(shape: Shape, seconds: float) -> dict[str, object]:
+def measure(shape: Shape, seconds: float) -> dict[str, Any]:
     """Checks one problem against the reference, then times both sides."""
     dtype = getattr(torch, shape.dtype)
     rng = torch.Generator().manual_seed(0)
@@ -98,23 +99,15 @@ def measure(shape: Shape, seconds: float) -> dict[str, object]:
     q = torch.randn(shape.batch, shape.seqlen_q, heads_q, dim, generator=rng).to(dtype)
     k, v = (torch.randn(shape.batch, shape.seqlen_k, heads_kv, dim, generator=rng).to(dtype) for _ in range(2))
     seqlens_k = torch.full((shape.batch,), shape.seqlen_k, dtype=torch.int32)
-    ours = _engine(q, k, v, seqlens_k, shape.causal)
+    ours = partial(flashtile.decode, q, k, v, seqlens_k, causal=shape.causal)
     peer = _peer(q, k, v, shape.causal)
     expected, _ = reference.decode(q[:1], k[:1], v[:1], seqlens_k[:1], causal=shape.causal, dtype=torch.float32)
     assert_close(ours()[:1], None, expected, None, what=shape.name)
-    ours_us, peer_us = in_turn(ours, peer, seconds)
-    return {"name": shape.name, **asdict(shape), "flashtile_us": ours_us, "sdpa_us": peer_us, "speedup": peer_us / ours_us}
-
-
-def _engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seqlens_k: torch.Tensor, causal: bool) -> Callable[[], torch.Tensor]:
-    run = bind(Problem.decode(q, k, v, seqlens_k, causal=causal), DecodePlan(kernel="cpu.decode", block_m=128), q.device)
-
-    def decode() -> torch.Tensor:
-        out = torch.empty_like(q)
-        run(DecodeCall(q, k, v, seqlens_k, None, None, None, None, out, None, q.shape[-1] ** -0.5, 0.0))
-        return out
-
-    return decode
+    (ours_us, ours_fast), (peer_us, peer_fast) = in_turn(ours, peer, seconds)
+    return {
+        "name": shape.name, **asdict(shape), "flashtile_us": ours_us, "sdpa_us": peer_us, "speedup": peer_us / ours_us,
+        "flashtile_fastest_tenth_us": ours_fast, "sdpa_fastest_tenth_us": peer_fast, "speedup_fastest_tenth": peer_fast / ours_fast,
+    }  # fmt: skip
 
 
 def _peer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Callable[[], torch.Tensor]:
@@ -125,8 +118,8 @@ def _peer(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Ca
     return lambda: F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=gqa)
 
 
-def in_turn(ours: Callable[[], torch.Tensor], peer: Callable[[], torch.Tensor], seconds: float) -> tuple[float, float]:
-    """Medians in microseconds of calls that alternate for about ``seconds``, at least five of each."""
+def in_turn(ours: Callable[[], torch.Tensor], peer: Callable[[], torch.Tensor], seconds: float) -> list[tuple[float, float]]:
+    """Median and fastest tenth, in microseconds, of calls that alternate for about ``seconds``, at least five of each."""
     times: tuple[list[float], list[float]] = ([], [])
     for call in (ours, peer):
         call()
@@ -136,10 +129,10 @@ def in_turn(ours: Callable[[], torch.Tensor], peer: Callable[[], torch.Tensor], 
             start = time.perf_counter()
             call()
             taken.append((time.perf_counter() - start) * 1e6)
-    return statistics.median(times[0]), statistics.median(times[1])
+    return [(statistics.median(taken), sorted(taken)[len(taken) // 10]) for taken in times]
 
 
-def machine() -> dict[str, object]:
+def machine() -> dict[str, Any]:
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
     ).stdout.strip()
@@ -161,19 +154,20 @@ def _processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def report(rows: list[dict[str, object]]) -> None:
-    table = Table("problem", "flashtile us", "SDPA us", "speedup", title="CPU decode")
+def report(rows: list[dict[str, Any]]) -> None:
+    """A table, and how many problems miss the target by the median and by the fastest tenth."""
+    table = Table("problem", "flashtile us", "SDPA us", "speedup", "fastest tenth", title="CPU decode")
+    compared = [row for row in rows if row["sdpa_fastest_tenth_us"] >= WORTH_COMPARING_US]
     for row in rows:
-        speedup = float(str(row["speedup"]))
-        style = "red" if speedup < 0.95 and float(str(row["sdpa_us"])) >= WORTH_COMPARING_US else None
-        table.add_row(str(row["name"]), f"{row['flashtile_us']:.0f}", f"{row['sdpa_us']:.0f}", f"{speedup:.2f}x", style=style)
-    compared = [float(str(row["speedup"])) for row in rows if float(str(row["sdpa_us"])) >= WORTH_COMPARING_US]
+        style = "red" if row in compared and row["speedup"] < TARGET else None
+        times = f"{row['flashtile_us']:.0f}", f"{row['sdpa_us']:.0f}"
+        table.add_row(row["name"], *times, f"{row['speedup']:.2f}x", f"{row['speedup_fastest_tenth']:.2f}x", style=style)
     console = Console()
     console.print(table)
-    if compared:
-        mean = math.exp(statistics.fmean(map(math.log, compared)))
-        missed = sum(speedup < 0.95 for speedup in compared)
-        console.print(f"{len(compared)} problems of {WORTH_COMPARING_US:.0f} us or more: geometric mean {mean:.2f}x, {missed} below 0.95x")
+    for key in ("speedup", "speedup_fastest_tenth") if compared else ():
+        mean = math.exp(statistics.fmean(math.log(row[key]) for row in compared))
+        missed = sum(row[key] < TARGET for row in compared)
+        console.print(f"{key}: {len(compared)} problems of {WORTH_COMPARING_US:.0f} us or more, mean {mean:.2f}x, {missed} below {TARGET}x")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
     band, group = problem.band, problem.group
     positions = max(1, plan.block_m // group)
     through_float32 = _needs_float32(problem, min(positions, max(1, problem.seqlen_q)) * group)
-    max_block = plan.keys_per_split
+    max_block = plan.keys_per_split if plan.keys_per_split < problem.seqlen_k else 0
     plain = _is_plain(problem) and not through_float32 and positions >= problem.seqlen_q and max_block == 0
 
     def run(call: DecodeCall) -> None:
