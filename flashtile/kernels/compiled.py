@@ -51,7 +51,9 @@ def compile_facts(spec: Spec, arch: str) -> CompiledFacts:
         registers, spilled, mma = _amd_facts(compiled.asm["amdgcn"])
     else:
         registers, spilled = _nvidia_resources(compiled.asm["cubin"])
-        mma = _mma_name(compiled.asm["ptx"], r"\b(wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)|mma\.sync\.aligned\.(m\d+n\d+k\d+)|tcgen05\.mma)")
+        mma = _mma_name(
+            compiled.asm["ptx"], r"\b(wgmma\.mma_async\.sync\.aligned\.(m\d+n\d+k\d+)|mma\.sync\.aligned\.(m\d+n\d+k\d+)|tcgen05\.mma)"
+        )
     return CompiledFacts(arch, registers, spilled, compiled.metadata.shared, mma, _warps_per_cta(compiled.asm["ttgir"]))
 
 

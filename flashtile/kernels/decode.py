@@ -213,7 +213,10 @@ def decode_spec(problem: Problem, plan: DecodePlan, *, far_keys: bool = False) -
             "lengths": LengthsView(Arg("*i32"), Arg("*i32") if problem.ragged_q else None, i32, i32, i32),
             "pages": PagesView(Arg("*i32"), i64, i32) if problem.page_size else PagesView(None, None, None),
             "scores": ScoresView(
-                Arg("fp32"), Arg("fp32") if problem.softcap else None, Arg("*fp32") if problem.alibi else None, i64 if problem.alibi else None
+                Arg("fp32"),
+                Arg("fp32") if problem.softcap else None,
+                Arg("*fp32") if problem.alibi else None,
+                i64 if problem.alibi else None,
             ),
             "band": BandView(None if problem.band.left is None else i32, None if problem.band.right is None else i32),
             "sinks": Arg("*fp32") if problem.sinks and not split else None,

@@ -148,9 +148,13 @@ def _compiled_launch(spec: Spec, device: torch.device) -> Callable[..., None]:
             compiled = compile_spec(spec, target)
             run = compiled.run  # loads the binary on the current device
         except triton.runtime.errors.OutOfResources as error:
-            raise UnsupportedError(f"{spec.kernel.__name__} does not fit {torch.cuda.get_device_name(device)}: {error}. Choose a smaller tile.") from error
+            raise UnsupportedError(
+                f"{spec.kernel.__name__} does not fit {torch.cuda.get_device_name(device)}: {error}. Choose a smaller tile."
+            ) from error
         except FileNotFoundError as error:
-            raise ToolchainError(f"Triton could not build its launcher: {error}. Install a C compiler and Python's headers, or set CC.") from error
+            raise ToolchainError(
+                f"Triton could not build its launcher: {error}. Install a C compiler and Python's headers, or set CC."
+            ) from error
     _compilations += 1
     return _raw_launch(compiled, run, target)
 

@@ -51,6 +51,11 @@ class DecodePlan:
         unknown = sorted(set(data) - known)
         if operation != "decode" or unknown:
             raise ArgumentError(
-                message("plan", f"a decode plan with fields {sorted(known)}", operation if operation != "decode" else unknown, "Use DecodePlan.to_json().")
+                message(
+                    "plan",
+                    f"a decode plan with fields {sorted(known)}",
+                    operation if operation != "decode" else unknown,
+                    "Use DecodePlan.to_json().",
+                )
             )
         return cls(**data)
