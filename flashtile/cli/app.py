@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+import flashtile
 from flashtile.cli import bench, demo, env, explain, replay, warmup
 from flashtile.cli.output import errors
 from flashtile.errors import AttentionError
@@ -45,7 +45,7 @@ app.command()(env.env)
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"flashtile {metadata.version('flashtile')}")
+        typer.echo(f"flashtile {flashtile.__version__}")
         raise typer.Exit
 
 

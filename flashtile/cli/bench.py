@@ -123,7 +123,7 @@ def _bench_one(size: Size, head_dim: int, dtype: torch.dtype, device: torch.devi
                 run = peer.prepare(sets[0])
                 error = relative_l2(run(sets[0])[: len(expected)], expected)
                 reason = None if error < PEER_LIMIT else f"its result is off by {error:.2g}: not timed"
-            except (RuntimeError, TypeError, ValueError, ImportError, AssertionError) as failure:
+            except Exception as failure:  # whatever a peer raises is why it is left out, and no reason to stop
                 reason = " ".join(str(failure).split())[:200]
         if reason is None:
             runs[peer.name] = run
@@ -178,7 +178,7 @@ def _protocol(device: torch.device) -> str:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"flashtile": metadata.version("flashtile"), "torch": torch.__version__}
+    versions = {"flashtile": flashtile.__version__, "torch": torch.__version__}
     for name in ("triton", "flash_attn", "flashinfer-python"):
         try:
             versions[name] = metadata.version(name)

@@ -25,7 +25,7 @@ from flashtile.testing.sdpa import gather_call, gather_step
 from flashtile.testing.serving import Engine, Heads, Step
 from flashtile.testing.timing import Stopwatch
 from flashtile.testing.tolerance import assert_close, relative_l2
-from flashtile.testing.traffic import Quantiles, Request, conversation_quantiles
+from flashtile.testing.traffic import Request, conversation_quantiles
 
 DRAFT_TOKENS = 3
 PAGE_SIZE = 16
@@ -61,6 +61,7 @@ class Outcome:
 def demo(
     batch: Annotated[int | None, typer.Option("--batch", min=1, help="Running sequences. Default: 8 on a CPU, 64 on a GPU.")] = None,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Engine steps after new prompts have been read.")] = 5,
+    longest: Annotated[int, typer.Option("--longest", min=1, help="Cut drawn prompts and answers to so many tokens.")] = 1 << 20,
     device: RunDevice = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Draws lengths, pages and numbers.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -70,7 +71,9 @@ def demo(
     where = pick_device(device)
     heads = Heads.for_device(where)
     traffic = conversation_quantiles()
-    engine, arrivals = _fill_engine(heads, where, traffic, batch or (8 if where.type == "cpu" else 64), seed)
+    num_requests = (batch or (8 if where.type == "cpu" else 64)) + ARRIVALS
+    requests = [request.cut(longest) for request in traffic.draw(num_requests, seed)]
+    engine, arrivals = _fill_engine(heads, where, requests, seed)
     batch_text = f"{len(engine.running)} sequences in {engine.cache.num_pages - engine.cache.num_free} pages of {PAGE_SIZE} keys"
     stopwatch = Stopwatch(where)
     outcomes = _run(engine, arrivals, steps, where, stopwatch)
@@ -96,9 +99,8 @@ def demo(
         raise typer.Exit(1)
 
 
-def _fill_engine(heads: Heads, device: torch.device, traffic: Quantiles, batch: int, seed: int) -> tuple[Engine, list[Request]]:
-    """An engine in the middle of its work: ``batch`` sequences somewhere in their answers, and the next to arrive."""
-    requests = traffic.draw(batch + ARRIVALS, seed)
+def _fill_engine(heads: Heads, device: torch.device, requests: list[Request], seed: int) -> tuple[Engine, list[Request]]:
+    """An engine in the middle of its work: sequences somewhere in their answers, and the next requests to arrive."""
     generator = torch.Generator().manual_seed(seed)
     # Twice the pages needed: what lies between them was never written and holds NaN.
     num_pages = 2 * sum(-(-(r.context_tokens + r.generated_tokens + DRAFT_TOKENS) // PAGE_SIZE) for r in requests)
@@ -112,12 +114,12 @@ def _fill_engine(heads: Heads, device: torch.device, traffic: Quantiles, batch: 
         max_draft_tokens=DRAFT_TOKENS,
         seed=seed,
     )
-    for index, request in enumerate(requests[:batch]):
+    for index, request in enumerate(requests[:-ARRIVALS]):
         progress_in_answer = 1.0 if index == 0 else float(torch.rand((), generator=generator))
         # The first is about to end, so that its pages are freed and used again.
         answered = max(0, int(progress_in_answer * request.generated_tokens) - 3)
         engine.place(request, request.context_tokens + answered)
-    return engine, requests[batch:]
+    return engine, requests[-ARRIVALS:]
 
 
 def _run(engine: Engine, arrivals: list[Request], steps_after: int, device: torch.device, stopwatch: Stopwatch) -> list[Outcome]:
@@ -167,9 +169,20 @@ def _run_step(step: Step, device: torch.device, stopwatch: Stopwatch) -> Outcome
     if sdpa_error > 2e-2:  # a comparison with a wrong answer would be worth nothing
         failure = failure or f"SDPA's own result is off by {sdpa_error:.2g}: nothing to compare with"
     flashtile.decode(**step.call)
-    ours, sdpa, gather = stopwatch.in_turn([lambda: flashtile.decode(**step.call), dense.run, gather_call(step)])
+    ours, sdpa, gather = stopwatch.in_turn([lambda: flashtile.decode(**step.call), dense.run, gather_call(step)], repeats=15)
     plan = plan_decode(problem, Device.of(device))
     return Outcome(step, problem, plan, relative_l2(out, expected), failure, ours, sdpa, gather)
+
+
+def _elsewhere(problem: Problem) -> str:
+    """What the planner would do with the same step at full size on a GPU: the tile matters more there."""
+    full = problem.with_(num_heads_q=32, num_heads_kv=8)
+    explanation = explain(full, Device.named("h200"))
+    plan = explanation.plan
+    return (
+        f"On an H200, with 32/8 heads, the same step would get tile {plan.block_m}{' with operands swapped' if plan.swapped else ''}, "
+        f"{plan.block_n} keys a step and {plan.num_splits} splits (predicted: {explanation.predicted_us:.1f} us)."
+    )
 
 
 def _render(document: dict[str, Any], outcomes: list[Outcome], device: torch.device) -> None:
@@ -192,6 +205,8 @@ def _render(document: dict[str, Any], outcomes: list[Outcome], device: torch.dev
         console.print(f"\n[bold]The plan of a {kind} step[/bold]")
         for line in plan_words(explain(outcome.problem, Device.of(device), outcome.plan)):
             console.print(f"  {line}", markup=False, highlight=False)
+        if device.type == "cpu":
+            console.print(f"  {_elsewhere(outcome.problem)}", markup=False, highlight=False)
     for index, outcome in enumerate(outcomes):
         if outcome.failure:
             console.print(f"step {index + 1}: {outcome.failure}", markup=False, style="red")

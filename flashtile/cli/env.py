@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+import flashtile
 from flashtile.cli.device import device_name
 from flashtile.cli.output import console, print_json, table
 from flashtile.planner.catalog import CATALOG
@@ -52,8 +53,8 @@ def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("flashtile", "torch", "triton", "numpy"):
+    versions = {"python": platform.python_version(), "flashtile": flashtile.__version__}
+    for name in ("torch", "triton", "numpy"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -6,7 +6,7 @@ import csv
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
@@ -23,6 +23,10 @@ class Request:
     arrival: float
     context_tokens: int
     generated_tokens: int
+
+    def cut(self, longest: int) -> Request:
+        """The same request with prompt and answer of ``longest`` tokens at most."""
+        return replace(self, context_tokens=min(self.context_tokens, longest), generated_tokens=min(self.generated_tokens, longest))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,122 @@
+"""``flashtile explain``: any shape, any named device, no GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import flashtile.cli.explain as command
+from flashtile.cli.app import app
+
+
+def explain(*options: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["explain", "--json", *options])
+    assert result.exit_code == 0, result.stderr
+    document: dict[str, Any] = json.loads(result.stdout)
+    return document
+
+
+def test_options_reach_the_problem() -> None:
+    document = explain(
+        "--device", "a100", "--batch", "3", "--seqlen-q", "4", "--seqlen-k", "2048", "--heads", "64", "--kv-heads", "8", "--head-dim", "64",
+        "--head-dim-v", "32", "--dtype", "float16", "--page-size", "16", "--window", "1023,0", "--softcap", "--alibi", "--sinks",
+    )  # fmt: skip
+    problem = document["problem"]
+    assert document["device"]["arch"] == "sm_80"
+    assert (problem["batch"], problem["seqlen_q"], problem["seqlen_k"]) == (3, 4, 2048)
+    assert (problem["num_heads_q"], problem["num_heads_kv"]) == (64, 8)
+    assert (problem["head_dim"], problem["head_dim_v"], problem["dtype_q"], problem["page_size"]) == (64, 32, "float16", 16)
+    assert problem["band"] == {"left": 1023, "right": 0}
+    assert problem["softcap"] and problem["alibi"] and problem["sinks"]
+
+
+@pytest.mark.parametrize(
+    ("options", "band"),
+    [
+        (["--no-causal"], {"left": None, "right": None}),
+        (["--no-causal", "--window", "7,3"], {"left": 7, "right": 3}),
+        (["--window", "7,"], {"left": 7, "right": 0}),
+        (["--no-causal", "--window", "none,3"], {"left": None, "right": 3}),
+    ],
+)
+def test_masks(options: list[str], band: dict[str, int | None]) -> None:
+    assert explain("--device", "h200", "--seqlen-q", "4", *options)["problem"]["band"] == band
+
+
+def test_a_forced_tile_is_explained_and_the_others_are_listed() -> None:
+    document = explain("--device", "h200", "--block-m", "64", "--num-splits", "5")
+    assert document["plan"]["block_m"] == 64
+    assert document["plan"]["num_splits"] == 5
+    assert document["plan"]["source"] == "explicit"
+    others = {(other["block_m"], other["swapped"]) for other in document["alternatives"]}
+    assert {(1, False), (8, True), (16, False), (32, False), (128, False)} <= others
+
+
+def test_without_a_device_it_says_which_one_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    document = explain()
+    assert document["device"]["name"] == "H200"
+    assert any("no GPU" in note for note in document["notes"])
+
+
+def test_a_length_between_buckets_is_said_to_be_rounded() -> None:
+    document = explain("--device", "h200", "--seqlen-k", "777")
+    assert document["problem"]["seqlen_k"] == 832
+    assert any("777" in note and "832" in note for note in document["notes"])
+
+
+def test_the_text_has_the_words_and_the_table() -> None:
+    result = CliRunner().invoke(app, ["explain", "--device", "t4"])
+    assert result.exit_code == 0
+    assert "T4" in result.stdout
+    assert "why it lost" in result.stdout
+    assert "kBlockM" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--device", "h900"], "h900"),
+        (["--device", "h200", "--block-m", "24"], "block_m"),
+        (["--device", "h200", "--kv-heads", "5"], "num_heads"),
+        (["--device", "h200", "--window", "5"], "--window"),
+        (["--device", "h200", "--window", "-5,0"], "window"),
+        (["--device", "h200", "--dtype", "int8"], "--dtype"),
+        (["--device", "h200", "--batch", "-1"], "--batch"),
+        (["--device", "h200", "--num-splits", "0"], "num_splits"),
+        (["--device", "cpu", "--compile"], "--compile"),
+    ],
+)
+def test_bad_values_are_named(options: list[str], named: str) -> None:
+    result = CliRunner().invoke(app, ["explain", *options])
+    assert result.exit_code == 2
+    assert named in result.stderr
+    assert result.stdout == ""
+
+
+def test_compile_without_triton_is_one_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["explain", "--device", "h200", "--compile"])
+    assert result.exit_code == 2
+    assert "Triton" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.compiles
+def test_compile_states_what_the_kernel_takes() -> None:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    line = [sys.executable, "-m", "flashtile", "explain", "--device", "h200", "--head-dim", "64", "--compile", "--json"]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    compiled = json.loads(done.stdout)["compiled"]
+    assert compiled["arch"] == "sm_90"
+    assert compiled["spilled_bytes"] == 0
+    assert 0 < compiled["registers"] <= 255
+    assert "m16n8" in compiled["mma"] or "m64" in compiled["mma"]
