@@ -187,11 +187,11 @@ def _lines(e: Explanation) -> Iterator[str]:
         f"{problem.batch} x {problem.seqlen_k} keys, {problem.seqlen_q} queries, {heads}, head dim {problem.head_dim}, "
         f"{problem.dtype_k} on {e.device.name}: kernel {plan.kernel}, chosen by {_chooser(plan)}."
     )
-    swapped = (
-        " with operands swapped" if plan.swapped else " (as FlashAttention-2's fixed kBlockM)" if plan.block_m == FIXED_BLOCK_M else ""
-    )
+    kind = " with operands swapped" if plan.swapped else ""
+    if plan.block_m == FIXED_BLOCK_M:
+        kind = " (as FlashAttention-2's fixed kBlockM)"
     yield (
-        f"Tile: block_m {plan.block_m}{swapped}; {e.rows} rows in {_count(e.row_blocks, 'block')}, {e.rows_wasted} rows wasted; "
+        f"Tile: block_m {plan.block_m}{kind}; {e.rows} rows in {_count(e.row_blocks, 'block')}, {e.rows_wasted} rows wasted; "
         f"products by {e.mma}."
     )
     if e.device.is_gpu:

@@ -70,7 +70,7 @@ SHAPES: dict[tuple[int, bool], tuple[tuple[int, int, int], ...]] = {
     (16, False): _FEW_ROWS,
     # with four warps the keys' fragments take 172 registers, which spills on sm_80
     (8, True): ((64, 8, 3), (32, 4, 3), *_FEW_ROWS),
-    (1, False): ((64, 4, 3), (64, 8, 3), (32, 8, 3), (32, 8, 2), (64, 16, 2), (32, 16, 2), (32, 4, 2)),
+    (1, False): ((64, 4, 3), (64, 8, 3), (32, 8, 3), (32, 8, 2), (64, 16, 2), (32, 16, 2), (32, 4, 2), (16, 4, 2)),
     (16, True): _FEW_ROWS,
     (32, False): _MANY_ROWS,
     (64, False): _MANY_ROWS,
@@ -166,10 +166,12 @@ def choose_tile_and_splits(problem: Problem, device: Device, block_m: int | None
     work = work_of(problem)
     tiles = fitting_tiles(problem, device)
     has_mma = any(footprint.mma for _, footprint in tiles)
+    if block_m is None:
+        tiles = tuple(fit for fit in tiles if worth_trying(fit[0], work.rows, has_mma)) or tiles
+    else:
+        tiles = tuple(fit for fit in tiles if fit[0].block_m == block_m)
     best, best_us = None, float("inf")
     for tile, footprint in tiles:
-        if not (worth_trying(tile, work.rows, has_mma) if block_m is None else tile.block_m == block_m):
-            continue
         splits = split_count(work, tile, footprint, device)
         us = cost_of(work, tile, footprint, splits, device).total_us
         if us * 100 < best_us * (100 - TILE_GAIN_PERCENT):
