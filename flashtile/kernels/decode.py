@@ -259,12 +259,13 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
         limit = f"a grid of {units} x {num_splits} programs: at most {_FAR - 1} x {_MAX_SPLITS}"
         raise UnsupportedError("The plan does not fit a launch.", {plan.kernel: [limit]})
     min_keys = max(1, -(-plan.min_keys_per_split // block_n)) * block_n
-    packed, max_seqlen_q = problem.ragged_q, problem.seqlen_q
+    max_seqlen_q = problem.seqlen_q
     rest = ((problem.band.left, problem.band.right), heads_kv, problem.batch, blocks, min_keys)
     pointer = pointer_of(decode_kernel)
     near = _split_launch(problem, plan, device, far_keys=False)
     combine = bind_combine(problem, plan, device) if split else None
-    no_lse, no_partials, no_pages = (None,) * 4, (None,) * 3, (None,) * 3
+    no_lse, no_partials = (None,) * 4, (None,) * 3
+    no_pages: tuple[object, ...] = (None,) * 3
     constants = near.constants
 
     def run(stream: int, call: DecodeCall) -> None:
@@ -278,7 +279,7 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
             capacity, pages = k.shape[1], no_pages
         else:
             capacity, pages = page_table.shape[1] * page_size, (pointer(page_table), page_table.stride(0), k.shape[0])
-        if packed:
+        if cu_seqlens_q is not None:
             total_q = q.shape[0]
             q_strides, out_strides = (0, *q.stride()[:2]), (0, *out.stride()[:2])
             lengths = (pointer(seqlens_k), pointer(cu_seqlens_q), capacity, max_seqlen_q, total_q)

@@ -225,7 +225,7 @@ def check_toolchain() -> None:
 
 def c_compiler() -> str | None:
     """The C compiler that Triton will find, if any."""
-    configured = getattr(knobs.build, "cc", None)
+    configured: str | None = getattr(knobs.build, "cc", None)
     if configured:
         return shutil.which(configured)
     return next((path for name in ("gcc", "clang", "cc") if (path := shutil.which(name))), None)
