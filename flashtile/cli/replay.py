@@ -173,7 +173,7 @@ def _document(
     return {
         "device": device_name(device),
         "heads": str(engine.heads),
-        "protocol": stopwatch.protocol,
+        "protocol": f"{stopwatch.clock}, each step once",
         "requests": {
             "in_trace": num_requests,
             "finished": engine.num_finished,

@@ -1,4 +1,4 @@
-"""Honest clocks: candidates take turns, the cache is cold on a GPU, and the median counts."""
+"""Honest clocks: candidates take turns; on a GPU the cache is cold and the median counts, on a CPU the least does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Stopwatch:
     """Times calls on one device, in seconds.
 
     On a GPU each call is timed by events behind a write of 512 MB, which empties the L2 cache and gives the host time
-    to issue the whole call: only the GPU's own time is left. On a CPU it is wall time.
+    to issue the whole call: only the GPU's own time is left. On a CPU it is wall time, to which other processes only add.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,10 +26,16 @@ class Stopwatch:
         self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device) if device.type == "cuda" else None
 
     @property
-    def protocol(self) -> str:
+    def clock(self) -> str:
+        """What ``once`` measures, in words."""
         if self._flush is None:
-            return f"wall time on {torch.get_num_threads()} CPU threads, in turn, median"
-        return f"GPU time by events behind a write of {_FLUSH_BYTES >> 20} MB (cold L2), in turn, median"
+            return f"wall time on {torch.get_num_threads()} CPU threads"
+        return f"GPU time by events behind a write of {_FLUSH_BYTES >> 20} MB (cold L2)"
+
+    @property
+    def protocol(self) -> str:
+        """What ``in_turn`` measures, in words."""
+        return f"{self.clock}, in turn, {'the least of each' if self._flush is None else 'median'}"
 
     def once(self, call: Call) -> float:
         if self._flush is None:
@@ -46,7 +52,7 @@ class Stopwatch:
             return float(start_event.elapsed_time(end_event)) * 1e-3
 
     def in_turn(self, calls: Sequence[Call], *, repeats: int = 7, budget: float = 0.5) -> list[float]:
-        """The median of each call; rounds stop after ``repeats``, or once ``budget`` seconds are spent (at least two are run).
+        """The median of each call (on a CPU the least); rounds stop after ``repeats``, or once ``budget`` seconds are spent (at least two are run).
 
         Run each call once beforehand: compilation and first touches are not this clock's subject.
         """
@@ -57,7 +63,8 @@ class Stopwatch:
                 break
             for call, times in zip(calls, samples):
                 times.append(self.once(call))
-        return [statistics.median(times) for times in samples]
+        typical = min if self._flush is None else statistics.median
+        return [typical(times) for times in samples]
 
 
 def graphs_in_turn(candidates: Sequence[Sequence[Call]], *, rounds: int = 9, calls_a_graph: int = 10) -> list[float]:

@@ -26,7 +26,7 @@ def test_every_pair_of_sizes_is_checked_and_timed() -> None:
         assert set(row["seconds"]) == {"flashtile", "SDPA"}
         assert min(row["seconds"].values()) > 0
     assert "flashtile" in document["versions"]
-    assert "median" in document["protocol"]
+    assert "in turn" in document["protocol"]
 
 
 def test_without_peers_only_ours_is_timed() -> None:
