@@ -52,8 +52,9 @@ class Stopwatch:
             return float(start_event.elapsed_time(end_event)) * 1e-3
 
     def in_turn(self, calls: Sequence[Call], *, repeats: int = 7, budget: float = 0.5) -> list[float]:
-        """The median of each call (on a CPU the least); rounds stop after ``repeats``, or once ``budget`` seconds are spent (at least two are run).
+        """The median of each call (on a CPU the least).
 
+        Rounds stop after ``repeats``, or once ``budget`` seconds are spent; at least two are run.
         Run each call once beforehand: compilation and first touches are not this clock's subject.
         """
         samples: list[list[float]] = [[] for _ in calls]
