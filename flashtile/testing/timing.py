@@ -52,7 +52,7 @@ class Stopwatch:
             return float(start_event.elapsed_time(end_event)) * 1e-3
 
     def in_turn(self, calls: Sequence[Call], *, repeats: int = 7, budget: float = 0.5) -> list[float]:
-        """The median of each call (on a CPU the least).
+        """The median of each call (on a CPU the least), in seconds.
 
         Rounds stop after ``repeats``, or once ``budget`` seconds are spent; at least two are run.
         Run each call once beforehand: compilation and first touches are not this clock's subject.
