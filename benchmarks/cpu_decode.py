@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
@@ -139,6 +140,7 @@ def machine() -> dict[str, Any]:
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg(),  # processes that wanted a core, this one's threads included: far above the threads, medians mean little
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "python": platform.python_version(),
