@@ -22,7 +22,7 @@ from flashtile.errors import UnsupportedError
 from flashtile.kernels.call import DecodeCall, DecodeRunner
 from flashtile.kernels.combine import bind_combine
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch, Spec, launcher, on_device, pointer_of, workspace
-from flashtile.kernels.tile.band import keys_of, visible
+from flashtile.kernels.tile.band import keys_of, visible_keys
 from flashtile.kernels.tile.cache import load_tile, locate
 from flashtile.kernels.tile.schedule import owned_rows, sequence_keys, sequence_rows, split_keys
 from flashtile.kernels.tile.softmax import LOG2E, by_key, by_row, join_sink, natural_lse, normaliser, online_step, softcapped
@@ -55,6 +55,7 @@ def decode_kernel(
     if PDL:
         gdc_launch_dependents()
     KEYS_FIRST: tl.constexpr = HOW != "rows"
+    SHAPED: tl.constexpr = scores.softcap is not None or scores.slopes is not None
     D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     DV: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM_V))
     unit = tl.program_id(0)
@@ -85,6 +86,9 @@ def decode_kernel(
     # [BLOCK_M, D]
     q_ptrs = q.ptr + row_offsets(q, b_rows, row_start + position, head)[:, None] + d[None, :]
     q_tile = tl.load(q_ptrs, mask=real[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    # a negative scale becomes a negated q, which is exact: online_step wants a factor that keeps the order of scores
+    q_tile = tl.where(scores.scale_log2 < 0.0, -q_tile, q_tile)
+    factor = tl.maximum(tl.abs(scores.scale_log2), 1e-30)
     if HOW == "vector":
         q_tile = q_tile.to(tl.float32)
     elif HOW == "keys":
@@ -97,6 +101,11 @@ def decode_kernel(
     last_position = tl.minimum((row_block * BLOCK_M + BLOCK_M - 1) // GROUP, seqlen_q - 1)
     first, last = keys_of(band, first_position + offset, last_position + offset, seqlen_k)
     start, end = split_keys(first, last, split, num_splits, min_keys_per_split, BLOCK_N)
+    # (BLOCK_M,)
+    lowest, highest = visible_keys(band, position + offset, first, end)
+    # what every row sees needs no mask
+    lowest_of_all, _ = visible_keys(band, last_position + offset, first, end)
+    _, highest_of_all = visible_keys(band, first_position + offset, first, end)
 
     # (BLOCK_M,)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -113,18 +122,18 @@ def decode_kernel(
             s = tl.dot(k_tile, q_tile, input_precision=PRECISION)
         else:
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
-        s = s * scores.scale_log2
-        if scores.softcap is not None:
-            s = softcapped(s, scores.softcap * LOG2E)
         key = by_key(tile + n, KEYS_FIRST)
-        at = by_row(position + offset, KEYS_FIRST)
-        if scores.slopes is not None:
-            s = s - by_row(slope, KEYS_FIRST) * tl.abs(key - at).to(tl.float32)
-        seen = by_key(inside, KEYS_FIRST)
-        if band.left is not None or band.right is not None:
-            seen = seen & visible(band, at, key)
-        s = tl.where(seen, s, float("-inf"))
-        m, l, p, alpha = online_step(m, l, s, KEYS_FIRST)
+        if SHAPED:
+            s = s * factor
+            if scores.softcap is not None:
+                s = softcapped(s, scores.softcap * LOG2E)
+            if scores.slopes is not None:
+                s = s - by_row(slope, KEYS_FIRST) * tl.abs(key - by_row(position + offset, KEYS_FIRST)).to(tl.float32)
+        if PAGE_SIZE > 0:
+            s = tl.where(by_key(inside, KEYS_FIRST), s, float("-inf"))
+        if (tile < lowest_of_all) | (tile + BLOCK_N - 1 > highest_of_all):
+            s = tl.where((key >= by_row(lowest, KEYS_FIRST)) & (key <= by_row(highest, KEYS_FIRST)), s, float("-inf"))
+        m, l, p, alpha = online_step(m, l, s, 1.0 if SHAPED else factor, KEYS_FIRST)
         # [BLOCK_N, DV]
         v_tile = load_tile(v, h_kv, block, slot, inside, n, dv, HEAD_DIM_V, BLOCK_N, PAGE_SIZE)
         acc = acc * by_row(alpha, KEYS_FIRST)
@@ -234,7 +243,7 @@ def decode_spec(problem: Problem, plan: DecodePlan, *, far_keys: bool = False) -
             "HEAD_DIM_V": problem.head_dim_v,
             "PAGE_SIZE": problem.page_size,
             "SPLIT": split,
-            "STAGES": plan.num_stages,
+            "STAGES": _pipeline_stages(problem, plan),
             "PRECISION": "tf32" if problem.allow_tf32 else "ieee",
             "PDL": split and plan.dependent_launch,
         },
@@ -247,6 +256,15 @@ def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
     _split_launch(problem, plan, device, far_keys=False)
     if plan.num_splits > 1:
         bind_combine(problem, plan, device)
+
+
+def _pipeline_stages(problem: Problem, plan: DecodePlan) -> int:
+    """What Triton must be told for a ring of ``num_stages`` tiles.
+
+    Keys behind a gathered page id are loads behind loads: the compiler shares the stages out between both.
+    """
+    gathered = problem.page_size and problem.page_size % plan.block_n
+    return 2 * plan.num_stages - 1 if gathered else plan.num_stages
 
 
 def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunner:

@@ -5,14 +5,15 @@ import triton.language as tl
 
 
 @triton.jit
-def visible(band, position, key):
-    """Whether a query at key position ``position`` (its own index plus seqlen_k - seqlen_q) sees ``key``; broadcasts."""
-    seen = (key >= 0) & (position == position)
+def visible_keys(band, position, first, last):
+    """[lowest, highest] key that a query at key position ``position`` (its own index plus seqlen_k - seqlen_q) sees in [first, last)."""
+    lowest = position * 0 + first
+    highest = position * 0 + last - 1
     if band.left is not None:
-        seen = seen & (key - position >= -band.left)
+        lowest = tl.maximum(lowest, position - band.left)
     if band.right is not None:
-        seen = seen & (key - position <= band.right)
-    return seen
+        highest = tl.minimum(highest, position + band.right)
+    return lowest, highest
 
 
 @triton.jit
