@@ -134,7 +134,7 @@ def _prepare(
         run: DecodeRunner
         if problem.total_q == 0:
             run = _run_nothing
-        elif not holds_keys or problem.seqlen_k == 0:
+        elif not holds_keys or problem.seqlen_k == 0 or problem.batch == 0:
             run = _run_without_keys
         else:
             run = kernel_module(plan).bind(problem, plan, device)
@@ -157,7 +157,7 @@ def _run_nothing(call: DecodeCall) -> None:
 
 
 def _run_without_keys(call: DecodeCall) -> None:
-    """A cache that holds no key: out 0, lse that of the sink alone."""
+    """No sequence, or a cache that holds no key: out 0, lse that of the sink alone."""
     call.out.zero_()
     if call.lse is not None:
         call.lse.fill_(-math.inf)

@@ -43,6 +43,7 @@ from flashtile.problem import DTYPE_BYTES, Problem
 _LOG2E = 1.4426950408889634
 _FAR = 2**31  # elements that an int32 offset cannot span
 _MAX_SPLITS = 65_535  # a grid's y axis
+_WIDEST = 2**30  # a side of a window that hides no key, and that int32 key positions can be moved by
 
 
 @triton.jit
@@ -114,7 +115,7 @@ def decode_kernel(
     for tile in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         block, slot, inside = locate(pages, b, tile, n, first, end, BLOCK_N, PAGE_SIZE)
         # [BLOCK_N, D]
-        k_tile = load_tile(k, h_kv, block, slot, inside, n, d, HEAD_DIM, BLOCK_N, PAGE_SIZE)
+        k_tile = load_tile(k.ptr, k, h_kv, block, slot, inside, n, d, HEAD_DIM, BLOCK_N, PAGE_SIZE)
         # [BLOCK_N, BLOCK_M] where KEYS_FIRST, else [BLOCK_M, BLOCK_N]
         if HOW == "vector":
             s = tl.sum(k_tile.to(tl.float32) * q_tile, 1, keep_dims=True)
@@ -135,7 +136,7 @@ def decode_kernel(
             s = tl.where((key >= by_row(lowest, KEYS_FIRST)) & (key <= by_row(highest, KEYS_FIRST)), s, float("-inf"))
         m, l, p, alpha = online_step(m, l, s, 1.0 if SHAPED else factor, KEYS_FIRST)
         # [BLOCK_N, DV]
-        v_tile = load_tile(v, h_kv, block, slot, inside, n, dv, HEAD_DIM_V, BLOCK_N, PAGE_SIZE)
+        v_tile = load_tile(v.ptr, k if v.stride_n is None else v, h_kv, block, slot, inside, n, dv, HEAD_DIM_V, BLOCK_N, PAGE_SIZE)
         acc = acc * by_row(alpha, KEYS_FIRST)
         if HOW == "vector":
             acc += tl.sum(v_tile.to(tl.float32) * p, 0)[:, None]
@@ -193,8 +194,13 @@ def row_blocks(problem: Problem, plan: DecodePlan) -> int:
     return max(1, -(-problem.rows // plan.block_m))
 
 
-def decode_spec(problem: Problem, plan: DecodePlan, *, far_keys: bool = False) -> Spec:
-    """The split kernel's specialisation. ``far_keys``: a tile of keys spans 2^31 elements or more, so offsets in it are int64."""
+def decode_spec(problem: Problem, plan: DecodePlan, *, far_keys: bool = False, same_strides: bool | None = None) -> Spec:
+    """The split kernel's specialisation.
+
+    ``far_keys``: the cache's strides, or the span of a tile of keys, leave 32 bits. ``same_strides``: V is laid out like
+    K (by default where their head dims agree), so that one offset serves both.
+    """
+    same_strides = problem.head_dim == problem.head_dim_v if same_strides is None else same_strides
 
     def pointer(dtype: str) -> Arg:
         return Arg("*" + TRITON_DTYPES[dtype], problem.alignment)
@@ -205,8 +211,11 @@ def decode_spec(problem: Problem, plan: DecodePlan, *, far_keys: bool = False) -
     def rows(dtype: str) -> RowsView:
         return RowsView(pointer(dtype), stride(dtype), stride(dtype), stride(dtype))
 
-    def keys(dtype: str) -> KeysView:
-        return KeysView(pointer(dtype), stride(dtype), stride(dtype, "i64" if far_keys else "i32"), stride(dtype))
+    def keys(dtype: str, own_strides: bool = True) -> KeysView:
+        if not own_strides:
+            return KeysView(pointer(dtype), None, None, None)
+        reach = "i64" if far_keys else "i32"
+        return KeysView(pointer(dtype), stride(dtype, reach), stride(dtype, reach), stride(dtype))
 
     i32, i64 = Arg("i32"), Arg("i64")
     split = plan.num_splits > 1
@@ -215,7 +224,7 @@ def decode_spec(problem: Problem, plan: DecodePlan, *, far_keys: bool = False) -
         args={
             "q": rows(problem.dtype_q),
             "k": keys(problem.dtype_k),
-            "v": keys(problem.dtype_v),
+            "v": keys(problem.dtype_v, not same_strides),
             "out": rows(problem.dtype_out),
             "lse": LseView(Arg("*fp32"), i64, i64, i64) if problem.lse and not split else LseView(None, None, None, None),
             "partials": PartialsView(Arg("*fp32", 16), i64, i32) if split else PartialsView(None, None, None),
@@ -253,7 +262,7 @@ def decode_spec(problem: Problem, plan: DecodePlan, *, far_keys: bool = False) -
 
 def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
     """Compiles what ``bind`` will launch."""
-    _split_launch(problem, plan, device, far_keys=False)
+    _split_launch(problem, plan, device, *_usual_layout(problem))
     if plan.num_splits > 1:
         bind_combine(problem, plan, device)
 
@@ -278,21 +287,23 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
         raise UnsupportedError("The plan does not fit a launch.", {plan.kernel: [limit]})
     min_keys = max(1, -(-plan.min_keys_per_split // block_n)) * block_n
     max_seqlen_q = problem.seqlen_q
-    rest = ((problem.band.left, problem.band.right), heads_kv, problem.batch, blocks, min_keys)
+    band = tuple(None if side is None else min(side, _WIDEST) for side in (problem.band.left, problem.band.right))
+    rest = (band, heads_kv, problem.batch, blocks, min_keys)
     pointer = pointer_of(decode_kernel)
-    near = _split_launch(problem, plan, device, far_keys=False)
+    launches = {layout: _split_launch(problem, plan, device, *layout) for layout in [_usual_layout(problem)]}
     combine = bind_combine(problem, plan, device) if split else None
     no_lse, no_partials = (None,) * 4, (None,) * 3
     no_pages: tuple[object, ...] = (None,) * 3
-    constants = near.constants
+    constants = next(iter(launches.values())).constants
 
     def run(stream: int, call: DecodeCall) -> None:
         q, k, v, seqlens_k, page_table, cu_seqlens_q, sinks, slopes, out, lse, scale, softcap = call
         k_strides, v_strides = k.stride(), v.stride()
-        if k_strides[1] * block_n < _FAR and v_strides[1] * block_n < _FAR:
-            launch = near
-        else:
-            launch = _split_launch(problem, plan, device, far_keys=True)
+        far = max(k_strides[0], v_strides[0], k_strides[1] * block_n, v_strides[1] * block_n) >= _FAR
+        same = k_strides == v_strides
+        launch = launches.get((far, same))
+        if launch is None:
+            launch = launches[far, same] = _split_launch(problem, plan, device, far, same)
         if page_table is None:
             capacity, pages = k.shape[1], no_pages
         else:
@@ -310,8 +321,9 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
         slopes_view = (None, None) if slopes is None else (pointer(slopes), slopes.stride(0) if slopes.ndim == 2 else 0)
         scores = (scale * _LOG2E, softcap or None, *slopes_view)
         out_view = (pointer(out), *out_strides)
+        v_view = (pointer(v), None, None, None) if same else (pointer(v), *v_strides[:3])
         sink = None if sinks is None else pointer(sinks)
-        tensors = ((pointer(q), *q_strides), (pointer(k), *k_strides[:3]), (pointer(v), *v_strides[:3]), out_view)
+        tensors = ((pointer(q), *q_strides), (pointer(k), *k_strides[:3]), v_view, out_view)
         if combine is None:
             launch.run(units, 1, stream, *tensors, lse_view, no_partials, lengths, pages, scores, rest[0], sink, *rest[1:], *constants)
         else:
@@ -327,5 +339,10 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
     return on_device(run, device)
 
 
-def _split_launch(problem: Problem, plan: DecodePlan, device: torch.device, *, far_keys: bool) -> Launch:
-    return launcher(decode_spec(problem, plan, far_keys=far_keys), device)
+def _usual_layout(problem: Problem) -> tuple[bool, bool]:
+    """(far_keys, same_strides) of caches as they are commonly allocated; others are compiled when they come."""
+    return False, problem.head_dim == problem.head_dim_v
+
+
+def _split_launch(problem: Problem, plan: DecodePlan, device: torch.device, far_keys: bool, same_strides: bool) -> Launch:
+    return launcher(decode_spec(problem, plan, far_keys=far_keys, same_strides=same_strides), device)

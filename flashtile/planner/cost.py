@@ -17,6 +17,7 @@ DRAM_LATENCY_US = 0.9  # from asking for the first tile until it is there
 SM_BANDWIDTH_SHARE = 1.25  # one SM reads at most this many times its even share of the bandwidth
 L2_BANDWIDTH_SHARE = 2.6  # re-reads by other row blocks hit L2, which is this much faster than DRAM
 MATRIX_ITERATION_US = 0.25  # dependent chain of one key tile: product, row statistics, product
+ROW_FRAGMENT_US = 0.3  # each further 16 rows of a warp's chain, where one instruction does not hold them all
 VECTOR_ITERATION_US = 0.60  # the same with sums across threads instead of matrix instructions
 SWAPPED_ITERATION_US = 0.35  # row statistics cross warps, probabilities change layout on the way to the second product
 SWAPPED_SCORE_FACTOR = 2  # vector instructions a score when statistics run along the instruction's large side
@@ -158,6 +159,8 @@ def _iteration(work: Work, tile: TileShape, footprint: Footprint, device: Device
     rate = device.vector_rate * FMA_EFFICIENCY if mma is None else device.matrix_rate * mma.rate
     matrix_us = 2.0 * scores * dims * device.num_sms / rate * 1e6
     chain_us = MATRIX_ITERATION_US + (SWAPPED_ITERATION_US if tile.swapped else 0.0)
+    if mma is not None and not tile.swapped:
+        chain_us += ROW_FRAGMENT_US * max(0, tile.block_m // mma.m - 1)
     return matrix_us, operations / sm_instructions_per_us + exp_us, chain_us
 
 

@@ -21,15 +21,20 @@ def locate(pages, b, start, n, first, last, BLOCK_N: tl.constexpr, PAGE_SIZE: tl
         known = (page >= 0) & (page < pages.num_pages)
         return tl.where(known, page, 0).to(tl.int64), tl.full([], 0, tl.int64) + start % PAGE_SIZE, inside & known
     else:
-        page = tl.load(pages.table + b.to(tl.int64) * pages.stride_b + key // PAGE_SIZE, mask=inside, other=-1)
-        known = (page >= 0) & (page < pages.num_pages)
-        return tl.where(known, page, 0).to(tl.int64), key % PAGE_SIZE, inside & known
+        # keys are not negative: unsigned division is a shift where the page size is a power of two
+        index = (key.to(tl.uint32) // PAGE_SIZE).to(tl.int32)
+        page = tl.load(pages.table + b.to(tl.int64) * pages.stride_b + index, mask=inside, other=-1)
+        known = page.to(tl.uint32) < pages.num_pages.to(tl.uint32)
+        return tl.where(known, page, 0).to(tl.int64), (key.to(tl.uint32) % PAGE_SIZE).to(tl.int32), inside & known
 
 
 @triton.jit
-def load_tile(view, h, block, slot, inside, n, d, DIM: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
-    """[keys, dim] tile; zeros where a key or a dim does not exist (0 x NaN of unwritten memory must not reach a sum)."""
-    base = view.ptr + h.to(tl.int64) * view.stride_h
+def load_tile(ptr, view, h, block, slot, inside, n, d, DIM: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """[keys, dim] tile at ``ptr`` with the strides of ``view``.
+
+    Zeros where a key or a dim does not exist: 0 x NaN of unwritten memory must not reach a sum.
+    """
+    base = ptr + h.to(tl.int64) * view.stride_h
     if PAGE_SIZE % BLOCK_N == 0:
         ptrs = (base + block * view.stride_b + slot * view.stride_n) + ((n * view.stride_n)[:, None] + d[None, :])
     else:

@@ -19,7 +19,7 @@ def sequence_rows(lengths, b):
 def owned_rows(lengths, batch):
     """Tokens of q that belong to a sequence: a packed q may be longer than its last entry of cu_seqlens_q says."""
     if lengths.cu_seqlens_q is not None:
-        return tl.minimum(tl.load(lengths.cu_seqlens_q + batch), lengths.total_q)
+        return tl.minimum(tl.maximum(tl.load(lengths.cu_seqlens_q + batch), 0), lengths.total_q)
     else:
         return lengths.total_q
 

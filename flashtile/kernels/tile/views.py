@@ -19,7 +19,7 @@ class RowsView(NamedTuple):
 
 
 class KeysView(NamedTuple):
-    """K or V: (sequence or page, key, head, dim), the last dim contiguous."""
+    """K or V: (sequence or page, key, head, dim), the last dim contiguous. V's strides are None where they are K's."""
 
     ptr: Any
     stride_b: Any
