@@ -19,6 +19,9 @@ from flashtile.kernels.tile.views import LengthsView, LseView, PartialsView, Row
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import DTYPE_BYTES, Problem
 
+_SPLITS_AT_ONCE = (16, 64, 256)  # few sizes, so that a cache that grows rarely asks for another kernel
+_ONE_WARP_HOLDS = 64  # splits at 32 columns in the registers of one warp
+
 
 @triton.jit
 def combine_kernel(
@@ -82,12 +85,11 @@ def _fold(partials, first, split, num_splits, d, column, m, l, acc, HEAD_DIM_V: 
 
 
 def combine_spec(problem: Problem, plan: DecodePlan) -> Spec:
-    """Combine's specialisation: compiled again only for another power of two of splits."""
+    """Combine's specialisation: of the number of splits only the block that holds them counts."""
     i32, i64 = Arg("i32"), Arg("i64")
     stride = Arg("i64", max(1, problem.alignment // DTYPE_BYTES[problem.dtype_out]))
-    # what one warp, or four, holds in registers at 32 columns
-    most = 64 if plan.combine_warps == 1 else 256
-    block_s = min(triton.next_power_of_2(plan.num_splits), most)
+    most = _ONE_WARP_HOLDS if plan.combine_warps == 1 else _SPLITS_AT_ONCE[-1]
+    block_s = next((size for size in _SPLITS_AT_ONCE if size >= plan.num_splits or size == most), most)
     return Spec(
         combine_kernel,
         args={

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -141,20 +142,19 @@ def workspace(num_floats: int, device: torch.device) -> torch.Tensor:
 
 def _compiled_launch(spec: Spec, device: torch.device) -> Callable[..., None]:
     global _compilations
-    check_toolchain()
     with torch.cuda.device(device):
-        target = triton.runtime.driver.active.get_current_target()
         try:
+            target = triton.runtime.driver.active.get_current_target()  # builds Triton's driver module at first use
             compiled = compile_spec(spec, target)
-            run = compiled.run  # loads the binary on the current device
+            run = compiled.run  # builds the launcher, and loads the binary on the current device
         except triton.runtime.errors.OutOfResources as error:
             raise UnsupportedError(
                 f"{spec.kernel.__name__} does not fit {torch.cuda.get_device_name(device)}: {error}. Choose a smaller tile."
             ) from error
-        except FileNotFoundError as error:
-            raise ToolchainError(
-                f"Triton could not build its launcher: {error}. Install a C compiler and Python's headers, or set CC."
-            ) from error
+        except (RuntimeError, FileNotFoundError, subprocess.CalledProcessError) as error:
+            if isinstance(error, RuntimeError) and c_compiler():
+                raise
+            raise _without_toolchain(error) from error
     _compilations += 1
     return _raw_launch(compiled, run, target)
 
@@ -167,7 +167,7 @@ def _raw_launch(compiled: Any, run: Any, target: GPUTarget) -> Callable[..., Non
     function, metadata = compiled.function, compiled.packed_metadata
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     needs_scratch = getattr(run, "global_scratch_size", 0) or getattr(run, "profile_scratch_size", 0)
-    listeners = getattr(knobs.runtime.launch_enter_hook, "calls", ())
+    enter, leave = (getattr(hook, "calls", ()) for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook))
 
     def by_triton(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
         compiled[grid_x, grid_y, 1](*args, stream=stream)
@@ -178,7 +178,7 @@ def _raw_launch(compiled: Any, run: Any, target: GPUTarget) -> Callable[..., Non
     if version == (3, 6):
 
         def by_launcher_36(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
-            if listeners:
+            if enter or leave:
                 return by_triton(grid_x, grid_y, stream, *args)
             raw(grid_x, grid_y, 1, stream, function, cooperative, pdl, None, None, metadata, None, None, None, *args)
 
@@ -187,7 +187,7 @@ def _raw_launch(compiled: Any, run: Any, target: GPUTarget) -> Callable[..., Non
         annotations, signature = run.arg_annotations, run.kernel_signature
 
         def by_launcher_37(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
-            if listeners:
+            if enter or leave:
                 return by_triton(grid_x, grid_y, stream, *args)
             raw(
                 grid_x, grid_y, 1, stream, function, cooperative, pdl, metadata, None, None, None, None, None,
@@ -208,24 +208,19 @@ def _interpreter_launch(spec: Spec) -> Callable[..., None]:
     return launch
 
 
-_toolchain_checked = False
-
-
-def check_toolchain() -> None:
-    """Triton builds a small launcher with a C compiler at first use; says so in one sentence where there is none."""
-    global _toolchain_checked
-    if not _toolchain_checked:
-        if not c_compiler():
-            raise ToolchainError(
-                "C compiler: expected gcc, clang or cc on PATH (Triton builds its kernel launcher with it at first use), got none. "
-                "Install one (for example apt install gcc), or set the environment variable CC."
-            )
-        _toolchain_checked = True
+def _without_toolchain(error: Exception) -> ToolchainError:
+    """Triton builds its driver module, and before 3.7 a launcher for each kernel, with a C compiler at first use."""
+    if c_compiler():
+        found = f"one that failed ({error})"
+        fix = "Install Python's headers (for example apt install python3-dev)."
+    else:
+        found = "none"
+        fix = "Install one (for example apt install gcc), or set the environment variable CC."
+    return ToolchainError(f"C compiler: expected gcc or clang on PATH, with which Triton builds what launches kernels, got {found}. {fix}")
 
 
 def c_compiler() -> str | None:
-    """The C compiler that Triton will find, if any."""
-    configured: str | None = getattr(knobs.build, "cc", None)
-    if configured:
-        return shutil.which(configured)
-    return next((path for name in ("gcc", "clang", "cc") if (path := shutil.which(name))), None)
+    """The C compiler that Triton will use, if there is one."""
+    configured: str | None = knobs.build.cc
+    names = (configured,) if configured else ("gcc", "clang")
+    return next((path for name in names if (path := shutil.which(name))), None)

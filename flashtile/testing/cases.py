@@ -97,6 +97,7 @@ def _queries() -> list[Case]:
         Case("ragged_spare_rows", (40, 25), seqlens_q=(2, 3), ragged_q=True, spare_rows=4),
         Case("ragged_no_queries", (40, 25), seqlens_q=(0, 0), ragged_q=True),
         Case("ragged_batch_zero", (), seqlens_q=(), ragged_q=True),
+        Case("ragged_batch_zero_spare_rows", (), seqlens_q=(), ragged_q=True, spare_rows=3, page_size=16, capacity=32, sinks=True),
         Case("ragged_prefill_paged", (130, 40, 70), seqlens_q=(40, 1, 8), ragged_q=True, page_size=16, dtype="bfloat16"),
     ]
 
