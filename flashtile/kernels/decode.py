@@ -79,11 +79,24 @@ def decode_kernel(
     position = rows // GROUP
     head = h_kv * GROUP + rows % GROUP
     b_rows = b * 0 if lengths.cu_seqlens_q is not None else b
+
+    offset = seqlen_k - seqlen_q
+    first_position = row_block * BLOCK_M // GROUP
+    last_position = tl.minimum((row_block * BLOCK_M + BLOCK_M - 1) // GROUP, seqlen_q - 1)
+    first, last = keys_of(band, first_position + offset, last_position + offset, seqlen_k)
+    start, end = split_keys(first, last, split, num_splits, min_keys_per_split, BLOCK_N)
+    if SPLIT:
+        token = row_start + b_rows * seqlen_q + position
+        partial = (token.to(tl.int64) * (num_heads_kv * GROUP) + head) * num_splits + split
+        if start >= end:
+            # most programs of a batch of unlike lengths; combine sees lse -inf and does not read their rows
+            tl.store(partials.ptr + partials.lse_start + partial, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=real)
+            return
+
     # (D,), (DV,), (BLOCK_N,)
     d = tl.arange(0, D)
     dv = tl.arange(0, DV)
     n = tl.arange(0, BLOCK_N)
-
     # [BLOCK_M, D]
     q_ptrs = q.ptr + row_offsets(q, b_rows, row_start + position, head)[:, None] + d[None, :]
     q_tile = tl.load(q_ptrs, mask=real[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
@@ -94,20 +107,14 @@ def decode_kernel(
         q_tile = q_tile.to(tl.float32)
     elif HOW == "keys":
         q_tile = tl.trans(q_tile)
-    offset = seqlen_k - seqlen_q
     if scores.slopes is not None:
         slope = tl.load(scores.slopes + b.to(tl.int64) * scores.slopes_stride_b + head, mask=real, other=0.0) * LOG2E
 
-    first_position = row_block * BLOCK_M // GROUP
-    last_position = tl.minimum((row_block * BLOCK_M + BLOCK_M - 1) // GROUP, seqlen_q - 1)
-    first, last = keys_of(band, first_position + offset, last_position + offset, seqlen_k)
-    start, end = split_keys(first, last, split, num_splits, min_keys_per_split, BLOCK_N)
     # (BLOCK_M,)
     lowest, highest = visible_keys(band, position + offset, first, end)
     # what every row sees needs no mask
     lowest_of_all, _ = visible_keys(band, last_position + offset, first, end)
     _, highest_of_all = visible_keys(band, first_position + offset, first, end)
-
     # (BLOCK_M,)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
@@ -146,13 +153,9 @@ def decode_kernel(
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
 
     if SPLIT:
-        token = row_start + b_rows * seqlen_q + position
-        at = (token.to(tl.int64) * (num_heads_kv * GROUP) + head) * num_splits + split
-        tl.store(partials.ptr + partials.lse_start + at, natural_lse(m, l), mask=real)
-        # a split without keys leaves its rows unwritten: combine sees lse -inf and does not read them
-        offsets = at * HEAD_DIM_V
+        tl.store(partials.ptr + partials.lse_start + partial, natural_lse(m, l), mask=real)
+        offsets = partial * HEAD_DIM_V
         base = partials.ptr
-        written = real & (start < end)
     else:
         if sinks is not None:
             m, l, alpha = join_sink(m, l, tl.load(sinks + head, mask=real, other=0.0))
@@ -163,10 +166,9 @@ def decode_kernel(
             tl.store(lse.ptr + at, natural_lse(m, l), mask=real)
         offsets = row_offsets(out, b_rows, row_start + position, head)
         base = out.ptr
-        written = real
     acc = acc * by_row(normaliser(l), KEYS_FIRST)
     ptrs = base + by_row(offsets, KEYS_FIRST) + by_key(dv, KEYS_FIRST)
-    tl.store(ptrs, acc.to(base.dtype.element_ty), mask=by_row(written, KEYS_FIRST) & by_key(dv < HEAD_DIM_V, KEYS_FIRST))
+    tl.store(ptrs, acc.to(base.dtype.element_ty), mask=by_row(real, KEYS_FIRST) & by_key(dv < HEAD_DIM_V, KEYS_FIRST))
 
 
 @triton.jit

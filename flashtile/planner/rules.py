@@ -7,6 +7,7 @@ query tile; ``choose_splits`` minimises the busiest SM's share of the key tiles 
 from __future__ import annotations
 
 from functools import lru_cache
+from math import gcd
 from typing import NamedTuple
 
 from flashtile.planner.cost import (
@@ -41,6 +42,7 @@ MAX_STAGES = 8
 SWAPPED_BLOCK_MS = (8, 16)
 PROGRAMS_A_WAVE = 2  # resident programs of an SM that splits may fill: more only make waves and partials
 SPLIT_GAIN_PERCENT = 4  # what more splits must gain: partials and their combine have costs beyond the model
+FEW_SPLITS = (2, 3, 4, 6)  # tried where units alone make more than one wave, for the last one packs few SMs
 DEEP_RING_TILES = 16  # key tiles of a program from which a lone program on an SM gains by a deeper ring
 DEEP_RING_STAGES = 4
 LEAST_BLOCK_N = 32  # the fewest keys of a tile that the rule chooses
@@ -189,7 +191,7 @@ def with_half_tiles(problem: Problem, device: Device, tile: Tile, num_splits: in
     units = row_blocks_of(work, tile.block_m) * work.num_heads_kv
     halved = tile._replace(block_n=tile.block_n // 2)
     alone = num_splits > 1 and num_splits == -(-work.keys // tile.block_n) and 2 * units * num_splits <= device.num_sms
-    if not alone or halved.block_n < LEAST_BLOCK_N or misfits(problem, halved, device):
+    if not alone or halved.block_n < LEAST_BLOCK_N or 2 * num_splits > COMBINE_WARPS_FROM or misfits(problem, halved, device):
         return tile, num_splits
     return halved, -(-work.keys // halved.block_n)
 
@@ -218,19 +220,20 @@ def worth_trying(tile: Tile, rows: int, has_mma: bool) -> bool:
 def fitting_tiles(problem: Problem, device: Device) -> tuple[tuple[Tile, Footprint], ...]:
     """For each query tile the preferred shape that fits the device; query tiles without one are left out."""
     kind = (problem.head_dim, problem.head_dim_v, problem.dtype_q, problem.dtype_k, problem.dtype_v, problem.allow_tf32)
-    features = (problem.softcap, problem.alibi, problem.ragged_q, problem.page_size > 0)
-    return _fitting_tiles(device, kind, features)
+    features = (problem.softcap, problem.alibi, problem.ragged_q)
+    # of a page's size only its powers of two matter, for keys are gathered where it is no multiple of block_n
+    return _fitting_tiles(device, kind, features, gcd(problem.page_size, MAX_BLOCK_N) if problem.page_size else 0, problem.alignment)
 
 
 @lru_cache(maxsize=1024)
 def _fitting_tiles(
-    device: Device, kind: tuple[int, int, str, str, str, bool], features: tuple[bool, bool, bool, bool]
+    device: Device, kind: tuple[int, int, str, str, str, bool], features: tuple[bool, bool, bool], page_size: int, alignment: int
 ) -> tuple[tuple[Tile, Footprint], ...]:
     head_dim, head_dim_v, dtype_q, dtype_k, dtype_v, allow_tf32 = kind
-    softcap, alibi, ragged_q, paged = features
+    softcap, alibi, ragged_q = features
     problem = Problem(
         head_dim=head_dim, head_dim_v=head_dim_v, dtype_q=dtype_q, dtype_k=dtype_k, dtype_v=dtype_v, allow_tf32=allow_tf32,
-        softcap=softcap, alibi=alibi, ragged_q=ragged_q, page_size=int(paged),
+        softcap=softcap, alibi=alibi, ragged_q=ragged_q, page_size=page_size, alignment=alignment,
     )  # fmt: skip
     firsts = (next((tile for tile in tiles if not misfits(problem, tile, device)), None) for tiles in CANDIDATES.values())
     return tuple((tile, footprint_of(problem, tile, device)) for tile in firsts if tile is not None)
@@ -275,14 +278,26 @@ def split_count(work: Work, tile: TileShape, footprint: Footprint, device: Devic
     all_ns = int(even_ns * work.batch * work.num_heads_kv * tiles)
     tile_ns = max(int(1000 * MATRIX_ITERATION_US), int(even_ns * sms / SM_BANDWIDTH_SHARE))
     combine_ns, per_split_ns = int(1000 * (device.launch_us + COMBINE_US)), int(1000 * COMBINE_SPLIT_US)
-    wanted = [sms * wave // units for wave in range(1, min(PROGRAMS_A_WAVE, footprint.resident) + 1)]
-    best, best_ns = 1, max(all_ns, -(-units // sms) * tiles * tile_ns)
-    for count in wanted:
+    resident = footprint.resident
+
+    def busiest_sm_ns(splits: int) -> int:
+        """What the busiest SM reads: whole waves at its share of DRAM, and a last wave that packs few SMs at its own best."""
+        programs, length = units * splits, -(-tiles // splits)
+        if programs <= sms * resident:
+            return -(-programs // sms) * length * tile_ns
+        waves, left = divmod(programs, sms * resident)
+        return int(waves * resident * length * even_ns * sms) + min(resident, left) * length * tile_ns
+
+    counts = {sms * wave // units for wave in range(1, min(PROGRAMS_A_WAVE, resident) + 1)}
+    if units > sms * resident:
+        counts.update(FEW_SPLITS)
+    best, best_ns = 1, max(all_ns, busiest_sm_ns(1))
+    for count in sorted(counts):
         tiles_per_split = -(-tiles // min(tiles, max(1, count)))
         splits = -(-tiles // tiles_per_split)
         if splits <= best:
             continue
-        ns = max(all_ns, -(-units * splits // sms) * tiles_per_split * tile_ns) + combine_ns + splits * per_split_ns
+        ns = max(all_ns, busiest_sm_ns(splits)) + combine_ns + splits * per_split_ns
         if ns * 100 < best_ns * (100 - SPLIT_GAIN_PERCENT):
             best, best_ns = splits, ns
     if work.batch > 1:
