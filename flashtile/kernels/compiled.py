@@ -19,9 +19,11 @@ from flashtile.kernels.launch import Spec, compile_spec
 
 @dataclass(frozen=True)
 class CompiledFacts:
-    """registers a thread; spilled bytes a thread; shared memory a block in bytes; matrix instructions by name ("" where none).
+    """registers a thread; bytes a thread that spills store to memory; shared memory a block in bytes; the commonest matrix
+    instruction ("" where none).
 
-    ``layout`` is the warps' arrangement over the first product (rows x keys), for example "4x1", "" where there is none.
+    ``warps_per_cta`` is the warps' arrangement over the first product: (rows, keys), or (keys, rows) where operands are
+    swapped; empty where there is no matrix instruction.
     """
 
     arch: str
@@ -58,15 +60,27 @@ def compile_facts(spec: Spec, arch: str) -> CompiledFacts:
 
 
 def _nvidia_resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, spilled bytes). A stack alone is no spill: what counts is what the code stores in it."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", text)
-    if not found:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {text}")
-    return int(found[1]), int(found[2]) + int(found[3])
+        usage = _cuobjdump("-res-usage", file.name)
+        found = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage)
+        if not found:
+            raise RuntimeError(f"cuobjdump printed no resource usage: {usage}")
+        registers, stack, local = (int(figure) for figure in found.groups())
+        return registers, _bytes_stored_locally(_cuobjdump("-sass", file.name)) if stack + local else 0
+
+
+def _cuobjdump(option: str, path: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def _bytes_stored_locally(sass: str) -> int:
+    """What all local stores of a listing write once each: STL is 4 bytes, STL.64 is 8, STL.128 is 16."""
+    widths = re.findall(r"\bSTL(?:\.(?!64|128)\w+)*(?:\.(64|128))?", sass)
+    return sum(int(width or 32) // 8 for width in widths)
 
 
 def _amd_facts(assembly: str) -> tuple[int, int, str]:
@@ -74,7 +88,8 @@ def _amd_facts(assembly: str) -> tuple[int, int, str]:
         found = re.search(rf"\.{name}:\s+(\d+)", assembly)
         return int(found[1]) if found else 0
 
-    return figure("vgpr_count"), 4 * figure("vgpr_spill_count"), _mma_name(assembly, r"\b(v_mfma_\w+|v_wmma_\w+)")
+    # what spills into accumulation registers never reaches memory
+    return figure("vgpr_count"), figure("private_segment_fixed_size"), _mma_name(assembly, r"\b(v_mfma_\w+|v_wmma_\w+)")
 
 
 def _mma_name(text: str, pattern: str) -> str:

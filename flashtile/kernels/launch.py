@@ -8,7 +8,9 @@ compiled. A launch then costs one call into Triton's C launcher, with pointers a
 from __future__ import annotations
 
 import functools
+import re
 import shutil
+import struct
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
@@ -23,6 +25,10 @@ from triton.compiler import ASTSource
 from triton.runtime.interpreter import InterpretedFunction
 
 from flashtile.errors import ToolchainError, UnsupportedError
+
+_MAX_REGISTERS = 255  # a thread of NVIDIA's
+_REGISTERS_A_BLOCK = 65536
+_NV_INFO = 0x70000000  # the type of an ELF section with a kernel's attributes
 
 TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
@@ -99,8 +105,31 @@ def interpreted(kernel: Any) -> bool:
 
 
 def compile_spec(spec: Spec, target: GPUTarget) -> Any:
-    """The compiled kernel for any target; needs no GPU."""
-    return triton.compile(spec.source(), target=target, options=dict(spec.options))
+    """The compiled kernel for any target; needs no GPU.
+
+    NVIDIA's assembler sometimes spills a few registers to fit one more program on an SM, with many registers left. Then
+    it is told to use them all.
+    """
+    options = dict(spec.options)
+    compiled = triton.compile(spec.source(), target=target, options=options)
+    if target.backend != "cuda" or not stack_bytes(compiled.asm["cubin"]):
+        return compiled
+    most = min(_MAX_REGISTERS, _REGISTERS_A_BLOCK // (32 * options["num_warps"]))
+    freed = triton.compile(spec.source(), target=target, options={**options, "maxnreg": most})
+    return min(compiled, freed, key=lambda kernel: stack_bytes(kernel.asm["cubin"]))
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """The kernel's stack frame, where spilled registers lie: EIATTR_FRAME_SIZE in the binary's .nv.info sections."""
+    table, size, count = *struct.unpack_from("<Q", cubin, 0x28), *struct.unpack_from("<HH", cubin, 0x3A)
+    frames = [0]
+    for header in range(table, table + size * count, size):
+        (kind,) = struct.unpack_from("<I", cubin, header + 4)
+        if kind == _NV_INFO:
+            start, length = struct.unpack_from("<QQ", cubin, header + 24)
+            found = re.findall(rb"\x04\x11\x08\x00.{4}(.{4})", cubin[start : start + length], re.DOTALL)
+            frames += [int.from_bytes(frame, "little") for frame in found]
+    return max(frames)
 
 
 def launcher(spec: Spec, device: torch.device) -> Launch:

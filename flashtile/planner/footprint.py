@@ -15,19 +15,32 @@ from flashtile.problem import DTYPE_BYTES, Problem
 
 MIN_PADDED_DIM = 16
 SHARED_SCRATCH = 1024  # bytes: reductions over warps, barriers
+TENSOR_MEMORY_SCRATCH = 512  # bytes beside it: barriers of tcgen05 and the address of its memory
 REGISTERS_BASE = 40  # addresses, loop counters, row statistics
 REGISTERS_PER_SCORE = 2  # a score and its probability before packing
 REGISTERS_PER_FEATURE = {"cuda": 7, "hip": 20}  # each of softcap, ALiBi, paging and packed queries
 REGISTERS_PER_COPY = 2  # the address of one 16-byte copy of a key tile, kept over the loop
 FRAGMENT_REGISTERS = 24  # fragments of K and V on their way into a matrix instruction
 TENSOR_MEMORY_REGISTERS = 80  # tcgen05: what passes between tensor memory and registers, a whole result at a time
+WGMMA_ACCUMULATOR_SHARE = 0.2  # copies of the accumulator while it is scaled
 MAX_Q_REGISTERS = 64  # beyond, q's fragments are read again from shared memory
 IDLE_WARPS_SHARE = 0.75  # what a warp beyond one for 16 rows still holds of the accumulator that it repeats
 FMA_OPERANDS_LIVE = 0.25  # share of both FMA dots' operand elements that live in registers at a time
-FMA_SWAPPED_FACTOR = {"cuda": 1.45, "hip": 2.8}  # more of them when operands are swapped for 16 rows, or for AMD's 4-row mfma
+FMA_SWAPPED_FACTOR = {"cuda": 1.45, "hip": 3.2}  # more of them when operands are swapped for 16 rows, or for AMD's 4-row mfma
 VECTOR_TILES_LIVE = {"cuda": 1.5, "hip": 13.5}  # float32 tiles of keys times dim that the vector kernel holds at a time
 VECTOR_WARPS_PER_32_DIMS = 2  # with fewer warps than this for 32 value dims, a thread holds whole columns of keys,
 VECTOR_COLUMN_SHARE = 6 / 128  # this many registers a key and value dim
+VECTOR_UNLIKE_FACTOR = 3  # more of them where keys and values have unlike head dims, and so unlike layouts
+VECTOR_SLACK = 1.3  # the vector kernel's registers scatter more than the others'
+WIDE_REGISTERS = 25  # four-byte inputs of a matrix instruction
+WIDE_WGMMA_REGISTERS = 100  # wgmma takes four-byte values in one order only: they are turned around on the way
+GATHERED_REGISTERS = 60  # places of gathered keys, kept over the loop,
+GATHERED_FEW_REGISTERS = 20  # fewer of them beside 16-bit fragments
+LOADED_REGISTERS = {"cuda": 1.9, "hip": 3.0}  # an element of a key tile that no asynchronous copy can bring
+SMALL_COPY_REGISTERS = 0.7  # a copy of less than 16 bytes
+FMA_LOADED_SHARE = 0.4  # FMA operands pass through registers anyway
+VECTOR_LOADED_REGISTERS = 90  # what such loads cost the vector kernel beside
+MIN_COPY_BYTES = 4  # the least that an asynchronous copy brings
 MAX_PROGRAMS_PER_SM = 32
 REGISTER_GRANULE = 8
 COPY_BYTES = 16
@@ -89,23 +102,35 @@ def shared_memory_bytes(problem: Problem, tile: TileShape, device: Device) -> in
 
     buffers * (K tile + V tile): buffers is num_stages where the matrix instruction itself reads shared memory, for a tile
     must stay until the instruction is done, and num_stages - 1 (at least 1) where fragments go through registers; the
-    vector kernel has none unless copies are asynchronous. Beside the ring lie q and the probabilities on their way
-    between layouts (float32 results too, for FMA), and a scratch for reductions.
+    vector kernel has none unless copies are asynchronous, and twice as many for gathered keys. Beside the ring lie the
+    page ids of gathered keys, q and the probabilities on their way between layouts (float32 results too, for FMA), and
+    a scratch for reductions. FMA masks the padding of a head dim in a second copy of a tile,
+    and swapped operands that of a value.
     """
     k_bytes, v_bytes = DTYPE_BYTES[problem.dtype_k], DTYPE_BYTES[problem.dtype_v]
     dim, dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
-    key_bytes = dim * k_bytes + dim_v * v_bytes
+    tile_bytes = tile.block_n * (dim * k_bytes + dim_v * v_bytes)
+    gathered = gathers(problem, tile)
+    ids_bytes = 8 * tile.num_stages * tile.block_n if gathered else 0
     buffers = max(1, tile.num_stages - 1)
     if tile.block_m == 1:
-        ring = buffers * tile.block_n * key_bytes if device.architecture.async_copies else 0
-        return ring + tile.num_warps * dim_v * 4 + SHARED_SCRATCH
+        ring = buffers * (2 if gathered else 1) * tile_bytes if device.architecture.async_copies else 0
+        return ring + ids_bytes + tile.num_warps * dim_v * 4 + SHARED_SCRATCH
     mma = mma_of(problem, tile, device)
     reads_shared = mma is not None and mma.warps > 1
-    ring = (tile.num_stages if reads_shared else buffers) * tile.block_n * key_bytes
+    if reads_shared or (gathered and device.backend == "hip"):
+        buffers = tile.num_stages
     q_bytes = tile.block_m * dim * k_bytes
-    p_bytes = 0 if reads_shared and not tile.swapped else tile.block_m * tile.block_n * v_bytes
+    in_registers = reads_shared and not tile.swapped and not gathered and v_bytes < 4
+    p_bytes = 0 if in_registers else tile.block_m * tile.block_n * v_bytes
     result_bytes = tile.block_m * dim_v * 4 if mma is None else 0
-    return ring + q_bytes + p_bytes + result_bytes + SHARED_SCRATCH
+    scratch = SHARED_SCRATCH + (TENSOR_MEMORY_SCRATCH if mma is not None and mma.name.startswith("tcgen05") else 0)
+    total = buffers * tile_bytes + ids_bytes + q_bytes + p_bytes + result_bytes + scratch
+    if (dim, dim_v) == (problem.head_dim, problem.head_dim_v):
+        return total
+    if mma is None:
+        return max(total, 2 * tile_bytes + scratch)
+    return total + tile.block_n * dim_v * v_bytes if tile.swapped else total
 
 
 def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> int:
@@ -120,10 +145,18 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
     dim, dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
     k_bytes, v_bytes = DTYPE_BYTES[problem.dtype_k], DTYPE_BYTES[problem.dtype_v]
     base = REGISTERS_BASE + REGISTERS_PER_FEATURE[device.backend] * features_of(problem)
+    misaligned = _misaligned(problem, tile.block_n * (dim + dim_v) / threads, device)
+    gathered = gathers(problem, tile)
     if tile.block_m == 1:
         few_warps = device.backend == "cuda" and tile.num_warps * 32 < VECTOR_WARPS_PER_32_DIMS * dim_v
         columns = VECTOR_COLUMN_SHARE * tile.block_n * dim_v if few_warps else 0.0
-        return int(base + columns + (VECTOR_TILES_LIVE[device.backend] * tile.block_n * max(dim, dim_v) + 2 * (dim + dim_v)) / threads)
+        live = VECTOR_TILES_LIVE[device.backend] * (1 if dim == dim_v else VECTOR_UNLIKE_FACTOR)
+        tiles = (live * tile.block_n * max(dim, dim_v) + 2 * (dim + dim_v)) / threads
+        loads = VECTOR_LOADED_REGISTERS if problem.alignment < MIN_COPY_BYTES else 0
+        loads += WIDE_REGISTERS if k_bytes == 4 and device.architecture.async_copies else 0
+        if gathered and problem.alignment >= MIN_COPY_BYTES:
+            loads += GATHERED_REGISTERS if device.architecture.async_copies else GATHERED_FEW_REGISTERS
+        return int(VECTOR_SLACK * (base + misaligned + columns + tiles) + loads)
     copies = REGISTERS_PER_COPY * tile.block_n * (dim * k_bytes + dim_v * v_bytes) / COPY_BYTES / threads
     scores = REGISTERS_PER_SCORE * tile.block_m * tile.block_n / threads
     accumulator = tile.block_m * dim_v / threads
@@ -133,10 +166,15 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
         second = _fma_operands(tile.block_m, dim_v, tile.block_n, threads)
         more = tile.swapped and (tile.block_m >= 16 or device.backend == "hip")
         live = FMA_OPERANDS_LIVE * (FMA_SWAPPED_FACTOR[device.backend] if more else 1.0)
-        return int(base + accumulator + scores + live * (first + second))
+        return int(base + FMA_LOADED_SHARE * misaligned + accumulator + scores + live * (first + second))
     fragments = FRAGMENT_REGISTERS
+    if k_bytes == 4:
+        fragments += WIDE_WGMMA_REGISTERS if mma.name == "wgmma" else WIDE_REGISTERS
+    if gathered:
+        few = k_bytes == 2 and mma.warps == 1 and device.backend == "cuda"
+        fragments += GATHERED_FEW_REGISTERS if few else GATHERED_REGISTERS
     if mma.warps > 1:
-        fragments += TENSOR_MEMORY_REGISTERS if mma.name.startswith("tcgen05") else 0
+        fragments += TENSOR_MEMORY_REGISTERS if mma.name.startswith("tcgen05") else int(WGMMA_ACCUMULATOR_SHARE * accumulator)
         if not tile.swapped and tile.num_warps * 16 > tile.block_m:
             accumulator = IDLE_WARPS_SHARE * tile.block_m * dim_v / (tile.block_m // 16 * device.warp_size)
         operands = tile.block_n * dim_v * v_bytes / 4 / threads if tile.swapped else 0.0
@@ -144,12 +182,26 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
         operands = tile.block_n * (dim * k_bytes + dim_v * v_bytes) / 4 / threads
     else:
         operands = min(MAX_Q_REGISTERS, tile.block_m * dim * k_bytes / 4 / device.warp_size)
-    return int(base + copies + accumulator + scores + operands + fragments)
+    return int(base + misaligned + copies + accumulator + scores + operands + fragments)
 
 
 def features_of(problem: Problem) -> int:
     """How many features a kernel carries that take registers of their own."""
     return problem.softcap + problem.alibi + problem.ragged_q + (problem.page_size > 0)
+
+
+def gathers(problem: Problem, tile: TileShape) -> bool:
+    """Whether each key of a tile is looked up by itself: a page holds no whole number of tiles."""
+    return bool(problem.page_size and problem.page_size % tile.block_n)
+
+
+def _misaligned(problem: Problem, elements: float, device: Device) -> float:
+    """Registers for the elements of a key tile that one thread loads, where 16 bytes at a time are too many."""
+    if problem.alignment >= COPY_BYTES:
+        return 0.0
+    if problem.alignment < MIN_COPY_BYTES or not device.architecture.async_copies:
+        return LOADED_REGISTERS[device.backend] * elements
+    return SMALL_COPY_REGISTERS * elements * DTYPE_BYTES[problem.dtype_k] / problem.alignment
 
 
 def _fma_operands(rows: int, columns: int, inner: int, threads: int) -> int:

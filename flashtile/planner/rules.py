@@ -66,14 +66,20 @@ class Tile(NamedTuple):
 
 
 # For each query tile, shapes in order of preference: the first that fits is taken. Measured on sm_90 with bfloat16 and head
-# dim 128; the later ones are for longer heads, wider types and less shared memory.
-_FEW_ROWS = ((64, 4, 3), (32, 2, 4), (64, 4, 2), (32, 4, 3), (64, 8, 3), (32, 2, 2), (32, 4, 2), (64, 8, 2), (32, 8, 2), (32, 8, 1))
+# dim 128; the later ones are for longer heads, wider types, less shared memory and tensors that are not aligned.
+_LAST = ((16, 4, 1), (16, 8, 1))
+_FEW_ROWS = (
+    (64, 4, 3), (32, 2, 4), (64, 4, 2), (32, 4, 3), (64, 8, 3), (32, 2, 2), (32, 4, 2), (64, 8, 2), (32, 8, 2), (32, 8, 1), *_LAST,
+)  # fmt: skip
+_ONE_ROW = (
+    (64, 4, 3), (64, 8, 3), (32, 8, 3), (32, 8, 2), (64, 16, 2), (32, 16, 2), (32, 4, 2), (16, 4, 2), (16, 8, 2), *_LAST, (16, 16, 1),
+)  # fmt: skip
 _MANY_ROWS = ((64, 4, 3), (64, 4, 2), (64, 8, 3), (32, 4, 3), (64, 8, 2), (32, 8, 3), (32, 4, 2), (32, 8, 2), (32, 8, 1))
 SHAPES: dict[tuple[int, bool], tuple[tuple[int, int, int], ...]] = {
     (16, False): _FEW_ROWS,
     # with four warps the keys' fragments take 172 registers, which spills on sm_80
     (8, True): ((64, 8, 3), (32, 4, 3), *_FEW_ROWS),
-    (1, False): ((64, 4, 3), (64, 8, 3), (32, 8, 3), (32, 8, 2), (64, 16, 2), (32, 16, 2), (32, 4, 2), (16, 4, 2)),
+    (1, False): _ONE_ROW,
     (16, True): _FEW_ROWS,
     (32, False): _MANY_ROWS,
     (64, False): _MANY_ROWS,
