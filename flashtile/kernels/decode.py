@@ -40,7 +40,7 @@ from flashtile.kernels.tile.views import (
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import DTYPE_BYTES, Problem
 
-_LOG2E = 1.4426950408889634
+_LOG2E: float = LOG2E.value
 _FAR = 2**31  # elements that an int32 offset cannot span
 _MAX_SPLITS = 65_535  # a grid's y axis
 _WIDEST = 2**30  # a side of a window that hides no key, and that int32 key positions can be moved by

@@ -17,7 +17,8 @@ def locate(pages, b, start, n, first, last, BLOCK_N: tl.constexpr, PAGE_SIZE: tl
     if PAGE_SIZE == 0:
         return b.to(tl.int64), tl.full([], 0, tl.int64) + start, inside
     elif PAGE_SIZE % BLOCK_N == 0:
-        page = tl.load(pages.table + b.to(tl.int64) * pages.stride_b + tl.maximum(start, first) // PAGE_SIZE)
+        # start is a multiple of BLOCK_N: the tile lies in one page
+        page = tl.load(pages.table + b.to(tl.int64) * pages.stride_b + start // PAGE_SIZE)
         known = (page >= 0) & (page < pages.num_pages)
         return tl.where(known, page, 0).to(tl.int64), tl.full([], 0, tl.int64) + start % PAGE_SIZE, inside & known
     else:

@@ -13,7 +13,10 @@ from flashtile.testing.tolerance import assert_close
 pytest.importorskip("triton")
 from flashtile.kernels.combine import bind_combine
 
-pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning"),  # Triton 3.6 with NumPy 2
+]
 
 INF = float("inf")
 TOKENS, HEADS, DIM = 5, 2, 40
