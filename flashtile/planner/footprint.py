@@ -30,7 +30,7 @@ FMA_SWAPPED_FACTOR = {"cuda": 1.45, "hip": 3.2}  # more of them when operands ar
 VECTOR_TILES_LIVE = {"cuda": 1.5, "hip": 13.5}  # float32 tiles of keys times dim that the vector kernel holds at a time
 VECTOR_WARPS_PER_32_DIMS = 2  # with fewer warps than this for 32 value dims, a thread holds whole columns of keys,
 VECTOR_COLUMN_SHARE = 6 / 128  # this many registers a key and value dim
-VECTOR_UNLIKE_FACTOR = 3  # more of them where keys and values have unlike head dims, and so unlike layouts
+VECTOR_UNLIKE_FACTOR = 6  # more of them where keys and values have unlike head dims, and so unlike layouts
 VECTOR_SLACK = 1.3  # the vector kernel's registers scatter more than the others'
 WIDE_REGISTERS = 25  # four-byte inputs of a matrix instruction
 WIDE_WGMMA_REGISTERS = 100  # wgmma takes four-byte values in one order only: they are turned around on the way
@@ -105,7 +105,7 @@ def shared_memory_bytes(problem: Problem, tile: TileShape, device: Device) -> in
     vector kernel has none unless copies are asynchronous, and twice as many for gathered keys. Beside the ring lie the
     page ids of gathered keys, q and the probabilities on their way between layouts (float32 results too, for FMA), and
     a scratch for reductions. FMA masks the padding of a head dim in a second copy of a tile,
-    and swapped operands that of a value.
+    and with few keys and operands swapped the second product alone may read shared memory, so that V takes one more.
     """
     k_bytes, v_bytes = DTYPE_BYTES[problem.dtype_k], DTYPE_BYTES[problem.dtype_v]
     dim, dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
@@ -121,16 +121,19 @@ def shared_memory_bytes(problem: Problem, tile: TileShape, device: Device) -> in
     if reads_shared or (gathered and device.backend == "hip"):
         buffers = tile.num_stages
     q_bytes = tile.block_m * dim * k_bytes
-    in_registers = reads_shared and not tile.swapped and not gathered and v_bytes < 4
+    own_rows = tile.num_warps * 16 <= tile.block_m
+    in_registers = reads_shared and own_rows and not tile.swapped and not gathered and v_bytes < 4
     p_bytes = 0 if in_registers else tile.block_m * tile.block_n * v_bytes
     result_bytes = tile.block_m * dim_v * 4 if mma is None else 0
     scratch = SHARED_SCRATCH + (TENSOR_MEMORY_SCRATCH if mma is not None and mma.name.startswith("tcgen05") else 0)
     total = buffers * tile_bytes + ids_bytes + q_bytes + p_bytes + result_bytes + scratch
-    if (dim, dim_v) == (problem.head_dim, problem.head_dim_v):
-        return total
     if mma is None:
-        return max(total, 2 * tile_bytes + scratch)
-    return total + tile.block_n * dim_v * v_bytes if tile.swapped else total
+        padding = (dim, dim_v) != (problem.head_dim, problem.head_dim_v)
+        return max(total, 2 * tile_bytes + q_bytes + scratch) if padding else total
+    if tile.swapped and not reads_shared:
+        second = _mma(device.architecture, v_bytes == 4, problem.allow_tf32, dim_v, tile.block_m, tile.num_warps)
+        total += tile.block_n * dim_v * v_bytes if second is not None and second.warps > 1 else 0
+    return total
 
 
 def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> int:
@@ -152,10 +155,12 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
         columns = VECTOR_COLUMN_SHARE * tile.block_n * dim_v if few_warps else 0.0
         live = VECTOR_TILES_LIVE[device.backend] * (1 if dim == dim_v else VECTOR_UNLIKE_FACTOR)
         tiles = (live * tile.block_n * max(dim, dim_v) + 2 * (dim + dim_v)) / threads
-        loads = VECTOR_LOADED_REGISTERS if problem.alignment < MIN_COPY_BYTES else 0
+        least = COPY_BYTES if gathered else MIN_COPY_BYTES
+        loads = VECTOR_LOADED_REGISTERS if problem.alignment < least else 0
         loads += WIDE_REGISTERS if k_bytes == 4 and device.architecture.async_copies else 0
-        if gathered and problem.alignment >= MIN_COPY_BYTES:
-            loads += GATHERED_REGISTERS if device.architecture.async_copies else GATHERED_FEW_REGISTERS
+        if gathered:
+            places = GATHERED_REGISTERS if device.architecture.async_copies else GATHERED_FEW_REGISTERS
+            loads += places
         return int(VECTOR_SLACK * (base + misaligned + columns + tiles) + loads)
     copies = REGISTERS_PER_COPY * tile.block_n * (dim * k_bytes + dim_v * v_bytes) / COPY_BYTES / threads
     scores = REGISTERS_PER_SCORE * tile.block_m * tile.block_n / threads

@@ -74,7 +74,9 @@ _FEW_ROWS = (
 _ONE_ROW = (
     (64, 4, 3), (64, 8, 3), (32, 8, 3), (32, 8, 2), (64, 16, 2), (32, 16, 2), (32, 4, 2), (16, 4, 2), (16, 8, 2), *_LAST, (16, 16, 1),
 )  # fmt: skip
-_MANY_ROWS = ((64, 4, 3), (64, 4, 2), (64, 8, 3), (32, 4, 3), (64, 8, 2), (32, 8, 3), (32, 4, 2), (32, 8, 2), (32, 8, 1))
+_MANY_ROWS = (
+    (64, 4, 3), (64, 4, 2), (64, 8, 3), (32, 4, 3), (64, 8, 2), (32, 8, 3), (32, 4, 2), (32, 8, 2), (32, 8, 1), (16, 8, 1),
+)  # fmt: skip
 SHAPES: dict[tuple[int, bool], tuple[tuple[int, int, int], ...]] = {
     (16, False): _FEW_ROWS,
     # with four warps the keys' fragments take 172 registers, which spills on sm_80
@@ -83,7 +85,7 @@ SHAPES: dict[tuple[int, bool], tuple[tuple[int, int, int], ...]] = {
     (16, True): _FEW_ROWS,
     (32, False): _MANY_ROWS,
     (64, False): _MANY_ROWS,
-    (128, False): ((64, 8, 3), (64, 8, 2), (32, 8, 3), (32, 8, 2), (32, 8, 1)),
+    (128, False): ((64, 8, 3), (64, 8, 2), (32, 8, 3), (32, 8, 2), (32, 8, 1), (16, 8, 1)),
 }
 CANDIDATES: dict[tuple[int, bool], tuple[Tile, ...]] = {
     variant: tuple(Tile(*variant, *shape) for shape in shapes) for variant, shapes in SHAPES.items()
