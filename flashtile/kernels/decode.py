@@ -290,7 +290,8 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
     min_keys = max(1, -(-plan.min_keys_per_split // block_n)) * block_n
     max_seqlen_q = problem.seqlen_q
     band = tuple(None if side is None else min(side, _WIDEST) for side in (problem.band.left, problem.band.right))
-    rest = (band, heads_kv, problem.batch, blocks, min_keys)
+    numbers = (heads_kv, problem.batch, blocks, min_keys)
+    far_stride = _FAR // block_n
     pointer = pointer_of(decode_kernel)
     launches = {layout: _split_launch(problem, plan, device, *layout) for layout in [_usual_layout(problem)]}
     combine = bind_combine(problem, plan, device) if split else None
@@ -301,8 +302,8 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
     def run(stream: int, call: DecodeCall) -> None:
         q, k, v, seqlens_k, page_table, cu_seqlens_q, sinks, slopes, out, lse, scale, softcap = call
         k_strides, v_strides = k.stride(), v.stride()
-        far = max(k_strides[0], v_strides[0], k_strides[1] * block_n, v_strides[1] * block_n) >= _FAR
         same = k_strides == v_strides
+        far = k_strides[0] >= _FAR or k_strides[1] >= far_stride or v_strides[0] >= _FAR or v_strides[1] >= far_stride
         launch = launches.get((far, same))
         if launch is None:
             launch = launches[far, same] = _split_launch(problem, plan, device, far, same)
@@ -327,15 +328,13 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
         sink = None if sinks is None else pointer(sinks)
         tensors = ((pointer(q), *q_strides), (pointer(k), *k_strides[:3]), v_view, out_view)
         if combine is None:
-            launch.run(units, 1, stream, *tensors, lse_view, no_partials, lengths, pages, scores, rest[0], sink, *rest[1:], *constants)
+            launch.run(units, 1, stream, *tensors, lse_view, no_partials, lengths, pages, scores, band, sink, *numbers, *constants)
         else:
             rows = total_q * heads_kv * group
             num_partials = rows * num_splits
-            scratch = workspace(num_partials * (head_dim_v + 1), device)
+            scratch = workspace(num_partials * (head_dim_v + 1), device, stream)
             partials = (pointer(scratch), num_partials * head_dim_v, num_splits)
-            launch.run(
-                units, num_splits, stream, *tensors, no_lse, partials, lengths, pages, scores, rest[0], None, *rest[1:], *constants
-            )  # fmt: skip
+            launch.run(units, num_splits, stream, *tensors, no_lse, partials, lengths, pages, scores, band, None, *numbers, *constants)
             combine(stream, rows, partials, out_view, lse_view, lengths, sink)
 
     return on_device(run, device)

@@ -164,9 +164,29 @@ def on_device(run: Callable[[int, Any], None], device: torch.device) -> Callable
     return guarded
 
 
-def workspace(num_floats: int, device: torch.device) -> torch.Tensor:
-    """Float32 scratch for one call, from torch's allocator: safe on any stream and inside CUDA graphs."""
-    return torch.empty(num_floats, dtype=torch.float32, device=device)
+class _Scratch(threading.local):
+    """Each thread's own, for two threads may interleave launches on one stream."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+_SCRATCH = _Scratch()
+KEPT_FLOATS = 4 << 20
+
+
+def workspace(num_floats: int, device: torch.device, stream: int) -> torch.Tensor:
+    """Float32 scratch of at least ``num_floats`` for one call on ``stream``; what it holds is undefined.
+
+    A thread keeps up to 16 MB for each stream: its calls there run one after the other. A CUDA graph gets memory of its
+    own from torch, since it may be replayed on any stream.
+    """
+    if num_floats > KEPT_FLOATS or device.type != "cuda" or torch._C._cuda_isCurrentStreamCapturing():
+        return torch.empty(num_floats, dtype=torch.float32, device=device)
+    buffer = _SCRATCH.buffers.get((device, stream))
+    if buffer is None or buffer.numel() < num_floats:
+        buffer = _SCRATCH.buffers[device, stream] = torch.empty(2 * num_floats, dtype=torch.float32, device=device)
+    return buffer
 
 
 def _compiled_launch(spec: Spec, device: torch.device) -> Callable[..., None]:

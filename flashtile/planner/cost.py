@@ -14,7 +14,7 @@ from flashtile.problem import DTYPE_BYTES, Problem
 
 START_US = 2.4  # launch of the first kernel, reading lengths, writing out
 DRAM_LATENCY_US = 0.9  # from asking for the first tile until it is there
-SM_BANDWIDTH_SHARE = 1.25  # one SM reads at most this many times its even share of the bandwidth
+SM_BANDWIDTH_SHARE = 1.5  # one SM reads at most this many times its even share of the bandwidth
 L2_BANDWIDTH_SHARE = 2.6  # re-reads by other row blocks hit L2, which is this much faster than DRAM
 MATRIX_ITERATION_US = 0.25  # dependent chain of one key tile: product, row statistics, product
 ROW_FRAGMENT_US = 0.5  # each further 16 rows of a warp's chain, where one instruction does not hold them all
@@ -129,7 +129,7 @@ def cost_of(work: Work, tile: TileShape, footprint: Footprint, num_splits: int, 
         vector_us=walked * vector_us,
         latency_us=DRAM_LATENCY_US + latency_us,
         start_us=START_US,
-        combine_us=_combine_us(work, num_splits, device),
+        combine_us=combine_us(work, num_splits, device),
     )
 
 
@@ -164,7 +164,7 @@ def _iteration(work: Work, tile: TileShape, footprint: Footprint, device: Device
     return matrix_us, operations / sm_instructions_per_us + exp_us, chain_us
 
 
-def _combine_us(work: Work, num_splits: int, device: Device) -> float:
+def combine_us(work: Work, num_splits: int, device: Device) -> float:
     """Each partial row is written once and read once; a warp walks a row's splits one after the other."""
     if num_splits <= 1:
         return 0.0

@@ -11,11 +11,10 @@ from math import gcd
 from typing import NamedTuple
 
 from flashtile.planner.cost import (
-    COMBINE_SPLIT_US,
-    COMBINE_US,
     MATRIX_ITERATION_US,
     SM_BANDWIDTH_SHARE,
     Work,
+    combine_us,
     cost_of,
     row_blocks_of,
     work_of,
@@ -42,7 +41,8 @@ MAX_STAGES = 8
 SWAPPED_BLOCK_MS = (8, 16)
 PROGRAMS_A_WAVE = 2  # resident programs of an SM that splits may fill: more only make waves and partials
 SPLIT_GAIN_PERCENT = 4  # what more splits must gain: partials and their combine have costs beyond the model
-FEW_SPLITS = (2, 3, 4, 6)  # tried where units alone make more than one wave, for the last one packs few SMs
+MANY_WAVES_KEYS = 1024  # what a program reads where programs make more than one wave
+MANY_WAVES_SPLITS = 16  # and the most splits for that: those of shorter sequences only start and end
 DEEP_RING_TILES = 16  # key tiles of a program from which a lone program on an SM gains by a deeper ring
 DEEP_RING_STAGES = 4
 LEAST_BLOCK_N = 32  # the fewest keys of a tile that the rule chooses
@@ -51,7 +51,7 @@ MIN_KEYS_FEW_UNITS = 256  # the least keys of a split with several sequences, wh
 MIN_KEYS_MANY_UNITS = 512
 MANY_UNITS_PER_SM = 4
 COMBINE_WARPS_FROM = 64  # splits beyond which a row is combined by four warps
-TILE_GAIN_PERCENT = 2  # what a tile must gain over those before it in SHAPES: less is within the model's error
+TILE_GAIN_PERCENT = 4  # what a tile must gain over those before it in SHAPES: less is within the model's error
 VECTOR_ROWS = 2  # rows for which the vector units are tried beside matrix instructions
 
 
@@ -270,47 +270,36 @@ def splits_of(problem: Problem, device: Device, block_n: int, num_splits: int) -
 
 
 def split_count(work: Work, tile: TileShape, footprint: Footprint, device: Device) -> int:
-    """Minimises nanoseconds of reading and combining; at (nearly) equal cost the fewest splits.
+    """Minimises microseconds of reading and combining.
 
-    Reading takes as long as DRAM needs for all keys, or the busiest SM for its own. Tried are no split, and as many as
-    fill the SMs with one or with two resident programs each (beyond one wave of resident programs splits only lose). Then
-    TAIL_KEYS bounds what a program reads if there are several sequences, for lengths live on the device and one may be
-    much longer than the rest.
+    Reading takes as long as DRAM needs for all keys, or the busiest SM for its own. While one wave of resident programs
+    holds everything, tried are no split and as many splits as give each SM one program or two: more only lose. Beyond one
+    wave the programs that are left over pack onto the SMs that are free first, and a batch's lengths may be unlike (they
+    live on the device): programs of MANY_WAVES_KEYS end together. With several sequences none reads more than TAIL_KEYS.
     """
     tiles = -(-work.keys // tile.block_n)
     units = row_blocks_of(work, tile.block_m) * work.num_heads_kv
     if tiles <= 1 or units == 0:
         return 1
-    sms = device.num_sms
-    even_ns = 1e9 * tile.block_n * work.kv_bytes_per_key / device.bandwidth
-    all_ns = int(even_ns * work.batch * work.num_heads_kv * tiles)
-    tile_ns = max(int(1000 * MATRIX_ITERATION_US), int(even_ns * sms / SM_BANDWIDTH_SHARE))
-    combine_ns, per_split_ns = int(1000 * (device.launch_us + COMBINE_US)), int(1000 * COMBINE_SPLIT_US)
-    resident = footprint.resident
+    least = -(-work.keys // TAIL_KEYS) if work.batch > 1 else 1
+    if units * least > device.num_sms * footprint.resident:
+        return min(max(1, least, min(MANY_WAVES_SPLITS, work.keys // MANY_WAVES_KEYS)), MAX_SPLITS)
+    best, best_us = 1, reading_us(work, tile, units, tiles, device)
+    for wave in range(1, min(PROGRAMS_A_WAVE, footprint.resident) + 1):
+        tiles_each = -(-tiles // max(1, min(tiles, device.num_sms * wave // units)))
+        splits = -(-tiles // tiles_each)
+        us = reading_us(work, tile, units * splits, tiles_each, device) + combine_us(work, splits, device)
+        if us * 100 < best_us * (100 - SPLIT_GAIN_PERCENT):
+            best, best_us = splits, us
+    return min(max(best, least), MAX_SPLITS)
 
-    def busiest_sm_ns(splits: int) -> int:
-        """What the busiest SM reads: whole waves at its share of DRAM, and a last wave that packs few SMs at its own best."""
-        programs, length = units * splits, -(-tiles // splits)
-        if programs <= sms * resident:
-            return -(-programs // sms) * length * tile_ns
-        waves, left = divmod(programs, sms * resident)
-        return int(waves * resident * length * even_ns * sms) + min(resident, left) * length * tile_ns
 
-    counts = {sms * wave // units for wave in range(1, min(PROGRAMS_A_WAVE, resident) + 1)}
-    if units > sms * resident:
-        counts.update(FEW_SPLITS)
-    best, best_ns = 1, max(all_ns, busiest_sm_ns(1))
-    for count in sorted(counts):
-        tiles_per_split = -(-tiles // min(tiles, max(1, count)))
-        splits = -(-tiles // tiles_per_split)
-        if splits <= best:
-            continue
-        ns = max(all_ns, busiest_sm_ns(splits)) + combine_ns + splits * per_split_ns
-        if ns * 100 < best_ns * (100 - SPLIT_GAIN_PERCENT):
-            best, best_ns = splits, ns
-    if work.batch > 1:
-        best = max(best, -(-work.keys // TAIL_KEYS))
-    return min(best, MAX_SPLITS)
+def reading_us(work: Work, tile: TileShape, programs: int, tiles_each: int, device: Device) -> float:
+    """DRAM's time for all keys, or the busiest SM's for the programs of one wave that it holds, whichever is longer."""
+    even_us = 1e6 * tile.block_n * work.kv_bytes_per_key / device.bandwidth
+    tile_us = max(MATRIX_ITERATION_US, even_us * device.num_sms / SM_BANDWIDTH_SHARE)
+    all_us = even_us * work.batch * work.num_heads_kv * (-(-work.keys // tile.block_n))
+    return max(all_us, -(-programs // device.num_sms) * tiles_each * tile_us)
 
 
 def combine_warps(num_splits: int) -> int:
