@@ -49,7 +49,7 @@ test-gpu: $(READY)
 
 matrix: $(READY)
 	@mkdir -p benchmarks/results
-	@$(BIN)/python -m flashtile.testing.matrix $(ARGS)
+	@$(BIN)/python -m flashtile.testing.matrix --jobs $(JOBS) $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check $(SOURCES)

@@ -38,6 +38,7 @@ GATHERED_REGISTERS = 60  # places of gathered keys, kept over the loop,
 GATHERED_FEW_REGISTERS = 20  # fewer of them beside 16-bit fragments
 LOADED_REGISTERS = {"cuda": 1.9, "hip": 3.0}  # an element of a key tile that no asynchronous copy can bring
 SMALL_COPY_REGISTERS = 0.7  # a copy of less than 16 bytes
+FMA_FEATURE_REGISTERS = 9  # what a feature takes beside for 64 keys of an FMA dot, which fills the registers by itself
 FMA_LOADED_SHARE = 0.4  # FMA operands pass through registers anyway
 VECTOR_LOADED_REGISTERS = 90  # what such loads cost the vector kernel beside
 MIN_COPY_BYTES = 4  # the least that an asynchronous copy brings
@@ -167,6 +168,7 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
     accumulator = tile.block_m * dim_v / threads
     mma = mma_of(problem, tile, device)
     if mma is None:
+        base += FMA_FEATURE_REGISTERS * features_of(problem) * (tile.block_n // 64)
         first = _fma_operands(tile.block_m, tile.block_n, dim, threads)
         second = _fma_operands(tile.block_m, dim_v, tile.block_n, threads)
         more = tile.swapped and (tile.block_m >= 16 or device.backend == "hip")
@@ -176,7 +178,7 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
     if k_bytes == 4:
         fragments += WIDE_WGMMA_REGISTERS if mma.name == "wgmma" else WIDE_REGISTERS
     if gathered:
-        few = k_bytes == 2 and mma.warps == 1 and device.backend == "cuda"
+        few = k_bytes == 2 and mma.warps == 1 and device.backend == "cuda" and not (tile.swapped and tile.block_m >= 16)
         fragments += GATHERED_FEW_REGISTERS if few else GATHERED_REGISTERS
     if mma.warps > 1:
         fragments += TENSOR_MEMORY_REGISTERS if mma.name.startswith("tcgen05") else int(WGMMA_ACCUMULATOR_SHARE * accumulator)
