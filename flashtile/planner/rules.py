@@ -85,7 +85,7 @@ SHAPES: dict[tuple[int, bool], tuple[tuple[int, int, int], ...]] = {
     (16, True): _FEW_ROWS,
     (32, False): _MANY_ROWS,
     (64, False): _MANY_ROWS,
-    (128, False): ((64, 8, 3), (64, 8, 2), (32, 8, 3), (32, 8, 2), (32, 8, 1), (16, 8, 1)),
+    (128, False): ((64, 8, 3), (64, 8, 2), (32, 8, 3), (32, 8, 2), (32, 8, 1)),
 }
 CANDIDATES: dict[tuple[int, bool], tuple[Tile, ...]] = {
     variant: tuple(Tile(*variant, *shape) for shape in shapes) for variant, shapes in SHAPES.items()
