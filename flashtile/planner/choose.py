@@ -14,7 +14,7 @@ from flashtile.planner.rules import (
     Tile,
     choose_splits,
     choose_tile_and_splits,
-    combine_warps,
+    combine_shape,
     infeasible,
     misfits,
     splits_of,
@@ -60,11 +60,12 @@ def plan_decode(
 
 def plan_for_tile(problem: Problem, device: Device, kernel: str, tile: Tile, source: Source = "rule") -> DecodePlan:
     """The plan of a tile with the splits that the rule gives it."""
-    return _plan(device, kernel, tile, choose_splits(problem, device, tile), source)
+    return _plan(problem, device, kernel, tile, choose_splits(problem, device, tile), source)
 
 
-def _plan(device: Device, kernel: str, tile: Tile, splits: tuple[int, int, int], source: Source) -> DecodePlan:
+def _plan(problem: Problem, device: Device, kernel: str, tile: Tile, splits: tuple[int, int, int], source: Source) -> DecodePlan:
     keys_per_split, least, num_splits = splits
+    combine_block_d, combine_warps = combine_shape(problem, device, num_splits)
     return DecodePlan(
         kernel=kernel,
         block_m=tile.block_m,
@@ -75,7 +76,8 @@ def _plan(device: Device, kernel: str, tile: Tile, splits: tuple[int, int, int],
         keys_per_split=keys_per_split,
         min_keys_per_split=least,
         num_splits=num_splits,
-        combine_warps=combine_warps(num_splits),
+        combine_block_d=combine_block_d,
+        combine_warps=combine_warps,
         dependent_launch=device.dependent_launch,
         source=source,
     )
@@ -87,8 +89,13 @@ def with_splits(plan: DecodePlan, problem: Problem, device: Device, num_splits: 
         raise ArgumentError(message("num_splits", "at least 1", num_splits, "Leave it out to have it planned."))
     keys_per_split = splits_of(problem, device, plan.block_n, num_splits)[0]
     least = min(plan.block_n, keys_per_split)
+    combine_block_d, combine_warps = combine_shape(problem, device, num_splits)
     return plan.with_(
-        num_splits=num_splits, keys_per_split=keys_per_split, min_keys_per_split=least, combine_warps=combine_warps(num_splits)
+        num_splits=num_splits,
+        keys_per_split=keys_per_split,
+        min_keys_per_split=least,
+        combine_block_d=combine_block_d,
+        combine_warps=combine_warps,
     )
 
 
@@ -110,7 +117,7 @@ def _gpu_plan(problem: Problem, device: Device, kernel: Kernel, block_m: int | N
         asked = "" if block_m is None else f" of block_m {block_m}"
         raise UnsupportedError(f"No tile{asked} fits {device.name}:", {kernel.name: reasons})
     tile, splits = chosen
-    return _plan(device, kernel.name, tile, splits_of(problem, device, tile.block_n, splits), source)
+    return _plan(problem, device, kernel.name, tile, splits_of(problem, device, tile.block_n, splits), source)
 
 
 def why_none_fits(problem: Problem, device: Device, variant: tuple[int, bool]) -> list[str]:

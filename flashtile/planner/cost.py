@@ -160,7 +160,8 @@ def _iteration(work: Work, tile: TileShape, footprint: Footprint, device: Device
     matrix_us = 2.0 * scores * dims * device.num_sms / rate * 1e6
     chain_us = MATRIX_ITERATION_US + (SWAPPED_ITERATION_US if tile.swapped else 0.0)
     if mma is not None and not tile.swapped:
-        chain_us += ROW_FRAGMENT_US * max(0, tile.block_m // mma.m - 1)
+        rows_at_once = mma.m * max(1, tile.num_warps // mma.warps) if mma.warps > 1 else mma.m
+        chain_us += ROW_FRAGMENT_US * max(0, tile.block_m // rows_at_once - 1)
     return matrix_us, operations / sm_instructions_per_us + exp_us, chain_us
 
 

@@ -42,14 +42,19 @@ SWAPPED_BLOCK_MS = (8, 16)
 PROGRAMS_A_WAVE = 2  # resident programs of an SM that splits may fill: more only make waves and partials
 SPLIT_GAIN_PERCENT = 4  # what more splits must gain: partials and their combine have costs beyond the model
 MANY_WAVES_KEYS = 1024  # what a program reads where programs make more than one wave
+MANY_WAVES_ROWS = 4  # rows up to which this holds: partial results grow with the rows, and more rows want longer programs
 MANY_WAVES_SPLITS = 16  # and the most splits for that: those of shorter sequences only start and end
 DEEP_RING_TILES = 16  # key tiles of a program from which a lone program on an SM gains by a deeper ring
 DEEP_RING_STAGES = 4
 LEAST_BLOCK_N = 32  # the fewest keys of a tile that the rule chooses
-TAIL_KEYS = 4096  # with several sequences one may be far longer than the rest: the most keys that a program reads
+TAIL_KEYS = 5120  # with several sequences one may be far longer than the rest: the most keys that a program reads
 MIN_KEYS_FEW_UNITS = 256  # the least keys of a split with several sequences, while they do not fill the device often
 MIN_KEYS_MANY_UNITS = 512
 MANY_UNITS_PER_SM = 4
+COMBINE_COLUMNS = 32  # of a combine program, while there are few rows
+COMBINE_ROW_COLUMNS = 128  # what one warp holds of up to COMBINE_ROW_SPLITS splits
+COMBINE_ROW_SPLITS = 16
+COMBINE_PROGRAMS_PER_SM = 16  # more programs of COMBINE_COLUMNS than this are rows enough
 COMBINE_WARPS_FROM = 64  # splits beyond which a row is combined by four warps
 TILE_GAIN_PERCENT = 4  # what a tile must gain over those before it in SHAPES: less is within the model's error
 VECTOR_ROWS = 2  # rows for which the vector units are tried beside matrix instructions
@@ -283,7 +288,7 @@ def split_count(work: Work, tile: TileShape, footprint: Footprint, device: Devic
         return 1
     least = -(-work.keys // TAIL_KEYS) if work.batch > 1 else 1
     if units * least > device.num_sms * footprint.resident:
-        return min(max(1, least, min(MANY_WAVES_SPLITS, work.keys // MANY_WAVES_KEYS)), MAX_SPLITS)
+        return min(max(1, least, min(MANY_WAVES_SPLITS, work.keys // (MANY_WAVES_KEYS * max(1, work.rows // MANY_WAVES_ROWS)))), MAX_SPLITS)
     best, best_us = 1, reading_us(work, tile, units, tiles, device)
     for wave in range(1, min(PROGRAMS_A_WAVE, footprint.resident) + 1):
         tiles_each = -(-tiles // max(1, min(tiles, device.num_sms * wave // units)))
@@ -302,9 +307,17 @@ def reading_us(work: Work, tile: TileShape, programs: int, tiles_each: int, devi
     return max(all_us, -(-programs // device.num_sms) * tiles_each * tile_us)
 
 
-def combine_warps(num_splits: int) -> int:
-    """Warps that combine one row: many splits are folded side by side."""
-    return 4 if num_splits > COMBINE_WARPS_FROM else 1
+def combine_shape(problem: Problem, device: Device, num_splits: int) -> tuple[int, int]:
+    """(combine_block_d, combine_warps): a program of combine folds all splits of one row over some columns.
+
+    Few rows want many small programs; many rows and few splits want a row whole; many splits are folded by four warps.
+    """
+    if num_splits > COMBINE_WARPS_FROM:
+        return COMBINE_COLUMNS, 4
+    programs = problem.total_q * problem.num_heads_q * -(-problem.head_dim_v // COMBINE_COLUMNS)
+    if num_splits > COMBINE_ROW_SPLITS or programs <= COMBINE_PROGRAMS_PER_SM * device.num_sms:
+        return COMBINE_COLUMNS, 1
+    return min(COMBINE_ROW_COLUMNS, max(COMBINE_COLUMNS, 1 << (problem.head_dim_v - 1).bit_length())), 1
 
 
 def _power_of_two(value: int) -> bool:

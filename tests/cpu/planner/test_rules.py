@@ -90,7 +90,7 @@ def test_shared_memory_grows_with_stages_and_keys() -> None:
     assert wide > small
 
 
-@pytest.mark.parametrize(("rows", "block_m"), [(1, 16), (4, 16), (16, 16), (17, 32), (32, 32), (64, 64), (256, 128)])
+@pytest.mark.parametrize(("rows", "block_m"), [(1, 16), (4, 16), (16, 16), (17, 64), (32, 64), (64, 64), (256, 128)])
 def test_rows_choose_the_tile(rows: int, block_m: int) -> None:
     tile = choose_tile(Problem(seqlen_q=rows, seqlen_k=32768, num_heads_q=8, num_heads_kv=8), H200)
     assert tile is not None
@@ -123,8 +123,14 @@ def test_a_batch_bounds_what_one_program_reads() -> None:
     assert 256 <= least <= 512
 
 
-def test_a_full_machine_is_not_split() -> None:
-    assert choose_splits(LLAMA.with_(batch=128, total_q=128), H200, Tile(16, False, 64, 4, 3))[2] == 1
+def test_one_full_wave_is_not_split() -> None:
+    assert choose_splits(LLAMA.with_(batch=32, total_q=32), H200, Tile(16, False, 64, 4, 3))[2] == 1
+
+
+def test_beyond_one_wave_a_program_reads_1024_keys() -> None:
+    many = LLAMA.with_(batch=128, total_q=128)
+    assert choose_splits(many, H200, Tile(16, False, 64, 4, 3)) == (1024, 512, 4)
+    assert choose_splits(many.with_(seqlen_k=1024), H200, Tile(16, False, 64, 4, 3))[2] == 1
 
 
 def test_a_window_counts_and_not_the_cache() -> None:
