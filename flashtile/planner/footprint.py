@@ -23,6 +23,7 @@ REGISTERS_PER_COPY = 2  # the address of one 16-byte copy of a key tile, kept ov
 FRAGMENT_REGISTERS = 24  # fragments of K and V on their way into a matrix instruction
 TENSOR_MEMORY_REGISTERS = 80  # tcgen05: what passes between tensor memory and registers, a whole result at a time
 WGMMA_ACCUMULATOR_SHARE = 0.2  # copies of the accumulator while it is scaled
+WGMMA_LONG_HEAD_REGISTERS = 28  # descriptors of tiles that span several swizzled columns
 MAX_Q_REGISTERS = 64  # beyond, q's fragments are read again from shared memory
 IDLE_WARPS_SHARE = 0.75  # what a warp beyond one for 16 rows still holds of the accumulator that it repeats
 FMA_OPERANDS_LIVE = 0.25  # share of both FMA dots' operand elements that live in registers at a time
@@ -38,7 +39,7 @@ GATHERED_REGISTERS = 60  # places of gathered keys, kept over the loop,
 GATHERED_FEW_REGISTERS = 20  # fewer of them beside 16-bit fragments
 LOADED_REGISTERS = {"cuda": 1.9, "hip": 3.0}  # an element of a key tile that no asynchronous copy can bring
 SMALL_COPY_REGISTERS = 0.7  # a copy of less than 16 bytes
-FMA_FEATURE_REGISTERS = 9  # what a feature takes beside for 64 keys of an FMA dot, which fills the registers by itself
+FMA_FEATURE_REGISTERS = 5  # what a feature takes beside for 32 keys of an FMA dot, which fills the registers by itself
 FMA_LOADED_SHARE = 0.4  # FMA operands pass through registers anyway
 VECTOR_LOADED_REGISTERS = 90  # what such loads cost the vector kernel beside
 MIN_COPY_BYTES = 4  # the least that an asynchronous copy brings
@@ -106,7 +107,8 @@ def shared_memory_bytes(problem: Problem, tile: TileShape, device: Device) -> in
     vector kernel has none unless copies are asynchronous, and twice as many for gathered keys. Beside the ring lie the
     page ids of gathered keys, q and the probabilities on their way between layouts (float32 results too, for FMA), and
     a scratch for reductions. FMA masks the padding of a head dim in a second copy of a tile,
-    and with few keys and operands swapped the second product alone may read shared memory, so that V takes one more.
+    and with few keys and operands swapped the second product alone may read shared memory, so that V takes one more. At
+    the end the float32 accumulator may change its layout in the same memory.
     """
     k_bytes, v_bytes = DTYPE_BYTES[problem.dtype_k], DTYPE_BYTES[problem.dtype_v]
     dim, dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
@@ -134,7 +136,7 @@ def shared_memory_bytes(problem: Problem, tile: TileShape, device: Device) -> in
     if tile.swapped and not reads_shared:
         second = _mma(device.architecture, v_bytes == 4, problem.allow_tf32, dim_v, tile.block_m, tile.num_warps)
         total += tile.block_n * dim_v * v_bytes if second is not None and second.warps > 1 else 0
-    return total
+    return max(total, tile.block_m * dim_v * 4)
 
 
 def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> int:
@@ -156,8 +158,7 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
         columns = VECTOR_COLUMN_SHARE * tile.block_n * dim_v if few_warps else 0.0
         live = VECTOR_TILES_LIVE[device.backend] * (1 if dim == dim_v else VECTOR_UNLIKE_FACTOR)
         tiles = (live * tile.block_n * max(dim, dim_v) + 2 * (dim + dim_v)) / threads
-        least = COPY_BYTES if gathered else MIN_COPY_BYTES
-        loads = VECTOR_LOADED_REGISTERS if problem.alignment < least else 0
+        loads = VECTOR_LOADED_REGISTERS if misaligned else 0
         loads += WIDE_REGISTERS if k_bytes == 4 and device.architecture.async_copies else 0
         if gathered:
             places = GATHERED_REGISTERS if device.architecture.async_copies else GATHERED_FEW_REGISTERS
@@ -168,7 +169,7 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
     accumulator = tile.block_m * dim_v / threads
     mma = mma_of(problem, tile, device)
     if mma is None:
-        base += FMA_FEATURE_REGISTERS * features_of(problem) * (tile.block_n // 64)
+        base += FMA_FEATURE_REGISTERS * features_of(problem) * (tile.block_n // 32)
         first = _fma_operands(tile.block_m, tile.block_n, dim, threads)
         second = _fma_operands(tile.block_m, dim_v, tile.block_n, threads)
         more = tile.swapped and (tile.block_m >= 16 or device.backend == "hip")
@@ -181,7 +182,10 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
         few = k_bytes == 2 and mma.warps == 1 and device.backend == "cuda" and not (tile.swapped and tile.block_m >= 16)
         fragments += GATHERED_FEW_REGISTERS if few else GATHERED_REGISTERS
     if mma.warps > 1:
-        fragments += TENSOR_MEMORY_REGISTERS if mma.name.startswith("tcgen05") else int(WGMMA_ACCUMULATOR_SHARE * accumulator)
+        if mma.name.startswith("tcgen05"):
+            fragments += TENSOR_MEMORY_REGISTERS
+        else:
+            fragments += int(WGMMA_ACCUMULATOR_SHARE * accumulator) + (WGMMA_LONG_HEAD_REGISTERS if max(dim, dim_v) > 128 else 0)
         if not tile.swapped and tile.num_warps * 16 > tile.block_m:
             accumulator = IDLE_WARPS_SHARE * tile.block_m * dim_v / (tile.block_m // 16 * device.warp_size)
         operands = tile.block_n * dim_v * v_bytes / 4 / threads if tile.swapped else 0.0
