@@ -138,6 +138,8 @@ def _prepare(
             run = _run_without_keys
         else:
             run = kernel_module(plan).bind(problem, plan, device)
+            if device.type == "cpu":
+                run = torch.no_grad()(run)  # the CPU engine is made of torch's differentiable operations
         like_q = problem.dtype_out == problem.dtype_q and problem.head_dim_v == problem.head_dim
         prepared = Prepared(run, getattr(torch, problem.dtype_out), like_q, problem.head_dim_v, problem.head_dim**-0.5)
         if key is not None:

@@ -20,7 +20,8 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except AttentionError as error:
-            sentence = "; ".join(line.strip() for line in str(error).splitlines())
+            summary, *reasons = (line.strip() for line in str(error).splitlines())
+            sentence = f"{summary} {'; '.join(reasons)}".rstrip()
             errors.print(f"flashtile: {sentence}", markup=False, highlight=False, soft_wrap=True)
             raise typer.Exit(2) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
@@ -21,7 +22,6 @@ from flashtile.planner.catalog import CATALOG
 from flashtile.planner.device import Device
 from flashtile.problem import Problem
 
-COMPILERS = ("cc", "gcc", "clang")
 UNITS = {
     "smem_per_block": "bytes",
     "smem_per_sm": "bytes",
@@ -70,15 +70,25 @@ def _versions() -> dict[str, str]:
 
 def _toolchain() -> dict[str, str | bool]:
     """Triton builds a small C launcher the first time that it meets a GPU."""
-    compiler = next((path for path in map(shutil.which, COMPILERS) if path), None)
+    compiler = c_compiler()
+    configured = os.environ.get("CC")
+    missing = f"CC names {configured}, which is not found" if configured else "not found"
+    cure = "unset CC or correct it" if configured else "install gcc or clang (Debian: apt install gcc)"
     headers = Path(sysconfig.get_paths()["include"], "Python.h")
     first = "Triton needs it at its first launch"
     return {
-        "c_compiler": compiler or f"not found: {first}; install gcc or clang (Debian: apt install gcc)",
+        "c_compiler": compiler or f"{missing}: {first}; {cure}",
         "c_compiler_found": compiler is not None,
         "python_headers": str(headers) if headers.exists() else f"{headers} not found: {first} (Debian: apt install python3-dev)",
         "python_headers_found": headers.exists(),
     }
+
+
+def c_compiler() -> str | None:
+    """What ``kernels.launch.c_compiler`` says, without an import of Triton: CC where it is set, else gcc, else clang."""
+    configured = os.environ.get("CC")
+    names = (configured,) if configured else ("gcc", "clang")
+    return next((path for path in map(shutil.which, names) if path), None)
 
 
 def _device_facts(device: torch.device) -> dict[str, Any]:

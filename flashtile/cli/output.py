@@ -30,7 +30,7 @@ def progress() -> Progress:
 
 def table(title: str, *columns: str, left: int = 1) -> Table:
     """A table whose first ``left`` columns hold words and whose others hold numbers."""
-    made = Table(title=title, title_justify="left", header_style="bold")
+    made = Table(title=title, title_justify="left", header_style="bold", min_width=len(title))  # so that the title takes one line
     for index, name in enumerate(columns):
         made.add_column(name, justify="left" if index < left else "right", no_wrap=index >= left)
     return made

@@ -73,4 +73,4 @@ def warmup(
         words = [str(row[name]) for name in ("batch", "seqlen_k", "kernel", "block_m", "num_splits")]
         made.add_row(*words, microseconds(row["seconds"]))
     console.print(made)
-    console.print(f"{len(rows)} shapes in {total:.2f} s; {note}.", highlight=False)
+    console.print(f"{len(rows)} shape{'s' if len(rows) > 1 else ''} in {total:.2f} s; {note}.", highlight=False)

@@ -107,6 +107,17 @@ def test_the_hint_changes_no_result(hint: int) -> None:
     torch.testing.assert_close(flashtile.decode(**args, max_seqlen_k=hint), flashtile.decode(**args))
 
 
+@pytest.mark.parametrize("changes", [{}, {"softcap": 5.0}, {"ragged_q": True}, {"page_size": 3}], ids=str)
+def test_no_gradient_flows(changes: dict[str, Any]) -> None:
+    args = small(**changes)
+    plain = flashtile.decode_with_lse(**args)
+    for name in ("q", "k_cache", "v_cache"):
+        args[name].requires_grad_()
+    tracked = flashtile.decode_with_lse(**args)
+    assert [part.requires_grad for part in tracked] == [False, False]
+    assert all(torch.equal(a, b) for a, b in zip(plain, tracked))
+
+
 def test_an_explicit_plan_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     args = small()
     bound: list[DecodePlan] = []

@@ -57,3 +57,9 @@ def test_an_attention_error_is_one_line_without_traceback() -> None:
     assert result.stderr.count("\n") == 1
     assert "head_dim" in result.stderr
     assert "multiple of 8" in result.stderr
+
+
+def test_reasons_follow_their_summary_in_one_sentence() -> None:
+    result = CliRunner().invoke(app, ["explain", "--device", "h200", "--block-m", "12"])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("flashtile: block_m cannot be obeyed: triton.decode: block_m 12 is not one of")
