@@ -15,8 +15,10 @@ import torch
 
 from flashtile.band import Band
 from flashtile.kernels.call import DecodeCall, DecodeRunner
-from flashtile.kernels.cpu_keys import MASK_BYTES, KeyReader
-from flashtile.kernels.cpu_scores import Mask, Partials, attend, flash, splits_of
+from flashtile.kernels.cpu_keys import KeyReader
+from flashtile.kernels.cpu_mask import Mask, segments_of
+from flashtile.kernels.cpu_scores import Partials, attend
+from flashtile.kernels.cpu_whole import bind_whole
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
 
@@ -31,24 +33,17 @@ class Run(NamedTuple):
     seqlen_k: int
 
 
-class Segment(NamedTuple):
-    """Keys ``start`` to ``stop``; ``masked`` where some row does not see all of them."""
-
-    start: int
-    stop: int
-    masked: bool
-
-
 def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunner:
     """A runner for calls of ``problem`` on the CPU; every choice that does not hang on lengths is made here."""
     band, group = problem.band, problem.group
     positions = max(1, plan.block_m // group)
     through_float32 = _needs_float32(problem, min(positions, max(1, problem.seqlen_q)) * group)
     max_block = plan.keys_per_split if plan.keys_per_split < problem.seqlen_k else 0
-    plain = _is_plain(problem) and not through_float32 and positions >= problem.seqlen_q and max_block == 0
+    one_piece = _is_plain(problem) and not through_float32 and positions >= problem.seqlen_q and max_block == 0
+    run_whole = bind_whole(problem) if one_piece else None
 
     def run(call: DecodeCall) -> None:
-        if plain and _run_plain(call, group):
+        if run_whole is not None and run_whole(call):
             return
         if call.cu_seqlens_q is not None:
             call.out.zero_()
@@ -77,33 +72,9 @@ def _needs_float32(problem: Problem, rows: int) -> bool:
 
 
 def _is_plain(problem: Problem) -> bool:
-    """Whether the problem is what torch's flash kernel computes by itself, but for packed rows and lengths."""
+    """Whether the problem is what torch's flash kernel computes by itself, but for packed rows, lengths and the band."""
     extras = problem.softcap or problem.alibi or problem.sinks or problem.ragged_q or problem.page_size
-    return not extras and problem.band.is_full and problem.head_dim == problem.head_dim_v
-
-
-def _run_plain(call: DecodeCall, group: int) -> bool:
-    """The shortest way for the commonest call: a batch of equal lengths in one piece. False where it is not one."""
-    lengths = call.seqlens_k.tolist()
-    batch, capacity, heads_kv, head_dim = call.k_cache.shape
-    seqlen_k, seqlen_q = lengths[0] if lengths else 0, call.q.shape[1]
-    uniform = 0 < seqlen_k <= capacity and lengths.count(seqlen_k) == batch
-    if not uniform or seqlen_q == 0 or splits_of(batch, heads_kv, seqlen_k) > 1:
-        return False
-    q = call.q.view(batch, seqlen_q, heads_kv, group, head_dim)
-    out = call.out.view(q.shape)
-    k, v = call.k_cache.transpose(1, 2), call.v_cache.transpose(1, 2)
-    if seqlen_k < capacity:
-        k, v = k[:, :, :seqlen_k], v[:, :, :seqlen_k]
-    if seqlen_q == 1:
-        rows, lse = flash(q[:, 0], k, v, scale=call.scale)
-        out[:, 0].copy_(rows)
-    else:
-        rows, lse = flash(q.transpose(1, 2).reshape(batch, heads_kv, -1, head_dim), k, v, scale=call.scale)
-        out.copy_(rows.view(batch, heads_kv, seqlen_q, group, head_dim).transpose(1, 2))
-    if call.lse is not None:
-        call.lse.view(batch, heads_kv, group, seqlen_q).copy_(lse.view(batch, heads_kv, seqlen_q, group).transpose(2, 3))
-    return True
+    return not extras and problem.total_q > 0 and problem.head_dim == problem.head_dim_v
 
 
 def _runs(call: DecodeCall, reader: KeyReader) -> Iterator[Run]:
@@ -160,7 +131,7 @@ def _attend_rows(
     slopes = slopes[run.first : run.stop] if slopes is not None and slopes.ndim == 2 else slopes
     mask = Mask(band, offset, here.start, num_positions, group, slopes, reader.key_mask)
     partials = Partials()
-    for segment in _segments(band, offset, here, run.seqlen_k, rows.shape[2], masked=mask.everywhere):
+    for segment in segments_of(band, offset, here, run.seqlen_k, rows.shape[2], masked=mask.everywhere):
         step = reader.keys_at_once(batch, rows.shape[2] if segment.masked else 0)
         for start in range(segment.start, segment.stop, step):
             stop = min(start + step, segment.stop)
@@ -169,23 +140,6 @@ def _attend_rows(
     shape = (batch, heads_kv, num_positions * group, call.v_cache.shape[-1])
     out, lse = partials.merged(shape)
     return (out, lse) if call.sinks is None else _join_sinks(out, lse, call.sinks, group)
-
-
-def _segments(band: Band, offset: int, here: slice, seqlen_k: int, rows: int, masked: bool) -> list[Segment]:
-    """The keys that query positions ``here`` see; if a mask over all of them would be large, cut into what all rows see and the rest."""
-    top, bottom = offset + here.start, offset + here.stop - 1
-    first = 0 if band.left is None else max(0, top - band.left)
-    last = seqlen_k if band.right is None else min(seqlen_k, bottom + band.right + 1)
-    if first >= last:
-        return []
-    all_from = first if band.left is None else min(max(first, bottom - band.left), last)
-    all_to = last if band.right is None else max(min(last, top + band.right + 1), first)
-    if not masked and (all_from, all_to) == (first, last):
-        return [Segment(first, last, False)]
-    if masked or 4 * rows * (last - first) <= MASK_BYTES or all_from >= all_to:
-        return [Segment(first, last, True)]
-    cuts = [Segment(first, all_from, True), Segment(all_from, all_to, False), Segment(all_to, last, True)]
-    return [cut for cut in cuts if cut.start < cut.stop]
 
 
 def _tensors_of(call: DecodeCall, run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

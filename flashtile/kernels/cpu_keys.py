@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from flashtile.kernels.call import DecodeCall
+from flashtile.kernels.cpu_mask import MASK_BYTES
 
 _BLOCK_BYTES = 2 << 20  # of K, and as many of V: a block is written and read again while it lies in the caches
-MASK_BYTES = 1 << 20  # of one block's mask
 _MIN_BLOCK = 64
 
 

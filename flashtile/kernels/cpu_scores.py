@@ -1,81 +1,15 @@
-"""Scores, softmax and partial results of the CPU engine: everything that touches rows and keys at once."""
+"""Softmax and partial results of the CPU engine: everything that touches rows and keys at once."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
-
 import torch
 
-from flashtile.band import Band
+from flashtile.kernels.cpu_mask import MaskBlock
 
 _MIN_SPLIT_KEYS = 512
 _FOLD_ELEMENTS = 1 << 22
 # (q, k, v, *, attn_mask, scale) -> (out in q's dtype, lse float32); scores, softmax and sums in float32
-flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-
-
-class MaskBlock(NamedTuple):
-    """A mask over one block of keys: ``bias`` float32 (batch or 1, hk or 1, rows, keys) is added to the scores;
-    ``blind`` bool (batch or 1, hk or 1, rows) marks rows that see none of these keys, None if there is no such row."""
-
-    bias: torch.Tensor
-    blind: torch.Tensor | None
-
-
-class Mask:
-    """The additive mask of some packed rows: band, ALiBi and pages that do not exist.
-
-    Rows are ``num_positions`` query positions from ``first`` on, each with ``group`` heads; ``slopes`` (hq,) or
-    (batch, hq); ``key_mask`` (batch, keys), False where a key lies on no page.
-    """
-
-    def __init__(
-        self, band: Band, offset: int, first: int, num_positions: int, group: int,
-        slopes: torch.Tensor | None, key_mask: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        self.band, self.offset, self.first = band, offset, first
-        self.num_positions, self.group = num_positions, group
-        self.slopes, self.key_mask = slopes, key_mask
-
-    @property
-    def everywhere(self) -> bool:
-        """Whether no key at all can go without the mask."""
-        return self.slopes is not None or self.key_mask is not None
-
-    def block(self, start: int, stop: int) -> MaskBlock:
-        """The mask over keys ``start`` to ``stop``."""
-        diagonal = self.offset + self.first - start
-        block = _band_block(self.band, diagonal, self.num_positions, self.group, stop - start)
-        if not self.everywhere:
-            return block
-        bias = block.bias.view(1, 1, self.num_positions, self.group, -1)
-        if self.slopes is not None:
-            slopes = self.slopes.view(self.slopes.shape[0] if self.slopes.ndim == 2 else 1, -1, 1, self.group, 1)
-            bias = bias - slopes * _distance(diagonal, self.num_positions, stop - start).abs()
-        if self.key_mask is None:
-            return MaskBlock(bias.flatten(2, 3), block.blind)
-        bias = bias.masked_fill(~self.key_mask[:, None, None, None, start:stop], float("-inf")).flatten(2, 3)
-        return MaskBlock(bias, (bias == float("-inf")).all(dim=-1))
-
-
-def _distance(diagonal: int, num_positions: int, keys: int) -> torch.Tensor:
-    """(positions, 1, keys): how far each key lies right of its position's diagonal; position 0's is key ``diagonal``."""
-    return torch.arange(keys) - torch.arange(diagonal, diagonal + num_positions)[:, None, None]
-
-
-@lru_cache(maxsize=16)
-def _band_block(band: Band, diagonal: int, num_positions: int, group: int, keys: int) -> MaskBlock:
-    """The mask of a band alone; every layer of a model asks for the same one. Never written to."""
-    distance = _distance(diagonal, num_positions, keys)
-    bias = torch.zeros(1, 1, num_positions, group, keys)
-    if band.left is not None:
-        bias.masked_fill_(distance < -band.left, float("-inf"))
-    if band.right is not None:
-        bias.masked_fill_(distance > band.right, float("-inf"))
-    bias = bias.flatten(2, 3)
-    blind = (bias == float("-inf")).all(dim=-1)
-    return MaskBlock(bias, blind if bool(blind.any()) else None)
+flash = torch._scaled_dot_product_flash_attention_for_cpu
 
 
 class Partials:
@@ -138,8 +72,8 @@ def attend(
 def _attend_in_splits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, splits: int, partials: Partials) -> None:
     """One sequence with fewer key heads than there are threads: the keys are parted as if they were sequences."""
     keys = k.shape[2] // splits
-    parted = [t[0, :, : splits * keys].view(t.shape[1], splits, keys, t.shape[3]).transpose(0, 1) for t in (k, v)]
-    out, lse = flash(q.expand(splits, -1, -1, -1), *parted, scale=scale)
+    k_parts, v_parts = (t[0, :, : splits * keys].view(t.shape[1], splits, keys, t.shape[3]).transpose(0, 1) for t in (k, v))
+    out, lse = flash(q.expand(splits, -1, -1, -1), k_parts, v_parts, scale=scale)
     partials.add(out.unsqueeze(1), lse.unsqueeze(1))
     if splits * keys < k.shape[2]:
         out, lse = flash(q, k[:, :, splits * keys :], v[:, :, splits * keys :], scale=scale)

@@ -40,7 +40,7 @@ def run_engine(
 def check(case: Case, **options: Any) -> None:
     inputs = make_inputs(case)
     out, lse = run_engine(inputs, **options)
-    assert_close(out, lse, *reference.decode(**inputs.args), dtype=inputs.dtype, what=f"{case.name} {options}")
+    assert_close(out, lse, *reference.decode(**inputs.args), dtype=inputs.dtype, cpu_engine=True, what=f"{case.name} {options}")
 
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda c: c.name)
@@ -85,6 +85,9 @@ LONG = [
     Case("long_window", (6000,), num_heads_q=8, num_heads_kv=2, window=(2999, 0), seqlens_q=5, head_dim=128, dtype="bfloat16"),
     Case("long_alibi_paged", (3000,), num_heads_q=8, num_heads_kv=2, alibi=True, seqlens_q=4, page_size=16),
     Case("long_extreme_logits", (3000,), num_heads_q=8, num_heads_kv=2, logit_scale=60.0, dtype="float16", seqlens_q=2),
+    Case("equal_lengths_in_one_piece", (900,) * 2, seqlens_q=4, num_heads_q=8, num_heads_kv=8, dtype="bfloat16", capacity=1000),
+    Case("equal_lengths_packed_rows", (900,) * 2, seqlens_q=4, num_heads_q=8, num_heads_kv=2, window=(300, 0), layout="HND"),
+    Case("more_queries_than_keys", (3,) * 2, seqlens_q=5, num_heads_q=2, num_heads_kv=2),
     Case("long_tail_of_float32", (5000,), num_heads_q=4, num_heads_kv=4, dtype="float32", seqlens_q=3, layout="HND"),
 ]
 
