@@ -107,6 +107,25 @@ def test_the_hint_changes_no_result(hint: int) -> None:
     torch.testing.assert_close(flashtile.decode(**args, max_seqlen_k=hint), flashtile.decode(**args))
 
 
+@pytest.mark.parametrize("changes", [{"layout": "HND"}, {"offset_elements": 1}, {"page_size": 3, "alibi": True, "sinks": True}], ids=str)
+def test_kernels_get_the_callers_own_tensors(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    class Module:
+        @staticmethod
+        def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> Any:
+            return calls.append
+
+    monkeypatch.setattr(ops, "kernel_module", lambda plan: Module)
+    monkeypatch.setattr(ops, "_PREPARED", {})
+    args = small(**changes)
+    out = torch.empty_like(args["q"])
+    assert flashtile.decode(**args, out=out) is out
+    tensors = {name: value for name, value in args.items() if isinstance(value, torch.Tensor)}
+    assert calls[0].out is out
+    assert all(getattr(calls[0], name) is tensor for name, tensor in tensors.items())
+
+
 @pytest.mark.parametrize("changes", [{}, {"softcap": 5.0}, {"ragged_q": True}, {"page_size": 3}], ids=str)
 def test_no_gradient_flows(changes: dict[str, Any]) -> None:
     args = small(**changes)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -110,3 +111,16 @@ def test_map_of_the_house_is_complete() -> None:
     here = {path.name for path in (ROOT / "flashtile").iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     missing = {name for name in here if not re.search(rf"(?<![\w/]){re.escape(name)}(?!\w)", text)}
     assert not missing, f"CONTRIBUTING.md's map lacks {sorted(missing)}"
+
+
+@pytest.mark.parametrize("part", ["planner", "kernels", "cli", "testing"])
+def test_design_names_every_module(part: str) -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w*]+(?:\.py|/))`", text)
+    here = {
+        path.name + "/" * path.is_dir()
+        for path in (ROOT / "flashtile" / part).iterdir()
+        if not path.name.startswith(("__", "data", "tuned"))
+    }
+    missing = {name for name in here if not any(fnmatch(name, pattern) for pattern in named)}
+    assert not missing, f"docs/design.md lacks {sorted(missing)}"
