@@ -50,11 +50,11 @@ def decode(
     heads: Annotated[list[str] | None, typer.Option("--heads", help="Query heads/key heads, e.g. 32/8; repeatable.")] = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Sequences; with --keys, every pair of both is timed.")] = None,
     keys: Annotated[list[int] | None, typer.Option("--keys", min=1, help="Keys a sequence; repeatable.")] = None,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=8)] = 128,
-    dtype: Annotated[Dtype, typer.Option("--dtype")] = Dtype.bfloat16,
+    head_dim: Annotated[int, typer.Option("--head-dim", min=8, help="Size of a query, a key and a value.")] = 128,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of queries, keys and values.")] = Dtype.bfloat16,
     device: RunDevice = "auto",
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time the other libraries too.")] = True,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Draws the numbers.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Time decode (one query a sequence) on a grid of problems, peers beside it; each result is checked first."""
