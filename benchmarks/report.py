@@ -13,10 +13,10 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import targets
+from benchmarks import choices, targets
 from benchmarks.targets import Row
 
-GRIDS = ("seqlen1", "speculative", "paged", "ragged", "floor", "search", "host", "cpu")
+GRIDS = ("seqlen1", "speculative", "paged", "ragged", "floor", "search", "sweep", "host", "cpu")
 HERE = Path(__file__).parent
 LABELS = {
     "flashtile": "flashtile", "fa2": "FA2", "fa3": "FA3", "flashinfer_tc": "FlashInfer tc", "flashinfer_cc": "FlashInfer cc",
@@ -70,7 +70,7 @@ def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
 
 
 def _table(grid: str, data: dict[str, Any]) -> str:
-    rows = [row for row in data["entries"] if not row.get("skipped")]
+    rows = choices.held_against_today(grid, [row for row in data["entries"] if not row.get("skipped")], data["device"])
     header, cells = _COLUMNS.get(grid, _against_peers)(rows)
     parts = []
     judged = targets.verdict(grid, rows)
@@ -82,6 +82,8 @@ def _table(grid: str, data: dict[str, Any]) -> str:
     for title, items in (("Misses", judged.misses if judged else ()), ("Failures", targets.failures(rows))):
         if items:
             parts.append(f"{title}:\n\n" + "\n".join(f"- {item.splitlines()[0]}" for item in items) + "\n")
+    if any(row.get("replanned") for row in rows):
+        parts.append("† The planner chooses otherwise by now; the figure is that of the plan shown.\n")
     skipped = len(data["entries"]) - len(rows)
     if skipped:
         parts.append(f"Not reached in the time given: {skipped} problems.\n")
@@ -130,7 +132,8 @@ def _against_peers(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     for row in rows:
         peers = [_us(targets.microseconds(row, name)) for name in shown]
         best = targets.ratio(row, (*targets.RIVALS, "sdpa"))
-        cells.append([row["name"], _tile(row.get("plan")), _us(row.get("floor_us")), _us(targets.microseconds(row)), *peers, _times(best)])
+        plan = _tile(row.get("plan")) + (" †" if row.get("replanned") else "")
+        cells.append([row["name"], plan, _us(row.get("floor_us")), _us(targets.microseconds(row)), *peers, _times(best)])
     return header, cells
 
 
@@ -171,6 +174,16 @@ def _against_search(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     return header, cells
 
 
+def _against_sweep(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    header = ["problem", "planner's choice today", "us", "best of the sweep", "us", "regret", "plans timed"]
+    cells = []
+    for row in rows:
+        choice = [_tile(row["plan"]), _us(row["planner_us"])] if "regret" in row else ["not in the sweep", "-"]
+        regret = f"{row['regret']:.1%}" if "regret" in row else "-"
+        cells.append([row["name"], *choice, _tile(row["best_plan"]), _us(row["best_us"]), regret, str(len(row["timed"]))])
+    return header, cells
+
+
 def _host_times(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     shown = [name for name in LABELS if any("host_us" in row.get("results", {}).get(name, {}) for row in rows)]
     header = ["problem", *(f"{LABELS[name]} GPU / host" for name in shown)]
@@ -182,8 +195,13 @@ def _host_times(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 _COLUMNS: dict[str, Callable[[list[Row]], tuple[list[str], list[list[str]]]]] = {
-    "paged": _against_beside, "ragged": _against_beside, "floor": _against_floor, "search": _against_search, "host": _host_times,
-}  # fmt: skip
+    "paged": _against_beside,
+    "ragged": _against_beside,
+    "floor": _against_floor,
+    "search": _against_search,
+    "sweep": _against_sweep,
+    "host": _host_times,
+}
 
 
 def rendered(text: str, made: dict[str, str]) -> str:

@@ -150,7 +150,7 @@ def _cpu(rows: list[Row]) -> Verdict | None:
 def verdict(grid: str, rows: list[Row]) -> Verdict | None:
     """What a grid's rows say about its target; None where nothing was timed."""
     judges = {
-        "seqlen1": _seqlen1, "speculative": _speculative, "floor": _floor, "search": _search, "host": _host, "cpu": _cpu,
+        "seqlen1": _seqlen1, "speculative": _speculative, "floor": _floor, "search": _search, "sweep": _search, "host": _host, "cpu": _cpu,
         "paged": lambda rows: _beside(rows, PAGED, "the contiguous cache's speed"),
         "ragged": lambda rows: _beside(rows, RAGGED, "the speed of an even batch of the same bytes"),
     }  # fmt: skip

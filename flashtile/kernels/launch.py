@@ -185,7 +185,7 @@ def workspace(num_floats: int, device: torch.device, stream: int) -> torch.Tenso
         return torch.empty(num_floats, dtype=torch.float32, device=device)
     buffer = _SCRATCH.buffers.get((device, stream))
     if buffer is None or buffer.numel() < num_floats:
-        buffer = _SCRATCH.buffers[device, stream] = torch.empty(2 * num_floats, dtype=torch.float32, device=device)
+        buffer = _SCRATCH.buffers[device, stream] = torch.empty(min(2 * num_floats, KEPT_FLOATS), dtype=torch.float32, device=device)
     return buffer
 
 

@@ -183,8 +183,9 @@ def _why(
 def _lines(e: Explanation) -> Iterator[str]:
     plan, problem = e.plan, e.problem
     heads = f"{problem.num_heads_q}/{problem.num_heads_kv} heads"
+    queries = "1 query" if problem.seqlen_q == 1 else f"{problem.seqlen_q} queries"
     yield (
-        f"{problem.batch} x {problem.seqlen_k} keys, {problem.seqlen_q} queries, {heads}, head dim {problem.head_dim}, "
+        f"{problem.batch} x {problem.seqlen_k} keys, {queries}, {heads}, head dim {problem.head_dim}, "
         f"{problem.dtype_k} on {e.device.name}: kernel {plan.kernel}, chosen by {_chooser(plan)}."
     )
     kind = " with operands swapped" if plan.swapped else ""
