@@ -332,7 +332,7 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
         else:
             rows = total_q * heads_kv * group
             num_partials = rows * num_splits
-            scratch = workspace(num_partials * (head_dim_v + 1), device, stream)
+            scratch = workspace(num_partials * (head_dim_v + 1), device)
             partials = (pointer(scratch), num_partials * head_dim_v, num_splits)
             launch.run(units, num_splits, stream, *tensors, no_lse, partials, lengths, pages, scores, band, None, *numbers, *constants)
             combine(stream, rows, partials, out_view, lse_view, lengths, sink)

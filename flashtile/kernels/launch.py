@@ -164,29 +164,13 @@ def on_device(run: Callable[[int, Any], None], device: torch.device) -> Callable
     return guarded
 
 
-class _Scratch(threading.local):
-    """Each thread's own, for two threads may interleave launches on one stream."""
+def workspace(num_floats: int, device: torch.device) -> torch.Tensor:
+    """Float32 scratch for one call, from torch's allocator.
 
-    def __init__(self) -> None:
-        self.buffers: dict[tuple[torch.device, int], torch.Tensor] = {}
-
-
-_SCRATCH = _Scratch()
-KEPT_FLOATS = 4 << 20
-
-
-def workspace(num_floats: int, device: torch.device, stream: int) -> torch.Tensor:
-    """Float32 scratch of at least ``num_floats`` for one call on ``stream``; what it holds is undefined.
-
-    A thread keeps up to 16 MB for each stream: its calls there run one after the other. A CUDA graph gets memory of its
-    own from torch, since it may be replayed on any stream.
+    Not kept: torch orders the memory of a stream, gives a CUDA graph its own, and counts what lives in a graph's pool. A
+    buffer of ours that outlived a call would break the last two under torch.compile's graphs, for 1 us of host time.
     """
-    if num_floats > KEPT_FLOATS or device.type != "cuda" or torch._C._cuda_isCurrentStreamCapturing():
-        return torch.empty(num_floats, dtype=torch.float32, device=device)
-    buffer = _SCRATCH.buffers.get((device, stream))
-    if buffer is None or buffer.numel() < num_floats:
-        buffer = _SCRATCH.buffers[device, stream] = torch.empty(min(2 * num_floats, KEPT_FLOATS), dtype=torch.float32, device=device)
-    return buffer
+    return torch.empty(num_floats, dtype=torch.float32, device=device)
 
 
 def _compiled_launch(spec: Spec, device: torch.device) -> Callable[..., None]:
