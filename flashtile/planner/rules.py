@@ -219,8 +219,7 @@ def with_deep_ring(problem: Problem, device: Device, tile: Tile, num_splits: int
     programs = row_blocks_of(work, tile.block_m) * work.num_heads_kv * num_splits
     tiles = -(-work.keys // tile.block_n) // num_splits
     deeper = tile._replace(num_stages=max(tile.num_stages, DEEP_RING_STAGES))
-    copies_itself = device.backend == "cuda" and device.has_mma  # sm_80 and newer: tiles go to the ring asynchronously
-    gains = copies_itself and programs <= device.num_sms and tiles >= DEEP_RING_TILES and tile.num_stages > 1
+    gains = device.architecture.async_copies and programs <= device.num_sms and tiles >= DEEP_RING_TILES and tile.num_stages > 1
     return deeper if gains and not misfits(problem, deeper, device) else tile
 
 
