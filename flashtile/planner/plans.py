@@ -21,6 +21,9 @@ class DecodePlan:
     ``keys_per_split`` bounds the keys that one program reads; the number of splits follows from the longest sequence
     the call may see. A shorter sequence is cut finer, but never below ``min_keys_per_split``; set both equal and the
     boundaries depend on key position alone.
+    ``num_programs``, where it is not 0, replaces the grid of ``num_splits`` programs a unit (sequence, key head, row
+    block): that many programs share the key tiles of the whole batch evenly, whatever the lengths are (stream-K, Osama
+    et al. 2023). ``num_splits`` then only says what a unit gets where all lengths are alike.
     """
 
     kernel: str
@@ -32,6 +35,7 @@ class DecodePlan:
     keys_per_split: int = 0
     min_keys_per_split: int = 0
     num_splits: int = 1
+    num_programs: int = 0
     combine_block_d: int = 32
     combine_warps: int = 1
     dependent_launch: bool = False
