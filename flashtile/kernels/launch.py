@@ -15,13 +15,18 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.driver import make_tensordesc_arg
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.runtime.interpreter import InterpretedFunction
 
 from flashtile.errors import ToolchainError, UnsupportedError
@@ -30,6 +35,8 @@ _MAX_REGISTERS = 255  # a thread of NVIDIA's
 _REGISTERS_A_BLOCK = 65536
 _NV_INFO = 0x70000000  # the type of an ELF section with a kernel's attributes
 
+GLUON_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+_CACHED_MAPS = 4096  # tensor maps of 128 bytes: an engine has two for each layer's cache
 TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 
@@ -49,11 +56,31 @@ class Arg:
 
 
 @dataclass(frozen=True)
+class Descriptor:
+    """A tensor that a Gluon kernel reads by TMA, in boxes of ``box`` elements; the launch takes the tensor itself.
+
+    Its base and strides are multiples of 16 bytes and its last dimension is contiguous. What a box reaches beyond the
+    tensor's shape, in either direction, reads as zero.
+    """
+
+    dtype: str
+    box: tuple[int, ...]
+
+    @property
+    def layout(self) -> NVMMASharedLayout:
+        """How a box lies in shared memory."""
+        return NVMMASharedLayout.get_default_for(list(self.box), getattr(gl, GLUON_DTYPES[self.dtype]))
+
+    def signature(self) -> str:
+        return f"tensordesc<{self.dtype}{list(self.box)},{self.layout!r}>"
+
+
+@dataclass(frozen=True)
 class Spec:
     """A kernel with everything that compilation depends on.
 
-    ``args`` maps each parameter to an Arg, None (compiled away), or a view (NamedTuple) of these; ``constants`` are the
-    constexpr parameters; ``options`` are num_warps, num_stages and launch_pdl.
+    ``args`` maps each parameter to an Arg, a Descriptor, None (compiled away), or a view (NamedTuple) of these;
+    ``constants`` are the constexpr parameters; ``options`` are num_warps, num_stages and launch_pdl.
     """
 
     kernel: Any
@@ -76,6 +103,8 @@ class Spec:
             if value is None:
                 constants[path] = None
                 return "constexpr"
+            if isinstance(value, Descriptor):
+                return value.signature()
             if value.divisible > 1:
                 attrs[path] = [["tt.divisibility", value.divisible]]
             return value.type
@@ -86,7 +115,12 @@ class Spec:
             else:
                 signature[name] = "constexpr"
                 constants[position,] = self.constants[name]
-        return ASTSource(self.kernel, signature, constants, attrs)
+        source = GluonASTSource if self.kernel.is_gluon() else ASTSource
+        return source(self.kernel, signature, constants, attrs)
+
+    def descriptors(self) -> tuple[int, ...]:
+        """Positions of the parameters that are tensor descriptors."""
+        return tuple(i for i, name in enumerate(self.kernel.arg_names) if isinstance(self.args.get(name), Descriptor))
 
 
 _COMPILED: dict[Any, Launch] = {}
@@ -189,10 +223,10 @@ def _compiled_launch(spec: Spec, device: torch.device) -> Callable[..., None]:
                 raise
             raise _without_toolchain(error) from error
     _compilations += 1
-    return _raw_launch(compiled, run, target)
+    return _raw_launch(compiled, run, target, spec.descriptors())
 
 
-def _raw_launch(compiled: Any, run: Any, target: GPUTarget) -> Callable[..., None]:
+def _raw_launch(compiled: Any, run: Any, target: GPUTarget, descriptors: tuple[int, ...] = ()) -> Callable[..., None]:
     """The shortest way into the driver that this Triton is known to have; ``compiled.run`` on any other.
 
     A profiler that listens to Triton's launch hooks is served by Triton's own, slower way.
@@ -203,16 +237,24 @@ def _raw_launch(compiled: Any, run: Any, target: GPUTarget) -> Callable[..., Non
     enter, leave = (getattr(hook, "calls", ()) for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook))
 
     def by_triton(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
-        compiled[grid_x, grid_y, 1](*args, stream=stream)
+        described = (_described(arg) if i in descriptors else arg for i, arg in enumerate(args))
+        compiled[grid_x, grid_y, 1](*described, stream=stream)
 
     if target.backend != "cuda" or needs_scratch or not hasattr(run, "launch"):
         return by_triton
     raw, cooperative, pdl = run.launch, run.launch_cooperative_grid, run.launch_pdl
+    mapped = None
+    if descriptors:
+        # Triton's launch encodes each tensor map anew; the C function that it wraps takes maps that are kept
+        raw = dict(zip(raw.__code__.co_freevars, raw.__closure__, strict=True))["launcher"].cell_contents
+        mapped = tensor_maps(compiled.metadata.tensordesc_meta, descriptors)
     if version == (3, 6):
 
         def by_launcher_36(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
             if enter or leave:
                 return by_triton(grid_x, grid_y, stream, *args)
+            if mapped is not None:
+                args = mapped(args)
             raw(grid_x, grid_y, 1, stream, function, cooperative, pdl, None, None, metadata, None, None, None, *args)
 
         return by_launcher_36
@@ -222,6 +264,8 @@ def _raw_launch(compiled: Any, run: Any, target: GPUTarget) -> Callable[..., Non
         def by_launcher_37(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
             if enter or leave:
                 return by_triton(grid_x, grid_y, stream, *args)
+            if mapped is not None:
+                args = mapped(args)
             raw(
                 grid_x, grid_y, 1, stream, function, cooperative, pdl, metadata, None, None, None, None, None,
                 annotations, signature, args,
@@ -229,6 +273,37 @@ def _raw_launch(compiled: Any, run: Any, target: GPUTarget) -> Callable[..., Non
 
         return by_launcher_37
     return by_triton
+
+
+def tensor_maps(metas: Any, positions: tuple[int, ...]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """A function that replaces tensors among a launch's arguments by what the kernel takes: map, shape and strides.
+
+    A map depends on address, shape and strides alone, so it is kept: encoding one takes half a microsecond.
+    """
+    kept: dict[Any, tuple[Any, ...]] = {}
+
+    def mapped(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        flat: list[Any] = []
+        done = 0
+        for meta, position in zip(metas, positions):
+            tensor = args[position]
+            key = (position, tensor.data_ptr(), tensor.shape, tensor.stride())
+            known = kept.get(key)
+            if known is None:
+                if len(kept) >= _CACHED_MAPS:
+                    kept.clear()
+                known = kept[key] = tuple(make_tensordesc_arg(_described(tensor), meta))
+            flat += args[done:position]
+            flat += known
+            done = position + 1
+        return (*flat, *args[done:])
+
+    return mapped
+
+
+def _described(tensor: torch.Tensor) -> SimpleNamespace:
+    """A tensor as Triton's encoder of tensor maps reads it."""
+    return SimpleNamespace(base=tensor, shape=list(tensor.shape), strides=list(tensor.stride()), padding="zero", round_f32_to_tf32=False)
 
 
 def _interpreter_launch(spec: Spec) -> Callable[..., None]:
