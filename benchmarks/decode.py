@@ -13,10 +13,11 @@ import torch
 import typer
 
 from benchmarks import grids, peers, timing
+from benchmarks.compilers import Compilers
 from benchmarks.measure import DeviceLost, Options, ensure_alive, measure
 from benchmarks.record import Record, heading
 from benchmarks.report import line
-from benchmarks.search import Compilers, regret
+from benchmarks.search import regret
 
 # what each grid gets of the time that is left, where several run
 SHARES = {"host": 2, "seqlen1": 10, "speculative": 3, "paged": 2, "ragged": 3, "floor": 2, "search": 10}

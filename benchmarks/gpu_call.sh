@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # One visit to a GPU host, most telling first; what is cut off leaves what came before it in OUT.
 #
-#   gpu_call.sh check OUT [SECONDS]             tests/gpu, and the planner's choice on a few problems
+#   gpu_call.sh check OUT [SECONDS] [TEST...]   tests/gpu (or some of them), then the planner's choice on a few problems
+#   gpu_call.sh sweep OUT [SECONDS] ARGUMENT... plan variants of benchmarks.sweep (--problems ... --plans ...)
 #   gpu_call.sh core OUT [SECONDS]              every grid, without peers
 #   gpu_call.sh peers OUT [SECONDS] [PART...]   unpacks the peers that lie in PART..., then the grids that need them
 #   gpu_call.sh search OUT [SECONDS]            the planner's choice against a search
@@ -10,7 +11,7 @@
 # PYTHON names the interpreter (python3); COMMIT the commit measured; PEERS_DIR where peers are unpacked (/opt/peers).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-what=${1:?check, core, peers, search or sanitize}
+what=${1:?check, sweep, core, peers, search or sanitize}
 out=$(mkdir -p "${2:?a folder for results}" && cd "$2" && pwd)
 seconds=${3:-500}
 shift $(($# < 3 ? $# : 3))
@@ -55,12 +56,26 @@ sanitized() { # tool, seconds, arguments of benchmarks.sanitize
   grep -E '^sanitize:|ERROR SUMMARY|RACECHECK SUMMARY|Invalid|Error:' "$out/sanitize_$tool.txt" | tail -n 8
 }
 
+sweep() { # arguments of benchmarks.sweep; resumed where the device was lost
+  local end=$((SECONDS + $(left) - 5)) resume=()
+  for _ in 1 2 3; do
+    timeout -k 10 $((end - SECONDS + 20)) "$python" -m benchmarks.sweep --out "$out" --budget $((end - SECONDS)) \
+      --peers-dir "$peers_dir" "${commit[@]}" "${resume[@]}" "$@"
+    status=$?
+    [ $status -eq 0 ] || [ $status -eq 2 ] || [ $((end - SECONDS)) -lt 20 ] && break
+    echo "exit $status: once more from where it stopped"
+    resume=(--resume)
+  done
+}
+
 case $what in
 check)
-  timeout -k 10 $((seconds * 60 / 100)) "$python" -m pytest tests/gpu -q -n 12 --durations 8 -p no:cacheprovider -o addopts= \
-    --import-mode=importlib 2>&1 | tee "$out/tests_gpu.txt" | tail -n 40
+  [ $# -gt 0 ] || set -- tests/gpu
+  timeout -k 10 $((seconds * 65 / 100)) "$python" -m pytest "$@" -q -n 15 --durations 8 -p no:cacheprovider -o addopts= \
+    --import-mode=importlib 2>&1 | tee "$out/tests_gpu.txt" | tail -n 60
   measure 100 --grid seqlen1 --no-peers --only 32/8
   ;;
+sweep) sweep "$@" ;;
 core) measure 100 --grid all --no-peers --compilers 12 ;;
 peers)
   for part in "$@"; do PEERS_DIR=$peers_dir bash "$part/unpack.sh" "$part" >/dev/null || echo "could not unpack $part"; done

@@ -7,13 +7,16 @@ that is timed in turn with it (an even batch beside a ragged one, a contiguous c
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from math import exp, log
+from math import ceil, exp, log
 from typing import Any
 
+from flashtile.problem import Problem, length_bucket
 from flashtile.testing import traffic
 
+CAPACITY_STEP = 16
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 GRID_NAMES = ("seqlen1", "speculative", "paged", "ragged", "host", "floor", "search", "cpu")
 
@@ -54,6 +57,19 @@ class Entry:
         """Bytes of K and V that one input set occupies (a contiguous ragged cache has room for the longest everywhere)."""
         keys = sum(self.lengths) if self.page_size else self.batch * self.longest
         return 2 * keys * self.num_heads_kv * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def capacity(self) -> int:
+        """Keys that each sequence has room for: of a contiguous cache rounded up, so that libraries that know pages alone can read it."""
+        step = self.page_size or CAPACITY_STEP
+        return ceil(self.longest / step) * step
+
+    def problem(self) -> Problem:
+        """What the planner sees of it."""
+        return Problem(
+            batch=self.batch, seqlen_q=self.seqlen_q, seqlen_k=length_bucket(self.capacity), num_heads_q=self.num_heads_q,
+            num_heads_kv=self.num_heads_kv, head_dim=self.head_dim, dtype_q=self.dtype, page_size=self.page_size,
+        )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
         """What a result file says about the problem."""
@@ -169,6 +185,23 @@ def grid(name: str) -> list[Entry]:
         "host": host, "floor": floor, "search": search, "cpu": cpu,
     }  # fmt: skip
     return makers[name]()
+
+
+_NAME = re.compile(r"(\d+)x(\d+) (\d+)/(\d+)(?: q(\d+))?(?: page (\d+))?")
+
+
+def named(text: str) -> list[Entry]:
+    """A grid's entries by its name, or one entry by its own (``8x2048 32/8 q4 page 16``, in a grid or not); raises ValueError."""
+    if text in GRID_NAMES:
+        return grid(text)
+    for name in GRID_NAMES:
+        for entry in grid(name):
+            if entry.name == text:
+                return [replace(entry, beside=None)]
+    if match := _NAME.fullmatch(text):
+        batch, keys, heads_q, heads_kv, seqlen_q, page_size = (int(part) if part else 0 for part in match.groups())
+        return [even(batch, keys, (heads_q, heads_kv), seqlen_q=seqlen_q or 1, page_size=page_size)]
+    raise ValueError(f"{text}: no grid ({', '.join(GRID_NAMES)}), no entry of one, and not of the form 8x2048 32/8 q4 page 16")
 
 
 def shrunk(entry: Entry, max_keys: int = 192, max_batch: int = 3) -> Entry:

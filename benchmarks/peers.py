@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.sets import CAPACITY_STEP, InputSets
+from benchmarks.grids import CAPACITY_STEP
+from benchmarks.sets import InputSets
 from benchmarks.timing import Contestant
 
 FLASHINFER_WORKSPACE = 256 << 20

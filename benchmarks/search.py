@@ -11,12 +11,9 @@ import json
 import random
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
 from itertools import product
 from math import ceil
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -24,6 +21,7 @@ import torch
 import flashtile
 from benchmarks import timing
 from benchmarks.check import Oracle, WrongResult, poisoned
+from benchmarks.compilers import Compilers
 from benchmarks.grids import Entry
 from benchmarks.measure import DeviceLost, ensure_alive, ours, planned
 from benchmarks.sets import InputSets, num_sets
@@ -34,7 +32,6 @@ from flashtile.problem import Problem
 TILES = ((1, False), (8, True), (16, False), (16, True), (32, False), (64, False), (128, False))
 BLOCK_NS, WARPS, STAGES = (32, 64, 128), (2, 4, 8), (2, 3, 4)
 QUICK_ROUNDS, FINAL_ROUNDS, FINALISTS = 5, 15, 3
-COMPILE_BYTES = 1 << 30
 
 
 def forced_splits(plan: DecodePlan, seqlen_k: int, num_splits: int) -> DecodePlan:
@@ -108,7 +105,7 @@ class Search:
     def trial(self, plans: Iterable[DecodePlan]) -> None:
         """Times plans that are new, in turn with the best so far, and scales by it so that drift between trials cancels."""
         new = [plan for plan in dict.fromkeys(plans) if plan not in self.tried and plan not in self.refused]
-        self.compilers.compile(self.sets.entry, new)
+        self.compilers.compile((self.sets.entry, plan) for plan in new)
         fns = {plan: fn for plan in new if not self.out_of_time() and (fn := self._checked(plan)) is not None}
         if not fns:
             return
@@ -217,40 +214,4 @@ def _coordinates(plan: DecodePlan) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in names}
 
 
-class Compilers:
-    """Worker processes that compile plans ahead into Triton's cache on disk; none on a CPU, or once one has died."""
-
-    def __init__(self, device: torch.device, workers: int) -> None:
-        self._pool: ProcessPoolExecutor | None = None
-        if device.type == "cuda" and workers > 1:
-            self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-
-    def compile(self, entry: Entry, plans: list[DecodePlan]) -> None:
-        if self._pool is None or len(plans) < 2 or entry.cache_bytes > COMPILE_BYTES:
-            return
-        try:
-            list(self._pool.map(_run_once, [entry] * len(plans), plans, timeout=120))
-        except Exception as error:  # a broken worker costs time alone: the plans are compiled where they are timed
-            print(f"compiling ahead ends: {type(error).__name__} {error}")
-            self.close()
-
-    def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
-            self._pool = None
-
-
-@cache
-def _inputs_of(entry: Entry) -> InputSets:
-    return InputSets(entry, torch.device("cuda"), 1)
-
-
-def _run_once(entry: Entry, plan: DecodePlan) -> None:
-    """In a worker: one call, so that the kernels of ``plan`` are compiled; what refuses it says so where it is timed."""
-    try:
-        flashtile.decode(**_inputs_of(entry).args(0), plan=plan)
-    except Exception:
-        return
-
-
-__all__ = ["Compilers", "DeviceLost", "Search", "forced_splits", "neighbours", "regret", "split_counts"]
+__all__ = ["DeviceLost", "Search", "forced_splits", "neighbours", "regret", "split_counts"]

@@ -11,7 +11,6 @@ from benchmarks.grids import Entry
 
 COLD_BYTES = 400_000_000
 MAX_SETS = 1024
-CAPACITY_STEP = 16
 
 
 def num_sets(entry: Entry, device: torch.device) -> int:
@@ -40,7 +39,7 @@ class InputSets:
             pages = self._scatter_pages(generator)
             shape = (pages, entry.page_size, *heads)
         else:
-            shape = (entry.batch, ceil(entry.longest / CAPACITY_STEP) * CAPACITY_STEP, *heads)
+            shape = (entry.batch, entry.capacity, *heads)
         draw = lambda size: torch.randn(size, device=device, dtype=self.dtype, generator=generator)  # noqa: E731
         self.q = draw((count, entry.batch, entry.seqlen_q, entry.num_heads_q, entry.head_dim)).unbind(0)
         self.k = draw((count, *shape)).unbind(0)

@@ -1,0 +1,140 @@
+"""Plan variants as text: ``kernel=gluon.decode_sm90 block_m=8,16 block_n=64,128 num_stages=2,3 num_splits=1,1w,2w``.
+
+Every field of DecodePlan may have several values; a spec stands for their product. A number of splits or programs that
+ends in ``w`` is in waves: ``2w`` splits are as many as make two programs an SM, ``1w`` programs one an SM. ``tiles`` splits
+are one for each key tile. What a spec does not name is the planner's choice for the problem, but for ``swapped``, which
+is whatever the planner takes with the rest.
+
+A file of specs is a JSON list of such texts, or of objects ``{"block_m": [8, 16], "problems": "32/8"}``; ``problems``, in both
+forms, confines a spec to problems whose name contains it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from itertools import product
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from benchmarks.search import forced_splits
+from flashtile.errors import UnsupportedError
+from flashtile.planner.choose import plan_decode
+from flashtile.planner.device import Device
+from flashtile.planner.plans import DecodePlan
+from flashtile.problem import Problem
+
+FIELDS = {field.name for field in fields(DecodePlan)} - {"source"}
+_WORDS = {"true": True, "false": False}
+
+
+class BadSpec(Exception):
+    """A text that describes no plans; says what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Values for fields of a plan, and the problems that they are meant for (a part of their names)."""
+
+    axes: dict[str, tuple[Any, ...]]
+    problems: str = ""
+
+    @classmethod
+    def of(cls, spec: str | dict[str, Any]) -> Variants:
+        if isinstance(spec, str):
+            pairs = _pairs(spec)
+        else:
+            pairs = {name: value if isinstance(value, list) else [value] for name, value in spec.items()}
+        problems = "".join(pairs.pop("problems", ()))
+        if unknown := sorted(set(pairs) - FIELDS):
+            raise BadSpec(f"{', '.join(unknown)}: no field of a plan; there are {', '.join(sorted(FIELDS))}, problems")
+        return cls({name: tuple(values) for name, values in pairs.items()}, problems)
+
+    def plans(self, base: DecodePlan, problem: Problem, device: Device) -> Iterator[DecodePlan]:
+        """The product of the axes around ``base``, splits in whole key tiles; what the planner refuses is among them."""
+        fixed = {name: values for name, values in self.axes.items() if name not in ("num_splits", "num_programs")}
+        for values in product(*fixed.values()):
+            tile = base.with_(**dict(zip(fixed, values)), source="explicit")
+            units = max(1, problem.units * ceil(problem.rows / tile.block_m))
+            for splits, programs in product(self.axes.get("num_splits", (None,)), self.axes.get("num_programs", (0,))):
+                plan = tile.with_(num_programs=_programs(programs, device))
+                count = _splits(splits, plan, units, base, problem, device)
+                plan = forced_splits(plan, problem.seqlen_k, count)
+                yield plan if "swapped" in fixed else accepted(problem, plan, device)
+
+
+def accepted(problem: Problem, plan: DecodePlan, device: Device) -> DecodePlan:
+    """The plan with whichever ``swapped`` the planner takes; as it is where it takes neither."""
+    for candidate in (plan, plan.with_(swapped=not plan.swapped)):
+        try:
+            return plan_decode(problem, device, plan=candidate)
+        except UnsupportedError:
+            continue
+    return plan
+
+
+def read(specs: list[str]) -> list[Variants]:
+    """Each spec is a text, or the path of a JSON list of them; raises BadSpec."""
+    found = []
+    for spec in specs:
+        if "=" in spec:
+            found.append(Variants.of(spec))
+            continue
+        try:
+            listed = json.loads(Path(spec).read_text())
+        except (OSError, ValueError) as error:
+            raise BadSpec(f"{spec}: neither field=value pairs nor a JSON file ({error})") from error
+        found += [Variants.of(one) for one in listed]
+    return found
+
+
+def _pairs(text: str) -> dict[str, list[Any]]:
+    pairs: dict[str, list[Any]] = {}
+    name = ""
+    for word in text.split():
+        head, equals, value = word.partition("=")
+        if equals:
+            name = head
+            pairs[name] = [_value(part) for part in value.split(",")] if name != "problems" else [value]
+        elif name == "problems":  # names of problems have spaces
+            pairs[name].append(" " + word)
+        else:
+            raise BadSpec(f"{word!r} in {text!r} is no field=value")
+    return pairs
+
+
+def _value(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    return int(text) if text.lstrip("-").isdigit() else text
+
+
+def _waves(value: Any) -> float | None:
+    if isinstance(value, str) and value.endswith("w"):
+        try:
+            return float(value[:-1])
+        except ValueError:
+            pass
+    return None
+
+
+def _programs(value: Any, device: Device) -> int:
+    if (waves := _waves(value)) is not None:
+        return max(1, round(waves * device.num_sms))
+    if isinstance(value, str):
+        raise BadSpec(f"num_programs {value!r} is neither a number nor waves (1w)")
+    return int(value)
+
+
+def _splits(value: Any, plan: DecodePlan, units: int, base: DecodePlan, problem: Problem, device: Device) -> int:
+    if value is None:
+        return max(1, ceil(plan.num_programs / units)) if plan.num_programs else base.num_splits
+    if value == "tiles":
+        return max(1, ceil(problem.seqlen_k / plan.block_n))
+    if (waves := _waves(value)) is not None:
+        return max(1, round(waves * device.num_sms / units))
+    if isinstance(value, str):
+        raise BadSpec(f"num_splits {value!r} is neither a number, waves (1w) nor tiles")
+    return int(value)
