@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.search import forced_splits
-from flashtile.errors import UnsupportedError
-from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
+from flashtile.testing.variants import accepted
 
 FIELDS = {field.name for field in fields(DecodePlan)} - {"source"}
 _WORDS = {"true": True, "false": False}
@@ -63,16 +62,6 @@ class Variants:
                 count = _splits(splits, plan, units, base, problem, device)
                 plan = forced_splits(plan, problem.seqlen_k, count)
                 yield plan if "swapped" in fixed else accepted(problem, plan, device)
-
-
-def accepted(problem: Problem, plan: DecodePlan, device: Device) -> DecodePlan:
-    """The plan with whichever ``swapped`` the planner takes; as it is where it takes neither."""
-    for candidate in (plan, plan.with_(swapped=not plan.swapped)):
-        try:
-            return plan_decode(problem, device, plan=candidate)
-        except UnsupportedError:
-            continue
-    return plan
 
 
 def read(specs: list[str]) -> list[Variants]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from flashtile.band import Band
 from flashtile.testing.cases import Case
 
 _SPARE_PAGES = 3
@@ -56,6 +57,25 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         "scale": case.scale,
     }
     return Inputs(case, args)
+
+
+def hide_unseen(inputs: Inputs) -> Inputs:
+    """Writes NaN, in place, over the keys inside each length that none of its sequence's queries sees: those before a window.
+
+    Returns the same inputs. The reference reads such keys: give it inputs made anew.
+    """
+    case, args = inputs.case, inputs.args
+    band = Band.of(case.causal, case.window)
+    for i, (seqlen_q, length) in enumerate(zip(case.query_lengths, case.seqlens_k)):
+        unseen = ~band.dense(seqlen_q, min(max(length, 0), case.room)).any(0)
+        for key in unseen.nonzero().flatten().tolist():
+            block, slot = i, key
+            if case.page_size:
+                block, slot = int(args["page_table"][i, key // case.page_size]), key % case.page_size
+            if 0 <= block < len(args["k_cache"]):
+                args["k_cache"][block, slot] = float("nan")
+                args["v_cache"][block, slot] = float("nan")
+    return inputs
 
 
 def _queries(case: Case, rng: torch.Generator) -> torch.Tensor:

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import flashtile
+from flashtile import DecodePlan, Problem, reference
+from flashtile.planner.device import Device
+from flashtile.testing import poison
+from flashtile.testing.cases import Case
+from flashtile.testing.inputs import Inputs, hide_unseen, make_inputs
+from flashtile.testing.tolerance import assert_close
+from flashtile.testing.variants import Shape, Share, explicit_plan
+
 HERE = Path(__file__).parent
+Check = Callable[..., None]
 
 
 def _missing() -> str:
@@ -36,3 +47,31 @@ def device() -> Iterator[torch.device]:
     yield torch.device("cuda", torch.cuda.current_device())
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
+
+
+@pytest.fixture
+def check_plans(device: torch.device) -> Check:
+    """``check_plans(case, kernel, shape, shares, seed=0)``: one kernel, shared out in several ways, against the reference in float64.
+
+    Outputs and workspace start as NaN, and so does every key that no query sees. Raises UnsupportedError where the planner
+    refuses the plan.
+    """
+
+    def check(case: Case, kernel: str, shape: Shape, shares: tuple[Share, ...], seed: int = 0) -> None:
+        inputs = hide_unseen(make_inputs(case, device, seed=seed))
+        expected = reference.decode(**make_inputs(case, "cpu", seed=seed).args)
+        problem = Problem.decode(**inputs.args, lse=True)
+        for share in shares:
+            plan = explicit_plan(problem, Device.of(device), kernel, shape, share)
+            run_poisoned(inputs, expected, plan, f"{case.name} {shape} {share}")
+
+    return check
+
+
+def run_poisoned(inputs: Inputs, expected: tuple[torch.Tensor, torch.Tensor], plan: DecodePlan, what: str) -> None:
+    args: dict[str, Any] = inputs.args
+    out, _ = poison.outputs(args["q"], inputs.case.head_dim_v)
+    with poison.allocations():
+        got, lse = flashtile.decode_with_lse(**args, out=out, plan=plan)
+    assert got is out
+    assert_close(out.cpu(), lse.cpu(), *expected, dtype=inputs.dtype, what=what)

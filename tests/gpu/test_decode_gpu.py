@@ -6,7 +6,7 @@ case, and the number of kernels to compile stays near 250.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from flashtile.testing import poison
 from flashtile.testing.cases import SMALL_CASES, Case
 from flashtile.testing.inputs import Inputs, make_inputs
 from flashtile.testing.tolerance import assert_close
+from flashtile.testing.variants import PORTABLE, PORTABLE_SHAPES, PROGRAMS, Shape, Share, explicit_plan
 
 TILES = ((1, False), (8, True), (16, False), (16, True), (32, False), (64, False), (128, False))
 SPLITS = (1, 3, 7)
@@ -36,6 +37,13 @@ def trials() -> Iterator[Any]:
                 splits = SPLITS[(turn + d + pick) % len(SPLITS)]
                 name = f"m{tile[0]}{'s' if tile[1] else ''}"
                 yield pytest.param(replace(case, dtype=dtype), *tile, splits, id=f"{case.name}-{dtype}-{name}-splits{splits}")
+
+
+def shared_trials() -> Iterator[Any]:
+    """Each case with one tile: its key tiles walked by 1, 3, 7 and 132 programs."""
+    for turn, case in enumerate(SMALL_CASES):
+        shape = PORTABLE_SHAPES[turn % len(PORTABLE_SHAPES)]
+        yield pytest.param(case, shape, id=f"{case.name}-{shape}")
 
 
 def check(inputs: Inputs, host: Inputs, **forced: Any) -> None:
@@ -107,5 +115,30 @@ def test_twenty_repeats_are_bit_identical(device: torch.device) -> None:
     first, first_lse = flashtile.decode_with_lse(**inputs.args, num_splits=9)
     for _ in range(20):
         out, lse = flashtile.decode_with_lse(**inputs.args, num_splits=9)
+        assert torch.equal(out, first)
+        assert torch.equal(lse, first_lse)
+
+
+@pytest.mark.parametrize(("case", "shape"), list(shared_trials()))
+def test_programs_that_share_all_keys_match_the_reference(case: Case, shape: Shape, check_plans: Callable[..., None]) -> None:
+    try:
+        check_plans(case, PORTABLE, shape, PROGRAMS, seed=3)
+    except UnsupportedError as error:
+        if not may_be_refused(case, shape.block_m):
+            raise
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("num_programs", [1, 7, 132, 500])
+@pytest.mark.parametrize("page_size", [0, 16])
+def test_programs_share_a_ragged_batch(num_programs: int, page_size: int, device: torch.device) -> None:
+    lengths = (512,) * 10 + (20_000,) + (0, 1, 65, 512, 777)
+    inputs = make_inputs(Case("shared", lengths, 1, 16, 2, head_dim=128, dtype="bfloat16", page_size=page_size), device, seed=9)
+    problem = Problem.decode(**inputs.args, lse=True)
+    plan = explicit_plan(problem, Device.of(device), PORTABLE, Shape(16, 64, 4, 3), Share(1, num_programs))
+    first, first_lse = flashtile.decode_with_lse(**inputs.args, plan=plan)
+    assert_close(first, first_lse, *reference.decode(**inputs.args, dtype=torch.float32), what=f"{num_programs} programs")
+    for _ in range(20):
+        out, lse = flashtile.decode_with_lse(**inputs.args, plan=plan)
         assert torch.equal(out, first)
         assert torch.equal(lse, first_lse)
