@@ -14,13 +14,15 @@ import typer
 
 from benchmarks import grids, peers, timing
 from benchmarks.compilers import Compilers
-from benchmarks.measure import DeviceLost, Options, ensure_alive, measure
+from benchmarks.measure import DeviceLost, Options, ensure_alive, measure, warm
 from benchmarks.record import Record, heading
 from benchmarks.report import line
 from benchmarks.search import regret
+from flashtile.planner.choose import plan_decode
+from flashtile.planner.device import Device
 
 # what each grid gets of the time that is left, where several run
-SHARES = {"host": 2, "seqlen1": 10, "speculative": 3, "paged": 2, "ragged": 3, "floor": 2, "search": 10}
+SHARES = {"host": 2, "seqlen1": 10, "speculative": 3, "paged": 2, "ragged": 4, "floor": 3, "search": 10}
 LEAST_SECONDS = 1.0
 
 
@@ -58,7 +60,10 @@ def main(
     ] = False,
     dry_run: Annotated[bool, typer.Option(help="Shrink every problem, to try the scripts themselves.")] = False,
     full_search: Annotated[bool, typer.Option(help="Search the whole product of coordinates.")] = False,
-    compilers: Annotated[int, typer.Option(help="Processes that compile ahead of a search.")] = 12,
+    compilers: Annotated[int, typer.Option(help="Processes that compile ahead.")] = 12,
+    warm_peers: Annotated[
+        bool, typer.Option(help="Call each peer once on a small problem of each kind first: some load or build parts for tens of seconds.")
+    ] = True,
 ) -> None:
     """Checks and times the problems of a grid; exits with 3 where the device was lost (run again with --resume)."""
     names = list(SHARES) if grid == "all" else [grid]
@@ -73,10 +78,11 @@ def main(
     for name, why in missing.items():
         print(f"no {name}: {why}")
     options = Options(where, wanted, rounds)
-    runner = _Runner(options, out, commit, missing, resume, dry_run, full_search, compilers)
-    for position, name in enumerate(names):
-        share = SHARES.get(name, 1) / sum(SHARES.get(later, 1) for later in names[position:])
-        runner.run(name, only, Budget(time.monotonic() + share * (end - time.monotonic())))
+    with closing(Compilers(where, compilers)) as pool:
+        runner = _Runner(options, out, commit, missing, resume, dry_run, full_search, warm_peers, pool)
+        for position, name in enumerate(names):
+            share = SHARES.get(name, 1) / sum(SHARES.get(later, 1) for later in names[position:])
+            runner.run(name, only, Budget(time.monotonic() + share * (end - time.monotonic())))
 
 
 @dataclass
@@ -88,7 +94,8 @@ class _Runner:
     resume: bool
     dry_run: bool
     full_search: bool
-    num_compilers: int
+    warm_peers: bool
+    compilers: Compilers
 
     def run(self, name: str, only: str, budget: Budget) -> None:
         """One grid into OUT/decode_<name>.json, an entry at a time."""
@@ -100,25 +107,36 @@ class _Runner:
         record = Record.open(self.out / f"decode_{name}.json", head, self.resume)
         entries = [entry for entry in self._entries(name) if only in entry.name]
         print(f"{name}: {len(entries)} problems, {budget.left:.0f} s; {head['device']}, commit {head['commit']}", flush=True)
-        with closing(Compilers(self.options.device, self.num_compilers if name == "search" else 0)) as compilers:
-            for position, entry in enumerate(entries):
-                if record.has(entry.name):
-                    continue
-                if not budget.allows_another():
-                    record.add({"name": entry.name, "skipped": "no time left"})
-                    print(f"{entry.name}: skipped, no time left", flush=True)
-                    continue
-                seconds = budget.left / (len(entries) - position)
-                self._one(record, entry, budget, lambda entry=entry, s=seconds: self._measure(name, entry, s, compilers))  # type: ignore[misc]
+        entries = [entry for entry in entries if not record.has(entry.name)]
+        self._prepare(name, entries, budget)
+        for position, entry in enumerate(entries):
+            if not budget.allows_another():
+                record.add({"name": entry.name, "skipped": "no time left"})
+                print(f"{entry.name}: skipped, no time left", flush=True)
+                continue
+            seconds = budget.left / (len(entries) - position)
+            self._one(record, entry, budget, lambda entry=entry, s=seconds: self._measure(name, entry, s))  # type: ignore[misc]
         print(f"{name}: {sum('skipped' not in e for e in record.entries)} of {len(entries)} done, {record.path}", flush=True)
 
     def _entries(self, name: str) -> list[grids.Entry]:
         entries = grids.grid(name)
         return [grids.shrunk(entry) for entry in entries] if self.dry_run else entries
 
-    def _measure(self, name: str, entry: grids.Entry, seconds: float, compilers: Compilers) -> dict[str, Any]:
+    def _prepare(self, name: str, entries: list[grids.Entry], budget: Budget) -> None:
+        """What only the first call of a kind takes, outside of any entry's time: an entry that seems slow would cut others."""
+        began = time.monotonic()
+        device = self.options.device
+        if name != "search" and device.type == "cuda":
+            known = Device.of(device)
+            problems = [one for entry in entries for one in (entry, entry.beside) if one is not None]
+            self.compilers.compile([(one, plan_decode(one.problem(), known)) for one in problems], 0.4 * budget.left)
+        if self.warm_peers and self.options.peers and entries:
+            warm(entries, self.options)
+        print(f"{name}: prepared in {time.monotonic() - began:.0f} s", flush=True)
+
+    def _measure(self, name: str, entry: grids.Entry, seconds: float) -> dict[str, Any]:
         if name == "search":
-            return regret(entry, self.options.device, max(6.0, 1.5 * seconds), compilers, self.full_search)
+            return regret(entry, self.options.device, max(6.0, 1.5 * seconds), self.compilers, self.full_search)
         return measure(entry, self.options)
 
     def _one(self, record: Record, entry: grids.Entry, budget: Budget, work: Callable[[], dict[str, Any]]) -> None:

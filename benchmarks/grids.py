@@ -107,9 +107,8 @@ def speculative() -> list[Entry]:
 
 
 def paged() -> list[Entry]:
-    """Pages of 16 keys, of one and of 64, each beside the contiguous cache."""
-    plain = even(32, 4096, GQA)
-    return [replace(even(32, 4096, GQA, page_size=size), beside=plain) for size in (16, 1, 64)]
+    """Pages of 16 keys, of 64 and of one, each beside the contiguous cache."""
+    return [replace(even(b, n, GQA, page_size=size), beside=even(b, n, GQA)) for b, n in ((32, 4096), (8, 2048)) for size in (16, 64, 1)]
 
 
 def log_uniform(count: int, low: int, high: int, seed: int) -> tuple[int, ...]:
@@ -118,21 +117,22 @@ def log_uniform(count: int, low: int, high: int, seed: int) -> tuple[int, ...]:
     return tuple(round(exp(draw.uniform(log(low), log(high)))) for _ in range(count))
 
 
-def conversation_lengths(count: int, seed: int) -> tuple[int, ...]:
-    """Keys of ``count`` running requests of a conversation service: a prompt, and a random part of its answer."""
+def trace_lengths(quantiles: traffic.Quantiles, count: int, seed: int) -> tuple[int, ...]:
+    """Keys of ``count`` running requests of a service: a prompt, and a random part of its answer."""
     draw = random.Random(seed)
-    requests = traffic.conversation_quantiles().draw(count, seed=seed)
+    requests = quantiles.draw(count, seed=seed)
     return tuple(max(1, request.context_tokens + round(draw.random() * request.generated_tokens)) for request in requests)
 
 
 def ragged() -> list[Entry]:
-    """Batches of 64 whose lengths differ, each beside an even batch of the same bytes; contiguous, then pages of 16."""
+    """Batches of 64 whose lengths differ, each beside an even batch of the same bytes; contiguous and in pages of 16."""
     batches: dict[str, tuple[int, ...]] = {
-        "log-uniform": log_uniform(64, 128, 65536, seed=2023),
-        "conversation": conversation_lengths(64, seed=2023),
+        "conversation": trace_lengths(traffic.conversation_quantiles(), 64, seed=2023),
         "one 65536 among 512": (512,) * 31 + (65536,) + (512,) * 32,
+        "code": trace_lengths(traffic.code_quantiles(), 64, seed=2023),
+        "log-uniform": log_uniform(64, 128, 65536, seed=2023),
     }
-    return [_beside_even(f"ragged {kind}", lengths, page_size) for page_size in (0, 16) for kind, lengths in batches.items()]
+    return [_beside_even(f"ragged {kind}", lengths, page_size) for kind, lengths in batches.items() for page_size in (0, 16)]
 
 
 def _beside_even(name: str, lengths: tuple[int, ...], page_size: int) -> Entry:
@@ -152,10 +152,10 @@ def host() -> list[Entry]:
 
 
 def floor() -> list[Entry]:
-    """Half a gigabyte of keys and values and more: against the best sustained read."""
+    """67 MB of keys and values, then half a gigabyte and more: against a kernel that merely reads them."""
     return [even(b, n, heads) for b, n, heads in (
-        (32, 4096, GQA), (1, 131072, GQA), (8, 16384, GQA), (128, 1024, GQA), (128, 4096, GQA), (8, 16384, MHA), (128, 4096, MQA),
-        (128, 4096, MHA),
+        (8, 2048, GQA), (1, 16384, GQA), (1, 4096, MHA), (32, 4096, GQA), (1, 131072, GQA), (8, 16384, GQA), (128, 1024, GQA),
+        (128, 4096, GQA), (8, 16384, MHA), (128, 4096, MHA),
     )]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 import flashtile
 from benchmarks import peers, timing
 from benchmarks.check import Oracle, WrongResult, poisoned
-from benchmarks.grids import Entry
+from benchmarks.grids import Entry, shrunk
 from benchmarks.sets import InputSets, num_sets
 from flashtile.errors import AttentionError
 from flashtile.planner.choose import plan_decode
@@ -79,6 +79,16 @@ def measure(entry: Entry, options: Options) -> dict[str, Any]:
     timed = {name: trials.results[name].get("gpu_us") for name in floors}
     facts["floor_us"] = min((us for us in timed.values() if us), default=None)
     return facts | {"results": trials.results}
+
+
+def warm(entries: list[Entry], options: Options) -> None:
+    """Calls every peer once on a small problem of each kind among ``entries``; what fails says so where it is timed."""
+    kinds = {(e.num_heads_q, e.num_heads_kv, e.seqlen_q > 1, e.page_size): shrunk(e, max_keys=512, max_batch=1) for e in reversed(entries)}
+    for entry in kinds.values():
+        sets = InputSets(entry, options.device, 1)
+        trials = _Trials(options.device)
+        for name in options.peers:
+            trials.enter(name, lambda make=peers.PEERS[name], sets=sets: make(sets), None)  # type: ignore[misc]
 
 
 class _Trials:

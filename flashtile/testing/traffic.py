@@ -1,4 +1,4 @@
-"""What production traffic looks like: traces in the Azure format, and the quantiles of one that the package carries."""
+"""What production traffic looks like: traces in the Azure format, and the quantiles of two that the package carries."""
 
 from __future__ import annotations
 
@@ -60,8 +60,16 @@ class Quantiles:
 
 def conversation_quantiles() -> Quantiles:
     """Azure's conversation service in November 2023 (19,366 requests)."""
-    text = resources.files("flashtile.testing").joinpath("data/azure_conv_2023.json").read_text(encoding="utf-8")
-    data = json.loads(text)
+    return _shipped("azure_conv_2023.json")
+
+
+def code_quantiles() -> Quantiles:
+    """Azure's code service in November 2023 (8,819 requests): longer prompts, short answers."""
+    return _shipped("azure_code_2023.json")
+
+
+def _shipped(file: str) -> Quantiles:
+    data = json.loads(resources.files("flashtile.testing").joinpath(f"data/{file}").read_text(encoding="utf-8"))
     return Quantiles(
         source=data["source"],
         citation=data["citation"],

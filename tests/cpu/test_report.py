@@ -123,7 +123,7 @@ def test_the_document_shows_the_results_in_the_tree() -> None:
 def test_a_dry_run_measures_reports_and_resumes(tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(runner.main)
-    flags = ["--grid", "paged", "--device", "cpu", "--dry-run", "--rounds", "1", "--only", "page 16", "--out", str(tmp_path), "--no-peers"]
+    flags = ["--grid", "paged", "--device", "cpu", "--dry-run", "--rounds", "1", "--only", "32x4096 32/8 page 16", "--out", str(tmp_path), "--no-peers"]
     outcome = CliRunner().invoke(app, flags)
     assert outcome.exit_code == 0, outcome.output
     path = tmp_path / "decode_paged.json"

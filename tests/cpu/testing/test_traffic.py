@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from flashtile.testing.traffic import Request, conversation_quantiles, read_trace
+from flashtile.testing.traffic import Quantiles, Request, code_quantiles, conversation_quantiles, read_trace
 
 
-def test_the_shipped_quantiles_are_whole_and_cited() -> None:
-    quantiles = conversation_quantiles()
+@pytest.mark.parametrize(("read", "requests"), [(conversation_quantiles, 19366), (code_quantiles, 8819)])
+def test_the_shipped_quantiles_are_whole_and_cited(read: Callable[[], Quantiles], requests: int) -> None:
+    quantiles = read()
     for column in (quantiles.context_tokens, quantiles.generated_tokens):
         assert len(column) == 101
         assert list(column) == sorted(column)
         assert column[0] >= 1
-    assert quantiles.requests == 19366
+    assert quantiles.requests == requests
     assert "CC-BY" in quantiles.source
     assert "Splitwise" in quantiles.citation
+
+
+def test_code_has_longer_prompts_and_shorter_answers_than_conversation() -> None:
+    code, conversation = code_quantiles(), conversation_quantiles()
+    assert code.context_tokens[50] > conversation.context_tokens[50]
+    assert code.generated_tokens[50] < conversation.generated_tokens[50]
 
 
 @pytest.mark.parametrize("count", [1, 8, 100])
