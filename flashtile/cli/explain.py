@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 from flashtile.cli import shape
 from flashtile.cli.output import console, plan_words, print_json, table
 from flashtile.errors import ToolchainError
+from flashtile.planner.catalog import module_of
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.explain import Explanation
@@ -67,9 +69,8 @@ def _compile(problem: Problem, plan: DecodePlan, device: Device) -> CompiledFact
     if find_spec("triton") is None:
         raise ToolchainError("--compile: expected Triton, got none. Install it (on Linux: pip install triton), or leave --compile out.")
     from flashtile.kernels.compiled import compile_facts
-    from flashtile.kernels.decode import decode_spec
 
-    return compile_facts(decode_spec(problem, plan), device.arch)
+    return compile_facts(import_module(module_of(plan.kernel)).decode_spec(problem, plan), device.arch)
 
 
 def _facts_json(facts: CompiledFacts | None) -> dict[str, Any] | None:
@@ -97,7 +98,10 @@ def _render(explanation: Explanation, notes: list[str], facts: CompiledFacts | N
         )
     others = table("The other tiles", "tile", "why it lost", "rows wasted", "predicted", left=2)
     for other in explanation.alternatives:
-        name = f"{other.block_m}{' swapped' if other.swapped else ''}{f' ({other.label})' if other.label else ''}"
+        owner = "" if other.kernel == explanation.plan.kernel else f" of {other.kernel}"
+        name = f"{other.block_m}{' swapped' if other.swapped else ''}{owner}{f' ({other.label})' if other.label else ''}"
         predicted = "cannot run" if other.predicted_us is None else f"{other.predicted_us:.1f} us"
         others.add_row(name, other.why, str(other.rows_wasted), predicted)
+    for kernel in explanation.other_kernels:
+        others.add_row(f"any of {kernel.kernel}", "; ".join(kernel.reasons), "", "cannot run")
     console.print(others)

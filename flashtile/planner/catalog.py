@@ -17,7 +17,11 @@ class Kernel:
     module: str
     operation: str
     backends: tuple[str, ...]
-    dtypes: tuple[str, ...]
+    dtypes: tuple[str, ...]  # of q, k and v
+    dtypes_out: tuple[str, ...]
+    architectures: tuple[str, ...] = ()  # empty: every architecture of its backends
+    min_alignment: int = 1  # bytes, of every address and stride
+    page_multiple: int = 1  # keys
     max_head_dim: int = MAX_HEAD_DIM
     head_dim_multiple: int = 8
     kv_scales: tuple[str, ...] = ("none",)
@@ -29,26 +33,47 @@ class Kernel:
             reasons.append(f"it computes {self.operation}, not {problem.operation}")
         if device.backend not in self.backends:
             reasons.append(f"it runs on {' and '.join(self.backends)} devices, and {device.name} is a {device.backend} device")
+        elif self.architectures and device.arch not in self.architectures:
+            reasons.append(f"it is made for {' and '.join(self.architectures)}, and {device.name} is {device.arch}")
         for name in ("dtype_q", "dtype_k", "dtype_v", "dtype_out"):
-            if getattr(problem, name) not in self.dtypes:
-                reasons.append(f"{name} {getattr(problem, name)} is none of {', '.join(self.dtypes)}")
+            able = self.dtypes_out if name == "dtype_out" else self.dtypes
+            if getattr(problem, name) not in able:
+                reasons.append(f"{name} {getattr(problem, name)} is none of {', '.join(able)}")
         if not problem.dtype_q == problem.dtype_k == problem.dtype_v:
             reasons.append(f"q, k and v have different dtypes: {problem.dtype_q}, {problem.dtype_k} and {problem.dtype_v}")
         for name in ("head_dim", "head_dim_v"):
             dim = getattr(problem, name)
             if dim > self.max_head_dim or dim % self.head_dim_multiple:
                 reasons.append(f"{name} {dim} is not a multiple of {self.head_dim_multiple} up to {self.max_head_dim}")
+        if problem.alignment < self.min_alignment:
+            reasons.append(
+                f"addresses and strides of q, k, v or out are multiples of {problem.alignment} bytes, "
+                f"and it needs multiples of {self.min_alignment}"
+            )
+        if problem.page_size % self.page_multiple:
+            reasons.append(f"pages of {problem.page_size} keys are no multiple of {self.page_multiple} keys")
         if problem.kv_scales not in self.kv_scales:
             reasons.append(f"scales a {problem.kv_scales} are none of {', '.join(self.kv_scales)}")
         return reasons
 
 
+GLUON_SM90 = "gluon.decode_sm90"
+TRITON = "triton.decode"
+CPU = "cpu.decode"
+
 _FLOATS = ("float16", "bfloat16", "float32")
+_HALVES = ("float16", "bfloat16")
 
 CATALOG: tuple[Kernel, ...] = (
-    Kernel("triton.decode", "flashtile.kernels.decode", "decode", ("cuda", "hip"), _FLOATS),
-    Kernel("cpu.decode", "flashtile.kernels.cpu", "decode", ("cpu",), _FLOATS),
-)
+    Kernel(
+        GLUON_SM90, "flashtile.kernels.gluon.decode_sm90", "decode", ("cuda",), _HALVES, _FLOATS,
+        architectures=("sm_90",),
+        min_alignment=16,  # what tensor maps take
+        page_multiple=8,  # a box of the copy engine holds keys of one page, and shared memory is swizzled in groups of 8
+    ),
+    Kernel(TRITON, "flashtile.kernels.decode", "decode", ("cuda", "hip"), _FLOATS, _FLOATS),
+    Kernel(CPU, "flashtile.kernels.cpu", "decode", ("cpu",), _FLOATS, _FLOATS),
+)  # fmt: skip
 
 
 def kernel_named(name: str) -> Kernel:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from flashtile.planner.catalog import GLUON_SM90, TRITON
 from flashtile.planner.device import Device
-from flashtile.planner.footprint import Footprint, TileShape, footprint_of, padded
+from flashtile.planner.footprint import Footprint, footprint_of, padded
+from flashtile.planner.tiles import TileShape
 from flashtile.problem import DTYPE_BYTES, Problem
 
-START_US = 2.4  # launch of the first kernel, reading lengths, writing out
+START_US = {TRITON: 2.4, GLUON_SM90: 0.6}  # launch of the first kernel, reading lengths, writing out
 DRAM_LATENCY_US = 0.9  # from asking for the first tile until it is there
-SM_BANDWIDTH_SHARE = 1.5  # one SM reads at most this many times its even share of the bandwidth
+SM_BANDWIDTH_SHARE = {TRITON: 1.5, GLUON_SM90: 2.1}  # one SM reads at most this many times its even share of the bandwidth
 L2_BANDWIDTH_SHARE = 2.6  # re-reads by other row blocks hit L2, which is this much faster than DRAM
 MATRIX_ITERATION_US = 0.25  # dependent chain of one key tile: product, row statistics, product
 ROW_FRAGMENT_US = 0.5  # each further 16 rows of a warp's chain, where one instruction does not hold them all
@@ -95,18 +97,23 @@ def row_blocks_of(work: Work, block_m: int) -> int:
 def predict_us(problem: Problem, plan: TileShape, device: Device, num_splits: int | None = None) -> Cost:
     """The cost of a plan (or of a tile with ``num_splits``), in microseconds."""
     splits = getattr(plan, "num_splits", 1) if num_splits is None else num_splits
-    return cost_of(work_of(problem), plan, footprint_of(problem, plan, device), splits, device)
+    programs = getattr(plan, "num_programs", 0) if num_splits is None else 0
+    return cost_of(work_of(problem), plan, footprint_of(problem, plan, device), splits, device, programs)
 
 
-def cost_of(work: Work, tile: TileShape, footprint: Footprint, num_splits: int, device: Device) -> Cost:
-    """The same with work and footprint at hand: a program walks its key tiles, an SM serves its programs, DRAM serves all."""
+def cost_of(work: Work, tile: TileShape, footprint: Footprint, num_splits: int, device: Device, num_programs: int = 0) -> Cost:
+    """The same with work and footprint at hand: a program walks its key tiles, an SM serves its programs, DRAM serves all.
+
+    ``num_programs``, where it is not 0, shares the key tiles out evenly (stream-K), as if all lengths were alike.
+    """
     if not device.is_gpu:
         return _cpu_cost(work, tile.block_m, num_splits, device)
     block_n, sms = tile.block_n, device.num_sms
     units = row_blocks_of(work, tile.block_m) * work.num_heads_kv
     tiles = -(-work.keys // block_n)
-    tiles_per_program = -(-tiles // num_splits)
-    programs_per_sm = -(-units * num_splits // sms)
+    programs = num_programs or units * num_splits
+    tiles_per_program = -(-units * tiles // programs) if num_programs else -(-tiles // num_splits)
+    programs_per_sm = -(-programs // sms)
     walked = programs_per_sm * tiles_per_program
     rounds = -(-programs_per_sm // footprint.resident)
 
@@ -120,7 +127,7 @@ def cost_of(work: Work, tile: TileShape, footprint: Footprint, num_splits: int, 
     again = max(0, units - streams) * work.keys * work.kv_bytes_per_key
     tile_bytes = block_n * work.kv_bytes_per_key
     in_flight = min(footprint.resident, max(1, programs_per_sm)) * max(1, tile.num_stages - 1) * tile_bytes
-    sm_bytes_per_us = min(SM_BANDWIDTH_SHARE * device.bandwidth / sms * 1e-6, in_flight / DRAM_LATENCY_US)
+    sm_bytes_per_us = min(SM_BANDWIDTH_SHARE[tile.kernel] * device.bandwidth / sms * 1e-6, in_flight / DRAM_LATENCY_US)
     sm_once = walked * tile_bytes * min(1.0, streams / max(1, units))
     read_us = max(once / device.bandwidth * 1e6, sm_once / sm_bytes_per_us) + again / (L2_BANDWIDTH_SHARE * device.bandwidth) * 1e6
     return Cost(
@@ -128,8 +135,8 @@ def cost_of(work: Work, tile: TileShape, footprint: Footprint, num_splits: int, 
         matrix_us=walked * matrix_us,
         vector_us=walked * vector_us,
         latency_us=DRAM_LATENCY_US + latency_us,
-        start_us=START_US,
-        combine_us=combine_us(work, num_splits, device),
+        start_us=START_US[tile.kernel],
+        combine_us=stream_combine_us(work, tile.block_m, num_programs, device) if num_programs else combine_us(work, num_splits, device),
     )
 
 
@@ -147,7 +154,9 @@ def _alone(tile: TileShape, matrix_us: float, vector_us: float, chain_us: float)
 
 def _iteration(work: Work, tile: TileShape, footprint: Footprint, device: Device) -> tuple[float, float, float]:
     """One key tile of one program: microseconds of an SM's matrix units, of its vector units, and of waiting in between."""
-    scores = tile.block_m * tile.block_n
+    mma = footprint.mma
+    rows = tile.block_m if tile.swapped or mma is None else max(tile.block_m, mma.m // mma.warps)  # an instruction computes all of its rows
+    scores = rows * tile.block_n
     dims = work.dim + work.dim_v
     sm_instructions_per_us = device.vector_rate / 2 / device.num_sms * 1e-6
     operations = scores * SCORE_OPERATIONS * (SWAPPED_SCORE_FACTOR if tile.swapped else 1)
@@ -155,7 +164,6 @@ def _iteration(work: Work, tile: TileShape, footprint: Footprint, device: Device
     if tile.block_m == 1:
         operations += int(VECTOR_KEY_OPERATIONS * tile.block_n * dims)
         return 0.0, operations / sm_instructions_per_us + exp_us, VECTOR_ITERATION_US
-    mma = footprint.mma
     rate = device.vector_rate * FMA_EFFICIENCY if mma is None else device.matrix_rate * mma.rate
     matrix_us = 2.0 * scores * dims * device.num_sms / rate * 1e6
     chain_us = MATRIX_ITERATION_US + (SWAPPED_ITERATION_US if tile.swapped else 0.0)
@@ -171,6 +179,12 @@ def combine_us(work: Work, num_splits: int, device: Device) -> float:
         return 0.0
     moved = 2 * work.all_rows * work.num_heads_kv * num_splits * work.partial_bytes_per_row
     return device.launch_us + COMBINE_US + COMBINE_SPLIT_US * num_splits + 1e6 * moved / (L2_BANDWIDTH_SHARE * device.bandwidth)
+
+
+def stream_combine_us(work: Work, block_m: int, num_programs: int, device: Device) -> float:
+    """Two programs meet in a unit at each boundary between programs, and leave a partial each."""
+    moved = 4 * num_programs * min(block_m, work.rows) * work.partial_bytes_per_row
+    return device.launch_us + COMBINE_US + 2 * COMBINE_SPLIT_US + 1e6 * moved / (L2_BANDWIDTH_SHARE * device.bandwidth)
 
 
 def _cpu_cost(work: Work, block_m: int, num_splits: int, device: Device) -> Cost:

@@ -1,5 +1,7 @@
 """What one program of a decode kernel takes of an SM: matrix instruction, shared memory, registers, resident programs.
 
+Those of Triton's kernel stand here, with what all kernels share; ``footprint_gluon.py`` knows Hopper's Gluon kernel.
+
 These are estimates of what the compiler allocates, meant to err on the high side: a plan that they allow must neither
 spill nor exceed the device. The constants are named here and calibrated against compiled kernels.
 """
@@ -7,10 +9,13 @@ spill nor exceed the device. The constants are named here and calibrated against
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
+from flashtile.planner.catalog import GLUON_SM90
 from flashtile.planner.device import Device
 from flashtile.planner.figures import Architecture, Mma
+from flashtile.planner.footprint_gluon import gluon_mma, gluon_registers, gluon_shared_memory
+from flashtile.planner.tiles import TileShape
 from flashtile.problem import DTYPE_BYTES, Problem
 
 MIN_PADDED_DIM = 16
@@ -48,21 +53,6 @@ REGISTER_GRANULE = 8
 COPY_BYTES = 16
 
 
-class TileShape(Protocol):
-    """What a Tile and a DecodePlan share."""
-
-    @property
-    def block_m(self) -> int: ...
-    @property
-    def block_n(self) -> int: ...
-    @property
-    def swapped(self) -> bool: ...
-    @property
-    def num_warps(self) -> int: ...
-    @property
-    def num_stages(self) -> int: ...
-
-
 def padded(dim: int) -> int:
     """A head dim as the kernel holds it: the next power of two, at least 16."""
     return max(MIN_PADDED_DIM, 1 << (dim - 1).bit_length())
@@ -72,6 +62,8 @@ def mma_of(problem: Problem, tile: TileShape, device: Device) -> Mma | None:
     """The matrix instruction of a tile's products; None where they run on the vector units (block_m 1) or as FMA."""
     if tile.block_m == 1 or not device.is_gpu:
         return None
+    if tile.kernel == GLUON_SM90:
+        return gluon_mma(tile, device.architecture)
     sides = (tile.block_n, tile.block_m) if tile.swapped else (tile.block_m, tile.block_n)
     return _mma(device.architecture, problem.dtype_k == "float32", problem.allow_tf32, *sides, tile.num_warps)
 
@@ -102,14 +94,16 @@ def _mma(arch: Architecture, float32: bool, allow_tf32: bool, m: int, n: int, nu
 def shared_memory_bytes(problem: Problem, tile: TileShape, device: Device) -> int:
     """Bytes of shared memory that one program takes.
 
-    buffers * (K tile + V tile): buffers is num_stages where the matrix instruction itself reads shared memory, for a tile
-    must stay until the instruction is done, and num_stages - 1 (at least 1) where fragments go through registers; the
-    vector kernel has none unless copies are asynchronous, and twice as many for gathered keys. Beside the ring lie the
-    page ids of gathered keys, q and the probabilities on their way between layouts (float32 results too, for FMA), and
-    a scratch for reductions. FMA masks the padding of a head dim in a second copy of a tile,
-    and with few keys and operands swapped the second product alone may read shared memory, so that V takes one more. At
-    the end the float32 accumulator may change its layout in the same memory.
+    Of Triton's kernel: buffers * (K tile + V tile). There are num_stages buffers where the matrix instruction itself reads
+    shared memory, for a tile must stay until the instruction is done, and num_stages - 1 (at least 1) where fragments go
+    through registers; the vector kernel has none unless copies are asynchronous, and twice as many for gathered keys. Beside
+    the ring lie the page ids of gathered keys, q and the probabilities on their way between layouts (float32 results too,
+    for FMA), and a scratch for reductions. FMA masks the padding of a head dim in a second copy of a tile, and with few keys
+    and operands swapped the second product alone may read shared memory, so that V takes one more. At the end the float32
+    accumulator may change its layout in the same memory.
     """
+    if tile.kernel == GLUON_SM90:
+        return gluon_shared_memory(problem, tile)
     k_bytes, v_bytes = DTYPE_BYTES[problem.dtype_k], DTYPE_BYTES[problem.dtype_v]
     dim, dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
     tile_bytes = tile.block_n * (dim * k_bytes + dim_v * v_bytes)
@@ -142,11 +136,13 @@ def shared_memory_bytes(problem: Problem, tile: TileShape, device: Device) -> in
 def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> int:
     """32-bit registers that one thread would like to have; more than the device gives means spills.
 
-    A base and the features; the addresses of the copies of a key tile; the accumulator block_m x dim_v and the scores
+    Of Triton's kernel: a base and the features; the addresses of the copies of a key tile; the accumulator block_m x dim_v and the scores
     block_m x block_n, spread over the threads. Then by how the products run: a matrix instruction holds fragments, and
     q or (swapped) the keys where it takes them from registers; an FMA dot holds rows and columns over the whole inner
     dimension; the vector kernel holds float32 tiles of keys.
     """
+    if tile.kernel == GLUON_SM90:
+        return gluon_registers(problem, tile, features_of(problem))
     threads = tile.num_warps * device.warp_size
     dim, dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
     k_bytes, v_bytes = DTYPE_BYTES[problem.dtype_k], DTYPE_BYTES[problem.dtype_v]

@@ -1,8 +1,8 @@
 """Tuned tables: tiles measured to be best, kept as JSON beside the code and reviewed like it.
 
 ``tuned/<arch>.json`` holds ``{"arch": ..., "rows": [{"key": [...], "tile": {...}}, ...]}``. A key is ``key_of(problem)``
-of any problem of its bucket; a tile names block_m, swapped, block_n, num_warps and num_stages, and num_splits where the
-rule for splits is to be overruled too.
+of any problem of its bucket; a tile names its kernel, block_m, swapped, block_n, num_warps and num_stages, and num_splits
+where the rule for splits is to be overruled too, by a grid.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flashtile.planner.device import Device, nearest_architecture
 from flashtile.problem import Problem
 
 Key = tuple[str, int, int, int, int, int]
-TILE_FIELDS = ("block_m", "swapped", "block_n", "num_warps", "num_stages")
+TILE_FIELDS = ("kernel", "block_m", "swapped", "block_n", "num_warps", "num_stages")
 
 
 def key_of(problem: Problem) -> Key:

@@ -24,12 +24,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashtile.band import Band
-from flashtile.planner.catalog import CATALOG
-from flashtile.planner.choose import plan_for_tile, why_none_fits, with_splits
+from flashtile.planner.catalog import TRITON, kernel_named
+from flashtile.planner.choose import plan_for_tile, with_splits
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import mma_name, shared_memory_bytes
 from flashtile.planner.plans import DecodePlan
-from flashtile.planner.rules import CANDIDATES, fitting_tiles, infeasible, with_deep_ring, with_half_tiles
+from flashtile.planner.rules import fitting_tiles, infeasible, why_none_fits, with_deep_ring, with_half_tiles
+from flashtile.planner.tiles import CANDIDATES
 from flashtile.problem import DTYPE_BYTES, Problem
 from flashtile.testing.pairwise import pairwise
 
@@ -51,7 +52,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 AXES: dict[str, tuple[Any, ...]] = {
     "arch": tuple(DEVICES),
-    "tile": tuple(CANDIDATES),  # (block_m, swapped)
+    "tile": tuple(CANDIDATES[TRITON]),  # (block_m, swapped)
     "head_dims": ((64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128)),
     "dtype": ("float16", "bfloat16", "float32", "tf32"),
     "page_size": (0, 1, 16, 64),
@@ -99,15 +100,14 @@ class Point:
     def plan(self) -> DecodePlan | list[str]:
         """The planner's plan for this query tile, or its reasons why there is none."""
         problem, device = self.problem, self.device
-        kernel = CATALOG[0]
-        reasons = kernel.reasons_against(problem, device)
+        reasons = kernel_named(TRITON).reasons_against(problem, device)
         if reasons:
             return reasons
-        tile = next((tile for tile, _ in fitting_tiles(problem, device) if (tile.block_m, tile.swapped) == self.tile), None)
+        tile = next((tile for tile, _ in fitting_tiles(problem, device, TRITON) if (tile.block_m, tile.swapped) == self.tile), None)
         if tile is None:
-            return why_none_fits(problem, device, self.tile)
+            return why_none_fits(problem, device, TRITON, self.tile)
         tile, splits = with_half_tiles(problem, device, with_deep_ring(problem, device, tile, self.splits), self.splits)
-        plan = with_splits(plan_for_tile(problem, device, kernel.name, tile), problem, device, splits)
+        plan = with_splits(plan_for_tile(problem, device, tile), problem, device, splits)
         return infeasible(problem, plan, device) or plan
 
 

@@ -62,4 +62,4 @@ def test_an_attention_error_is_one_line_without_traceback() -> None:
 def test_reasons_follow_their_summary_in_one_sentence() -> None:
     result = CliRunner().invoke(app, ["explain", "--device", "h200", "--block-m", "12"])
     assert result.exit_code == 2
-    assert result.stderr.startswith("flashtile: block_m cannot be obeyed: triton.decode: block_m 12 is not one of")
+    assert result.stderr.startswith("flashtile: block_m cannot be obeyed: gluon.decode_sm90: block_m 12 is not one of")

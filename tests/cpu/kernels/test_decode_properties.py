@@ -114,7 +114,7 @@ def test_a_paged_cache_is_the_contiguous_one_bit_for_bit(case: Case, plan: Decod
 
 
 @settings(max_examples=8)
-@given(cases(), st.integers(0, 600), st.sampled_from(["h200", "a100"]))
+@given(cases(), st.integers(0, 600), st.sampled_from(["b200", "a100"]))
 def test_what_was_planned_for_changes_nothing(case: Case, hint: int, device: str) -> None:
     inputs = make_inputs(replace(case, capacity=600))
     assume(inputs.args["q"].numel() > 0)

@@ -1,4 +1,4 @@
-"""The golden table: what the planner chooses for forty problems, so that each change of a rule is visible in a diff.
+"""The golden table: what the planner chooses for fifty problems, so that each change of a rule is visible in a diff.
 
 After a deliberate change of a rule, regenerate the table and read the diff:
 
@@ -34,6 +34,10 @@ PROBLEMS = [
     ("H200", 8, 1, 5001, "32/8", 64, "float16", ""),
     ("H200", 8, 1, 5001, "32/8", 256, "float16", ""),
     ("H200", 8, 4, 4096, "32/8", 96, "bfloat16", ""),
+    ("H200", 2, 1, 4096, "32/8", 128, "bfloat16", ""),
+    ("H200", 17, 1, 2048, "32/8", 128, "bfloat16", ""),
+    ("H200", 8, 1, 2048, "32/8", 128, "bfloat16", "page 16"),
+    ("H200", 8, 1, 2048, "32/8", 128, "bfloat16", "page 1"),
     ("H200", 1, 1, 4096, "32/8", 128, "float32", ""),
     ("H200", 1, 1, 4096, "32/8", 64, "float32", ""),
     *[(device, 1, 1, 4096, "32/8", 128, "float16", "") for device in NVIDIA_AND_AMD],
@@ -50,6 +54,7 @@ def problem_of(row: Row) -> tuple[Problem, Device]:
         batch=batch, seqlen_q=seqlen_q, seqlen_k=keys, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, head_dim=head_dim, dtype_q=dtype,
         band=Band(1023, 0) if special == "window" else Band(None, 0), ragged_q=special == "ragged",
         total_q=batch + seqlen_q - 1 if special == "ragged" else -1,
+        page_size=int(special.removeprefix("page ")) if special.startswith("page") else 0,
     )  # fmt: skip
     return problem, Device.named(device)
 
@@ -58,9 +63,10 @@ def line_of(row: Row) -> str:
     """One problem and its plan, in fixed columns."""
     device, batch, seqlen_q, keys, heads, head_dim, dtype, special = row
     plan = plan_decode(*problem_of(row))
-    asked = f"{device:8} {batch:3} x {seqlen_q:3} q {keys:6} k {heads:5} d{head_dim:<3} {dtype:8} {special:6}"
+    asked = f"{device:8} {batch:3} x {seqlen_q:3} q {keys:6} k {heads:5} d{head_dim:<3} {dtype:8} {special:7}"
     tile = f"m{plan.block_m}{'s' if plan.swapped else ''} n{plan.block_n} w{plan.num_warps} s{plan.num_stages}"
-    return f"{asked} | {tile} | {plan.num_splits} x {plan.keys_per_split}, at least {plan.min_keys_per_split}"
+    splits = f"stream {plan.num_programs}" if plan.num_programs else f"{plan.num_splits} x {plan.keys_per_split}"
+    return f"{asked} | {plan.kernel} {tile} | {splits} | combine {plan.combine_block_d} w{plan.combine_warps}"
 
 
 if __name__ == "__main__":

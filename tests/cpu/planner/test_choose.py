@@ -10,7 +10,7 @@ import pytest
 
 from flashtile.errors import ArgumentError, UnsupportedError
 from flashtile.planner import choose, table
-from flashtile.planner.catalog import CATALOG, kernel_named, module_of
+from flashtile.planner.catalog import CATALOG, GLUON_SM90, TRITON, kernel_named, module_of
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.plans import BLOCK_MS, DecodePlan
@@ -33,6 +33,7 @@ def test_an_explicit_plan_is_obeyed_as_it_is() -> None:
         (DecodePlan("triton.decode", 16, block_n=256, num_stages=8), "bytes of shared memory"),
         (DecodePlan("cpu.decode", 16), "cuda"),
         (DecodePlan("no.decode", 16), "no such kernel"),
+        (DecodePlan(GLUON_SM90, 32), "no block_m 32"),
     ],
 )
 def test_an_impossible_plan_is_refused_with_reasons(wish: DecodePlan, reason: str) -> None:
@@ -44,8 +45,44 @@ def test_an_impossible_plan_is_refused_with_reasons(wish: DecodePlan, reason: st
 @pytest.mark.parametrize("block_m", BLOCK_MS)
 def test_block_m_is_obeyed(block_m: int) -> None:
     plan = plan_decode(LLAMA, H200, block_m=block_m)
-    assert (plan.block_m, plan.swapped, plan.source) == (block_m, block_m == 8, "explicit")
+    first = GLUON_SM90 if block_m in (8, 16, 64, 128) else TRITON
+    assert (plan.kernel, plan.block_m, plan.swapped, plan.source) == (first, block_m, False, "explicit")
     assert infeasible(LLAMA, plan, H200) == []
+
+
+@pytest.mark.parametrize("block_m", BLOCK_MS)
+def test_the_portable_kernel_obeys_too(block_m: int) -> None:
+    plan = plan_decode(LLAMA, Device.named("A100"), block_m=block_m)
+    assert (plan.kernel, plan.block_m, plan.swapped) == (TRITON, block_m, block_m == 8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "reason"),
+    [
+        ({}, "A100", "sm_80"),
+        ({}, "B200", "sm_100"),
+        ({"dtype_q": "float32", "dtype_k": "float32", "dtype_v": "float32"}, "H200", "float32 is none of float16, bfloat16"),
+        ({"page_size": 4}, "H200", "pages of 4 keys are no multiple of 8 keys"),
+        ({"page_size": 20}, "H200", "pages of 20 keys"),
+        ({"alignment": 8}, "H200", "multiples of 8 bytes"),
+    ],
+)
+def test_what_hoppers_kernel_cannot_take_goes_to_the_portable_one(changes: dict[str, object], device: str, reason: str) -> None:
+    problem = LLAMA.with_(**changes)
+    assert plan_decode(problem, Device.named(device)).kernel == TRITON
+    assert reason in " ".join(kernel_named(GLUON_SM90).reasons_against(problem, Device.named(device)))
+
+
+@pytest.mark.parametrize("changes", [{}, {"page_size": 8}, {"page_size": 24}, {"dtype_out": "float32"}, {"head_dim": 8}, {"head_dim": 256}])
+def test_what_hoppers_kernel_takes(changes: dict[str, object]) -> None:
+    assert plan_decode(LLAMA.with_(**changes), H200).kernel == GLUON_SM90
+
+
+def test_an_explicit_number_of_splits_is_a_grid() -> None:
+    batch = LLAMA.with_(batch=64, total_q=64)
+    assert plan_decode(batch, H200).num_programs > 0
+    asked = plan_decode(batch, H200, num_splits=3)
+    assert (asked.kernel, asked.num_splits, asked.num_programs) == (GLUON_SM90, 3, 0)
 
 
 def test_block_m_that_is_none_of_the_tiles() -> None:
@@ -97,7 +134,8 @@ def test_cpu_plans() -> None:
 
 
 def test_modules_of_kernels() -> None:
-    assert {module_of(kernel.name) for kernel in CATALOG} == {"flashtile.kernels.decode", "flashtile.kernels.cpu"}
+    modules = {"flashtile.kernels.gluon.decode_sm90", "flashtile.kernels.decode", "flashtile.kernels.cpu"}
+    assert {module_of(kernel.name) for kernel in CATALOG} == modules
     with pytest.raises(ArgumentError, match=r"triton\.decode"):
         kernel_named("other")
 
@@ -118,17 +156,18 @@ def test_growing_lengths_need_few_tiles() -> None:
 
 def test_a_tuned_tile_comes_before_the_rule(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = LLAMA.with_(seqlen_k=3000)
-    tile = {"block_m": 32, "swapped": False, "block_n": 32, "num_warps": 8, "num_stages": 2, "num_splits": 5}
+    tile = {"kernel": TRITON, "block_m": 32, "swapped": False, "block_n": 32, "num_warps": 8, "num_stages": 2, "num_splits": 5}
     text = json.dumps({"arch": "sm_90", "rows": [{"key": list(table.key_of(problem)), "tile": tile}]})
     monkeypatch.setattr(table, "tuned_table", lambda arch: table.read_table(text))
     plan = plan_decode.__wrapped__(problem, H200)
     assert (plan.block_m, plan.block_n, plan.num_warps, plan.num_splits, plan.source) == (32, 32, 8, 5, "tuned")
+    assert plan.kernel == TRITON
     asked = plan_decode.__wrapped__(problem, H200, block_m=16)
     assert (asked.block_m, asked.source) == (16, "explicit")
 
 
 def test_a_tuned_tile_that_does_not_fit_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    tile = {"block_m": 64, "swapped": False, "block_n": 256, "num_warps": 4, "num_stages": 8}
+    tile = {"kernel": GLUON_SM90, "block_m": 64, "swapped": False, "block_n": 256, "num_warps": 4, "num_stages": 8}
     text = json.dumps({"arch": "sm_90", "rows": [{"key": list(table.key_of(LLAMA)), "tile": tile}]})
     monkeypatch.setattr(table, "tuned_table", lambda arch: table.read_table(text))
     assert plan_decode.__wrapped__(LLAMA, H200).source == "rule"

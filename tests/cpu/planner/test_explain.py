@@ -12,17 +12,21 @@ from types import SimpleNamespace
 import pytest
 
 from flashtile.errors import UnsupportedError
+from flashtile.planner.catalog import CPU, GLUON_SM90, TRITON
+from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.explain import Alternative, Explanation, explain
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
 
 H200 = Device.named("H200")
+B200 = Device.named("B200")
 LLAMA = Problem(seqlen_k=32768, num_heads_q=32, num_heads_kv=8)
 
 
-def other(explanation: Explanation, block_m: int, swapped: bool = False) -> Alternative:
-    return next(row for row in explanation.alternatives if (row.block_m, row.swapped) == (block_m, swapped))
+def other(explanation: Explanation, block_m: int, swapped: bool = False, kernel: str | None = None) -> Alternative:
+    wanted = (kernel or explanation.plan.kernel, block_m, swapped)
+    return next(row for row in explanation.alternatives if (row.kernel, row.block_m, row.swapped) == wanted)
 
 
 @pytest.mark.parametrize("name", Device.names())
@@ -38,7 +42,7 @@ def test_every_device_is_explained(name: str) -> None:
 
 def test_numbers() -> None:
     explanation = explain(LLAMA, H200)
-    assert (explanation.rows, explanation.row_blocks, explanation.rows_wasted) == (4, 1, 12)
+    assert (explanation.rows, explanation.row_blocks, explanation.rows_wasted) == (4, 1, 4)
     assert explanation.bytes_read == 8 * 32768 * 2 * 128 * 2
     assert explanation.programs == 8 * explanation.plan.num_splits
     assert explanation.waves == pytest.approx(explanation.programs / (132 * explanation.programs_per_sm))
@@ -49,7 +53,8 @@ def test_numbers() -> None:
 def test_json_holds_everything() -> None:
     explanation = explain(LLAMA, H200)
     data = json.loads(explanation.to_json())
-    assert data["plan"]["block_m"] == 16
+    assert data["plan"]["block_m"] == 8
+    assert data["schedule"] == "16 splits"
     assert data["cost"]["memory_us"] == explanation.cost.memory_us
     assert len(data["alternatives"]) == len(explanation.alternatives)
     assert data["problem"]["seqlen_k"] == 32768
@@ -58,7 +63,7 @@ def test_json_holds_everything() -> None:
 def test_lines_say_the_tile_and_each_reason() -> None:
     explanation = explain(LLAMA, H200)
     text = "\n".join(explanation.lines())
-    assert "block_m 16; 4 rows in 1 block, 12 rows wasted" in text
+    assert "block_m 8; 4 rows in 1 block, 4 rows wasted" in text
     assert "FlashAttention-2's fixed kBlockM" in text
     for row in explanation.alternatives:
         assert row.why in text
@@ -83,6 +88,63 @@ def test_where_the_choice_is_64_it_says_so() -> None:
 def test_a_smaller_tile_loses_by_the_blocks_it_needs() -> None:
     row = other(explain(LLAMA.with_(seqlen_q=16, total_q=16), H200), 16)
     assert row.why.startswith("64 rows need 4 blocks of 16")
+
+
+def test_both_kernels_tiles_are_explained() -> None:
+    explanation = explain(LLAMA, H200)
+    tiles = {(row.kernel, row.block_m, row.swapped) for row in explanation.alternatives}
+    assert tiles >= {(GLUON_SM90, block_m, False) for block_m in (16, 64, 128)}
+    assert tiles >= {(TRITON, 1, False), (TRITON, 8, True), (TRITON, 16, False), (TRITON, 32, False)}
+    assert explanation.other_kernels == ()
+    text = "\n".join(explanation.lines())
+    assert f"kernel {GLUON_SM90}, chosen by the rule" in text
+    assert f"Not block_m 16 of {TRITON}: " in text
+    assert "Not block_m 16: " in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "reason"),
+    [
+        ({}, B200, "it is made for sm_90, and B200 is sm_100"),
+        ({"page_size": 4}, H200, "pages of 4 keys"),
+        ({"dtype_q": "float32", "dtype_k": "float32", "dtype_v": "float32"}, H200, "float32 is none of"),
+    ],
+)
+def test_a_kernel_that_cannot_run_says_why(changes: dict[str, object], device: Device, reason: str) -> None:
+    explanation = explain(LLAMA.with_(**changes), device)
+    (kernel,) = explanation.other_kernels
+    assert kernel.kernel == GLUON_SM90
+    assert reason in "; ".join(kernel.reasons)
+    assert all(row.kernel == TRITON for row in explanation.alternatives)
+    assert f"Not kernel {GLUON_SM90}: " in "\n".join(explanation.lines())
+    assert json.loads(explanation.to_json())["other_kernels"][0]["kernel"] == GLUON_SM90
+
+
+def test_a_tile_that_the_first_kernel_lacks_says_so() -> None:
+    explanation = explain(LLAMA, H200, plan_decode(LLAMA, H200, block_m=32))
+    (kernel,) = explanation.other_kernels
+    assert (kernel.kernel, kernel.reasons) == (GLUON_SM90, ("it has no block_m 32, only block_m 8, 16, 64 and 128",))
+    assert explain(LLAMA, H200, plan_decode(LLAMA, H200, block_m=64)).other_kernels == ()
+
+
+def test_a_cpu_has_one_kernel() -> None:
+    explanation = explain(LLAMA, Device.named("cpu"))
+    assert explanation.other_kernels == ()
+    assert {row.kernel for row in explanation.alternatives} == {CPU}
+
+
+@pytest.mark.parametrize(
+    ("batch", "wish", "schedule"),
+    [(1, None, "16 splits"), (128, None, "stream-K over 396 programs"), (128, 1, "no split"), (4, None, "stream-K over 128 programs")],
+)
+def test_the_schedule_is_named(batch: int, wish: int | None, schedule: str) -> None:
+    problem = LLAMA.with_(batch=batch, total_q=batch)
+    explanation = explain(problem, H200, plan_decode(problem, H200, num_splits=wish))
+    assert explanation.schedule == schedule
+    assert f"Schedule: {schedule}, " in "\n".join(explanation.lines())
+    if explanation.plan.num_programs:
+        assert explanation.programs == explanation.plan.num_programs
+        assert explanation.waves <= 1.0
 
 
 def test_changing_the_shared_memory_that_decided_flips_the_reason() -> None:

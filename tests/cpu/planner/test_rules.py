@@ -9,12 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flashtile.band import Band
-from flashtile.planner.choose import plan_decode
+from flashtile.planner.catalog import GLUON_SM90, TRITON
+from flashtile.planner.choose import plan_decode, plan_for_tile
 from flashtile.planner.cost import predict_us
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import footprint_of, mma_name, mma_of, padded, registers_limit, registers_per_thread, shared_memory_bytes
 from flashtile.planner.plans import DecodePlan
-from flashtile.planner.rules import MAX_SPLITS, TAIL_KEYS, Tile, choose_splits, choose_tile, infeasible
+from flashtile.planner.rules import choose_tile, fitting_tiles, infeasible
+from flashtile.planner.splits import COMBINE_PROGRAMS_PER_SM, MAX_SPLITS, MAX_STREAM_TILES, Splits, choose_splits, combine_shape
+from flashtile.planner.tiles import CANDIDATES, LIMITS, SHAPES, Tile
 from flashtile.problem import Problem
 
 H200 = Device.named("H200")
@@ -51,6 +54,9 @@ def test_every_planned_decode_is_feasible_and_covers_its_keys(problem: Problem, 
         assert plan.min_keys_per_split % plan.block_n == 0
         assert shared_memory_bytes(problem, plan, device) <= device.smem_per_block
         assert registers_per_thread(problem, plan, device) <= registers_limit(plan, device)
+        assert plan.kernel == TRITON or device.arch == "sm_90"
+        assert plan.num_programs <= device.num_sms * footprint_of(problem, plan, device).resident
+        assert problem.batch > 1 or plan.num_programs == 0
 
 
 @pytest.mark.parametrize(("dim", "held"), [(8, 16), (16, 16), (64, 64), (72, 128), (192, 256)])
@@ -67,6 +73,10 @@ def test_head_dims_are_padded_to_powers_of_two(dim: int, held: int) -> None:
         ("H200", Tile(8, True, 64, 4, 3), "mma.sync m16n8k16"),
         ("H200", Tile(16, True, 64, 4, 3), "wgmma m64n16k16"),
         ("H200", Tile(1, False, 64, 8, 3), "the vector units"),
+        ("H200", Tile(8, False, 128, 4, 2, GLUON_SM90), "mma.sync m16n8k16"),
+        ("H200", Tile(16, False, 64, 4, 3, GLUON_SM90), "mma.sync m16n8k16"),
+        ("H200", Tile(64, False, 128, 4, 2, GLUON_SM90), "wgmma m64n128k16"),
+        ("H200", Tile(128, False, 64, 8, 2, GLUON_SM90), "wgmma m64n64k16"),
         ("A100", Tile(64, False, 64, 4, 3), "mma.sync m16n8k16"),
         ("T4", Tile(16, False, 32, 4, 2), "FMA on the vector units"),
         ("MI300X", Tile(16, False, 32, 4, 2), "mfma m16n16k16"),
@@ -91,15 +101,76 @@ def test_shared_memory_grows_with_stages_and_keys() -> None:
 
 
 @pytest.mark.parametrize(("rows", "block_m"), [(1, 16), (4, 16), (16, 16), (17, 64), (32, 64), (64, 64), (256, 128)])
-def test_rows_choose_the_tile(rows: int, block_m: int) -> None:
-    tile = choose_tile(Problem(seqlen_q=rows, seqlen_k=32768, num_heads_q=8, num_heads_kv=8), H200)
+def test_rows_choose_the_portable_tile(rows: int, block_m: int) -> None:
+    tile = choose_tile(Problem(seqlen_q=rows, seqlen_k=32768, num_heads_q=8, num_heads_kv=8), H200, TRITON)
     assert tile is not None
     assert tile.block_m == block_m
 
 
+@pytest.mark.parametrize(
+    ("rows", "block_m"), [(0, 8), (1, 8), (8, 8), (9, 16), (16, 16), (17, 64), (64, 64), (65, 128), (128, 128), (130, 64), (256, 128)]
+)
+def test_rows_choose_hoppers_tile(rows: int, block_m: int) -> None:
+    tile = choose_tile(Problem(seqlen_q=rows, seqlen_k=32768, num_heads_q=8, num_heads_kv=8), H200, GLUON_SM90)
+    assert tile is not None
+    assert tile.block_m == block_m
+
+
+def test_single_tokens_beside_one_long_chunk_keep_a_small_tile() -> None:
+    packed = Problem(batch=64, seqlen_q=512, total_q=575, seqlen_k=8192, num_heads_q=32, num_heads_kv=8, ragged_q=True)
+    assert plan_decode(packed, H200).block_m == 64
+    assert plan_decode(packed.with_(total_q=80), H200).block_m == 16
+
+
+@pytest.mark.parametrize(
+    ("units", "rows", "shape"),
+    [
+        (1, 8, (128, 4, 2)), (44, 8, (128, 4, 2)), (45, 8, (128, 4, 3)), (80, 8, (128, 4, 3)), (81, 8, (64, 4, 3)), (132, 8, (64, 4, 3)),
+        (133, 8, (64, 2, 2)), (44, 16, (64, 4, 3)), (45, 16, (128, 4, 3)), (132, 16, (64, 4, 3)), (133, 16, (64, 2, 2)),
+    ],
+)  # fmt: skip
+def test_units_choose_hoppers_shape(units: int, rows: int, shape: tuple[int, int, int]) -> None:
+    plan = plan_decode(Problem(seqlen_k=32768, num_heads_q=units * rows, num_heads_kv=units), H200)
+    assert (plan.kernel, plan.block_m) == (GLUON_SM90, rows)
+    assert (plan.block_n, plan.num_warps, plan.num_stages) == shape
+    assert plan.num_splits * plan.keys_per_split >= 32768
+    tiles_each = -(-(32768 // plan.block_n) // (132 // units if units <= 44 else 1))
+    assert plan.keys_per_split == tiles_each * plan.block_n
+
+
+def test_every_candidate_is_within_its_kernels_limits() -> None:
+    for kernel, variants in CANDIDATES.items():
+        assert tuple(variants) == LIMITS[kernel].variants
+        for tiles in variants.values():
+            for tile in tiles:
+                fields = {name: getattr(tile, name) for name in Tile._fields}
+                against = infeasible(LLAMA, DecodePlan(**fields), H200)
+                assert not [reason for reason in against if "shared memory" not in reason and "spill" not in reason], tile
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256)])
+@pytest.mark.parametrize("page_size", [0, 8, 16, 64])
+def test_hopper_has_every_tile_for_every_head_dim(dims: tuple[int, int], page_size: int) -> None:
+    for units in (8, 64, 132, 512):
+        problem = Problem(
+            seqlen_k=8192, num_heads_q=units * 4, num_heads_kv=units, head_dim=dims[0], head_dim_v=dims[1], page_size=page_size
+        )
+        tall = {tile.block_m for tile, _ in fitting_tiles(problem, H200, GLUON_SM90) if tile.block_m >= 64}
+        assert tall == {64, 128}, units
+        assert plan_decode(problem, H200).kernel == GLUON_SM90
+
+
+def test_shapes_are_ordered_by_units() -> None:
+    for variants in SHAPES.values():
+        for regimes in variants.values():
+            bounds = [regime.most_units_percent for regime in regimes]
+            assert bounds == sorted(set(bounds))
+            assert bounds[-1] > 10**9
+
+
 def test_less_shared_memory_gives_a_shallower_ring() -> None:
-    tile = choose_tile(LLAMA, H200)
-    small = choose_tile(LLAMA, replace(H200, smem_per_block=48 * 1024))
+    tile = choose_tile(LLAMA, H200, TRITON)
+    small = choose_tile(LLAMA, replace(H200, smem_per_block=48 * 1024), TRITON)
     assert tile is not None
     assert small is not None
     assert shared_memory_bytes(LLAMA, small, H200) <= 48 * 1024 < shared_memory_bytes(LLAMA, tile, H200)
@@ -116,26 +187,47 @@ def test_more_sms_give_more_splits() -> None:
     assert choose_splits(LLAMA, replace(H200, num_sms=66), tile)[2] < choose_splits(LLAMA, H200, tile)[2]
 
 
-def test_a_batch_bounds_what_one_program_reads() -> None:
-    keys_per_split, least, splits = choose_splits(LLAMA.with_(batch=64, total_q=64, seqlen_k=65536), H200, Tile(16, False, 64, 4, 3))
-    assert keys_per_split <= TAIL_KEYS
-    assert splits == 16
-    assert 256 <= least <= 512
-
-
 def test_one_full_wave_is_not_split() -> None:
     assert choose_splits(LLAMA.with_(batch=32, total_q=32), H200, Tile(16, False, 64, 4, 3))[2] == 1
 
 
-def test_beyond_one_wave_a_program_reads_1024_keys() -> None:
+@pytest.mark.parametrize("tile", [Tile(16, False, 64, 4, 3), Tile(8, False, 64, 2, 2, GLUON_SM90)])
+def test_many_sequences_are_shared_by_what_is_resident(tile: Tile) -> None:
     many = LLAMA.with_(batch=128, total_q=128)
-    assert choose_splits(many, H200, Tile(16, False, 64, 4, 3)) == (1024, 512, 4)
-    assert choose_splits(many.with_(seqlen_k=1024), H200, Tile(16, False, 64, 4, 3))[2] == 1
+    assert choose_splits(many, H200, tile).num_programs == 132 * footprint_of(many, tile, H200).resident
+    assert choose_splits(many, H200, tile).num_splits == 1
+
+
+def test_few_sequences_are_shared_by_as_many_programs_as_a_grid_has() -> None:
+    tile = Tile(8, False, 128, 4, 2, GLUON_SM90)
+    splits = choose_splits(LLAMA.with_(batch=4, total_q=4), H200, tile)
+    assert splits == (1024, 128, 4, 128)
+    assert choose_splits(LLAMA, H200, tile) == (256, 128, 16, 0)
+
+
+def test_what_a_batch_cannot_share_is_a_grid() -> None:
+    tile = Tile(8, False, 64, 2, 2, GLUON_SM90)
+    one_tile = LLAMA.with_(batch=64, total_q=64, seqlen_k=64)
+    assert choose_splits(one_tile, H200, tile) == (64, 64, 1, 0)
+    countless = LLAMA.with_(batch=1 << 17, total_q=1 << 17, seqlen_k=1 << 17)
+    assert choose_splits(countless, H200, tile).num_programs == 0
+    assert plan_decode(countless, H200).num_programs == 0
+    (reason,) = infeasible(countless, plan_decode(countless, H200).with_(num_programs=132), H200)
+    assert str(MAX_STREAM_TILES) in reason
+
+
+def test_combine_of_shared_tiles_stays_small() -> None:
+    problem = LLAMA.with_(batch=128, total_q=128)
+    few, many = (Splits(4096, 64, 1, programs) for programs in (64, 396))
+    assert combine_shape(problem, H200, 8, few) == (32, 1)
+    block_d, _ = combine_shape(problem, H200, 8, many)
+    assert 395 * problem.rows * (128 // block_d) <= COMBINE_PROGRAMS_PER_SM * 132
+    assert combine_shape(problem, H200, 8, Splits(4096, 64, 65, 65)) == (32, 4)
 
 
 def test_a_window_counts_and_not_the_cache() -> None:
     problem = LLAMA.with_(seqlen_k=131072, band=Band(1023, 0))
-    keys_per_split, _, splits = choose_splits(problem, H200, Tile(16, False, 64, 4, 3))
+    keys_per_split, _, splits, _ = choose_splits(problem, H200, Tile(16, False, 64, 4, 3))
     assert 1024 <= keys_per_split * splits < 2048
 
 
@@ -148,7 +240,7 @@ def plan(**changes: object) -> DecodePlan:
     [
         ({"block_m": 48}, "48"),
         ({"block_m": 8}, "at least"),
-        ({"block_m": 32, "swapped": True}, "not 32"),
+        ({"block_m": 32, "swapped": True}, "block_m 32 swapped"),
         ({"block_n": 48}, "48"),
         ({"block_n": 8}, "8"),
         ({"num_warps": 3}, "3"),
@@ -161,6 +253,15 @@ def plan(**changes: object) -> DecodePlan:
         ({"keys_per_split": 64, "min_keys_per_split": 128}, "128"),
         ({"keys_per_split": -1}, "-1"),
         ({"block_n": 256, "num_stages": 8}, str(227 * 1024)),
+        ({"num_programs": -1}, "-1"),
+        ({"kernel": GLUON_SM90, "block_m": 32}, "block_m 8, 16, 64 and 128"),
+        ({"kernel": GLUON_SM90, "swapped": True}, "block_m 16 swapped"),
+        ({"kernel": GLUON_SM90, "block_n": 16}, "16"),
+        ({"kernel": GLUON_SM90, "num_warps": 8}, "fewer than 16 keys"),
+        ({"kernel": GLUON_SM90, "num_warps": 16}, "(1, 2, 4, 8)"),
+        ({"kernel": GLUON_SM90, "block_m": 64, "num_warps": 8}, "not 4"),
+        ({"kernel": GLUON_SM90, "block_m": 128, "num_warps": 4}, "not 8"),
+        ({"kernel": GLUON_SM90, "num_stages": 1}, "within 2 and 8"),
     ],
 )
 def test_infeasible_quotes_the_number(changes: dict[str, object], number: str) -> None:
@@ -174,6 +275,11 @@ def test_spills_are_infeasible() -> None:
     (reason,) = infeasible(wide, plan(block_m=64, block_n=64, num_warps=4, num_stages=2), H200)
     assert "255" in reason
     assert "spill" in reason
+
+
+def test_a_cpu_shares_no_tiles() -> None:
+    (reason,) = infeasible(LLAMA, DecodePlan("cpu.decode", 16, num_programs=4), Device.named("cpu"))
+    assert "num_programs 4" in reason
 
 
 def test_dependent_launch_needs_hopper() -> None:
@@ -191,8 +297,26 @@ def test_dependent_launch_needs_hopper() -> None:
 )  # fmt: skip
 def test_the_model_is_near_what_an_h200_measured(batch: int, keys: int, heads: tuple[int, int], block_m: int, measured_us: float) -> None:
     problem = Problem(batch=batch, seqlen_k=keys, num_heads_q=heads[0], num_heads_kv=heads[1])
-    predicted = predict_us(problem, plan_decode(problem, H200, block_m=block_m), H200).total_us
+    tile = choose_tile(problem, H200, TRITON, block_m)
+    assert tile is not None
+    predicted = predict_us(problem, plan_for_tile(problem, H200, tile), H200).total_us
     assert predicted == pytest.approx(measured_us, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seqlen_q", "keys", "heads", "measured_us"),
+    [
+        (1, 1, 512, (32, 8), 4.04), (1, 1, 4096, (32, 8), 7.76), (1, 4, 4096, (32, 8), 8.27), (1, 1, 32768, (16, 1), 8.78),
+        (8, 1, 2048, (32, 8), 18.52), (1, 1, 32768, (32, 8), 33.56), (32, 1, 4096, (32, 8), 119.7), (17, 1, 2048, (32, 8), 35.6),
+        (128, 1, 1024, (32, 8), 123.1), (1, 1, 512, (32, 32), 5.57),
+    ],
+)  # fmt: skip
+def test_the_model_is_near_what_a_prototype_of_hoppers_kernel_measured(
+    batch: int, seqlen_q: int, keys: int, heads: tuple[int, int], measured_us: float
+) -> None:
+    problem = Problem(batch=batch, seqlen_q=seqlen_q, seqlen_k=keys, num_heads_q=heads[0], num_heads_kv=heads[1])
+    predicted = predict_us(problem, plan_decode(problem, H200), H200).total_us
+    assert predicted == pytest.approx(measured_us, rel=0.2)
 
 
 def test_resident_programs_follow_from_shared_memory() -> None:

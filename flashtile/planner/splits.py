@@ -1,0 +1,136 @@
+"""How the keys are shared out: the number of splits, stream-K's number of programs, and the shape of the combine.
+
+A lone sequence has a grid: its row blocks and key heads (units) times a number of splits. Several sequences may be of
+unlike length, which only the device knows: there a number of programs shares the key tiles of the whole batch (stream-K).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from flashtile.planner.catalog import GLUON_SM90, TRITON
+from flashtile.planner.cost import MATRIX_ITERATION_US, SM_BANDWIDTH_SHARE, Work, combine_us, row_blocks_of, work_of
+from flashtile.planner.device import Device
+from flashtile.planner.footprint import Footprint, footprint_of
+from flashtile.planner.tiles import SPLIT_UNITS_PERCENT, TileShape
+from flashtile.problem import Problem
+
+MAX_SPLITS = 65_535  # the grid's second dimension
+MAX_STREAM_TILES = 2**31 - 1  # the device counts a batch's key tiles in 32 bits
+PROGRAMS_A_WAVE = 2  # resident programs of an SM that splits may fill: more only make waves and partials
+SPLIT_GAIN_PERCENT = 4  # what more splits must gain: partials and their combine have costs beyond the model
+COMBINE_COLUMNS = 32  # of a combine program, while there are few rows
+COMBINE_ROW_COLUMNS = 128  # what one warp holds of up to COMBINE_ROW_SPLITS splits
+COMBINE_ROW_SPLITS = 16
+COMBINE_PROGRAMS_PER_SM = 16  # more programs of COMBINE_COLUMNS than this are rows enough
+COMBINE_WARPS_FROM = 64  # splits beyond which a row is combined by four warps
+
+
+class Splits(NamedTuple):
+    """The part of a plan that says who reads which keys; ``num_programs`` is 0 where there is a grid."""
+
+    keys_per_split: int
+    min_keys_per_split: int
+    num_splits: int
+    num_programs: int = 0
+
+
+def choose_splits(problem: Problem, device: Device, tile: TileShape) -> Splits:
+    """The splits of a tile: see the kernel's rule in ``SPLIT_RULES`` for what the number minimises."""
+    footprint = footprint_of(problem, tile, device)
+    return schedule(problem, device, tile, footprint, split_count(work_of(problem), tile, footprint, device))
+
+
+def schedule(problem: Problem, device: Device, tile: TileShape, footprint: Footprint, num_splits: int) -> Splits:
+    """A number of splits as a grid for a lone sequence, as stream-K for several."""
+    programs = stream_programs(work_of(problem), tile, footprint, num_splits, device)
+    return even_splits(problem, tile.block_n, num_splits)._replace(num_programs=programs)
+
+
+def even_splits(problem: Problem, block_n: int, num_splits: int) -> Splits:
+    """A grid with a wanted number of splits, in whole key tiles; a shorter sequence may be cut as fine as a key tile."""
+    tiles = max(1, -(-problem.keys_read // block_n))
+    keys_per_split = -(-tiles // num_splits) * block_n
+    return Splits(keys_per_split, block_n, -(-tiles * block_n // keys_per_split))
+
+
+def stream_programs(work: Work, tile: TileShape, footprint: Footprint, num_splits: int, device: Device) -> int:
+    """Programs that share all key tiles of a batch: as many as an even grid would have, at most what is resident at once.
+
+    0, which asks for the grid, where a lone sequence leaves nothing to even out, where no unit has two tiles to share, and
+    where the tiles are too many to count.
+    """
+    tiles = -(-work.keys // tile.block_n)
+    units = row_blocks_of(work, tile.block_m) * work.num_heads_kv
+    if work.batch <= 1 or tiles <= 1 or units == 0 or most_tiles(work, tile) > MAX_STREAM_TILES:
+        return 0
+    return min(units * num_splits, device.num_sms * footprint.resident)
+
+
+def most_tiles(work: Work, tile: TileShape) -> int:
+    """Key tiles of a batch whose sequences all have the longest query and the most keys."""
+    return work.batch * work.num_heads_kv * -(-work.rows // tile.block_m) * -(-work.keys // tile.block_n)
+
+
+def split_count(work: Work, tile: TileShape, footprint: Footprint, device: Device) -> int:
+    """The number of splits by the rule of the tile's kernel; 1 where there is nothing to split."""
+    tiles = -(-work.keys // tile.block_n)
+    units = row_blocks_of(work, tile.block_m) * work.num_heads_kv
+    if tiles <= 1 or units == 0:
+        return 1
+    return min(SPLIT_RULES[tile.kernel](work, tile, footprint, device, units, tiles), MAX_SPLITS)
+
+
+def _by_time(work: Work, tile: TileShape, footprint: Footprint, device: Device, units: int, tiles: int) -> int:
+    """Minimises microseconds of reading and combining.
+
+    Reading takes as long as DRAM needs for all keys, or the busiest SM for its own. While one wave of resident programs
+    holds everything, tried are no split and as many splits as give each SM one program or two: more only lose. Beyond one
+    wave nothing is split.
+    """
+    if units > device.num_sms * footprint.resident:
+        return 1
+    best, best_us = 1, reading_us(work, tile, units, tiles, device)
+    for wave in range(1, min(PROGRAMS_A_WAVE, footprint.resident) + 1):
+        tiles_each = -(-tiles // max(1, min(tiles, device.num_sms * wave // units)))
+        splits = -(-tiles // tiles_each)
+        us = reading_us(work, tile, units * splits, tiles_each, device) + combine_us(work, splits, device)
+        if us * 100 < best_us * (100 - SPLIT_GAIN_PERCENT):
+            best, best_us = splits, us
+    return best
+
+
+def _by_units(work: Work, tile: TileShape, footprint: Footprint, device: Device, units: int, tiles: int) -> int:
+    """One program for each SM while units leave two of three SMs free, else no split.
+
+    On an H200 with head dim 128, 64 units on 64 SMs reach 93 % of a plain read, and a combine would cost what more SMs gain.
+    """
+    return min(tiles, device.num_sms // units) if units * 100 <= SPLIT_UNITS_PERCENT * device.num_sms else 1
+
+
+SplitRule = Callable[[Work, TileShape, Footprint, Device, int, int], int]
+SPLIT_RULES: dict[str, SplitRule] = {TRITON: _by_time, GLUON_SM90: _by_units}
+
+
+def reading_us(work: Work, tile: TileShape, programs: int, tiles_each: int, device: Device) -> float:
+    """DRAM's time for all keys, or the busiest SM's for the programs of one wave that it holds, whichever is longer."""
+    even_us = 1e6 * tile.block_n * work.kv_bytes_per_key / device.bandwidth
+    tile_us = max(MATRIX_ITERATION_US, even_us * device.num_sms / SM_BANDWIDTH_SHARE[tile.kernel])
+    all_us = even_us * work.batch * work.num_heads_kv * (-(-work.keys // tile.block_n))
+    return max(all_us, -(-programs // device.num_sms) * tiles_each * tile_us)
+
+
+def combine_shape(problem: Problem, device: Device, block_m: int, splits: Splits) -> tuple[int, int]:
+    """(combine_block_d, combine_warps): a program of combine folds all partial results of one row over some columns.
+
+    Few rows want many small programs; many rows and few splits want a row whole; many splits are folded by four warps.
+    With stream-K the rows are those of the units that two programs share: one unit at each boundary between programs.
+    """
+    if splits.num_splits > COMBINE_WARPS_FROM:
+        return COMBINE_COLUMNS, 4
+    rows = (splits.num_programs - 1) * min(block_m, problem.rows) if splits.num_programs else problem.total_q * problem.num_heads_q
+    programs = rows * -(-problem.head_dim_v // COMBINE_COLUMNS)
+    if splits.num_splits > COMBINE_ROW_SPLITS or programs <= COMBINE_PROGRAMS_PER_SM * device.num_sms:
+        return COMBINE_COLUMNS, 1
+    return min(COMBINE_ROW_COLUMNS, max(COMBINE_COLUMNS, 1 << (problem.head_dim_v - 1).bit_length())), 1
