@@ -6,7 +6,7 @@
 #   gpu_call.sh core OUT [SECONDS]              every grid, without peers
 #   gpu_call.sh peers OUT [SECONDS] [PART...]   unpacks the peers that lie in PART..., then the grids that need them
 #   gpu_call.sh search OUT [SECONDS]            the planner's choice against a search
-#   gpu_call.sh sanitize OUT [SECONDS]          memcheck and racecheck over decode variants
+#   gpu_call.sh sanitize OUT [SECONDS]          memcheck and racecheck over variants of both decode kernels
 #
 # PYTHON names the interpreter (python3); COMMIT the commit measured; PEERS_DIR where peers are unpacked (/opt/peers).
 set -uo pipefail
@@ -38,22 +38,22 @@ measure() { # share of the time left in percent, then arguments of benchmarks.de
   done
 }
 
-only_ours=() # the sanitizer's filter by kernel name, as the version at hand spells it
-if [ "$what" = sanitize ]; then
-  flags=$(compute-sanitizer --help 2>&1)
-  case $flags in
-  *--kernel-regex*) only_ours=(--kernel-regex kns=decode_kernel --kernel-regex kns=combine_kernel) ;;
-  *--kernel-name*) only_ours=(--kernel-name kernel_substring=decode_kernel --kernel-name kernel_substring=combine_kernel) ;;
+sanitized() { # tool, seconds: its trials in four processes at once; the filter by kernel name as the version at hand spells it
+  local tool=$1 limit=$2 only_ours=() parts=4 part
+  case $(compute-sanitizer --help 2>&1) in
+  *--kernel-regex*) only_ours=(--kernel-regex kns=decode --kernel-regex kns=combine) ;;
+  *--kernel-name*) only_ours=(--kernel-name kernel_substring=decode --kernel-name kernel_substring=combine) ;;
   esac
-fi
-
-sanitized() { # tool, seconds, arguments of benchmarks.sanitize
-  local tool=$1 limit=$2
-  shift 2
-  timeout -k 10 "$limit" compute-sanitizer --tool "$tool" "${only_ours[@]}" --error-exitcode 9 \
-    "$python" -m benchmarks.sanitize "$@" >"$out/sanitize_$tool.txt" 2>&1
-  echo "$tool: exit $?"
-  grep -E '^sanitize:|ERROR SUMMARY|RACECHECK SUMMARY|Invalid|Error:' "$out/sanitize_$tool.txt" | tail -n 8
+  if [ "$tool" = control ]; then
+    timeout -k 10 "$limit" compute-sanitizer --tool memcheck "${only_ours[@]}" --log-file "$out/control.log" \
+      "$python" -m benchmarks.sanitize control >/dev/null 2>&1
+    return
+  fi
+  for part in $(seq $parts); do
+    timeout -k 10 $((limit + 30)) compute-sanitizer --tool "$tool" "${only_ours[@]}" --log-file "$out/${tool}_$part.log" \
+      "$python" -m benchmarks.sanitize watch "$tool" --part "$part/$parts" --budget "$limit" --out "$out" \
+      >"$out/watch_${tool}_$part.txt" 2>&1 &
+  done
 }
 
 sweep() { # arguments of benchmarks.sweep; resumed where the device was lost
@@ -88,10 +88,19 @@ peers)
   ;;
 search) measure 100 --grid search --no-peers --compilers 12 ;;
 sanitize)
-  # both tools watch kernels that the first, unwatched run has compiled into Triton's cache
-  timeout -k 10 $((seconds / 4)) "$python" -m benchmarks.sanitize
-  sanitized memcheck $(($(left) / 2))
-  sanitized racecheck "$(left)" --only racecheck
+  # the tools watch kernels that the unwatched run has compiled into Triton's cache; without torch's caching allocator, for
+  # inside its large blocks nothing is out of bounds
+  timeout -k 10 $((seconds / 2)) "$python" -m benchmarks.sanitize prepare --out "$out"
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  sanitized memcheck $(($(left) - 60))
+  sanitized racecheck $(($(left) - 60))
+  wait
+  sanitized control 30
+  cat "$out"/watch_*.txt | grep -v '^$' | tail -n 30
+  "$python" -m benchmarks.sanitize collect --out "$out" "${commit[@]}"
+  echo "collect: exit $?"
+  # one file instead of many, for what comes back from a host may be limited
+  tar -C "$out" -czf "$out/sanitize_logs.tar.gz" --exclude '*.tar.gz' . && find "$out" -name '*.log' -delete -o -name 'watch*' -delete
   ;;
 *)
   echo "unknown: $what"

@@ -1,83 +1,262 @@
-"""Launches decode variants for compute-sanitizer and prints how many.
+"""Decode variants for compute-sanitizer, and how many launches it watched.
 
-    compute-sanitizer --tool memcheck python -m benchmarks.sanitize
-    compute-sanitizer --tool racecheck python -m benchmarks.sanitize --only racecheck
+    python -m benchmarks.sanitize prepare --out OUT                                # unwatched: compiles, checks, counts launches
+    compute-sanitizer --tool memcheck --log-file OUT/memcheck_1.log python -m benchmarks.sanitize watch memcheck --part 1/4 --out OUT
+    python -m benchmarks.sanitize collect --out OUT                                # into OUT/sanitize.json
 
-Every call is checked against the reference, so that what the tool watched is known to have run.
+Each trial is one call, checked against the reference, so that what a tool watched is known to have run. The tools do not
+say how many launches they inspected; ``prepare`` counts each trial's by kernel name (torch's profiler sees the driver's
+launches), and ``collect`` adds up those of the trials that ran to their end under a tool. ``control`` is a kernel that
+writes out of bounds: it shows that the tool and its filter by name see what they should.
 """
 
 from __future__ import annotations
 
+import json
+import re
+import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from typing import Annotated, Any
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
 
 import flashtile
-from flashtile import UnsupportedError, reference
-from flashtile.planner.choose import plan_decode
-from flashtile.planner.device import Device
-from flashtile.problem import Problem
+from benchmarks.record import heading
+from flashtile import Device, Problem, UnsupportedError, reference
+from flashtile.planner.catalog import CATALOG
 from flashtile.testing import poison
-from flashtile.testing.cases import SMALL_CASES, Case
-from flashtile.testing.inputs import make_inputs
+from flashtile.testing.cases import Case
+from flashtile.testing.inputs import hide_unseen, make_inputs
 from flashtile.testing.tolerance import assert_close
+from flashtile.testing.variants import HOPPER, HOPPER_SHAPES, ONE, PORTABLE, PORTABLE_SHAPES, Shape, Share, explicit_plan
 
-TILES = ((1, False), (8, True), (16, False), (16, True), (32, False), (64, False))
-# few launches, each with shared memory in use: the race checker is slow
-RACE_CASES = ("speculative_4", "pages_of_16", "ragged_prefill_paged", "window_both_sides", "everything", "dim_128_group_8")
+SHARES = (ONE, Share(3), Share(1, 5))
+BASE = Case("contiguous", (130, 17), 1, 8, 2, head_dim=128, dtype="bfloat16")
+CASES = (
+    BASE,
+    replace(BASE, name="pages of 16", page_size=16),
+    replace(BASE, name="packed queries", seqlens_q=(3, 9), ragged_q=True, spare_rows=2),
+    replace(BASE, name="window", window=(31, 0), seqlens_q=4),
+    replace(BASE, name="sinks", sinks=True),
+    replace(BASE, name="pages of 64", page_size=64),
+    replace(BASE, name="pages of 1", page_size=1),
+    replace(BASE, name="head dim 64", head_dim=64, head_dim_v=64, dtype="float16"),
+    replace(BASE, name="head dims 192 and 128", head_dim=192),
+    replace(BASE, name="head dim 256", head_dim=256, head_dim_v=256),
+    replace(BASE, name="softcap and ALiBi, HND", softcap=9.0, alibi=True, layout="HND", seqlens_q=2),
+)
+# where a shape does not fit a long head, smaller ones with the same query tile
+SMALLER = ((64, 2), (32, 2), (32, 1))
+OURS = ("decode", "combine")
+_ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
 
-
-def trials(cases: list[Case]) -> Iterator[tuple[Case, int, bool, int]]:
-    """Each case with two tiles, unsplit and split in three."""
-    for turn, case in enumerate(cases):
-        for splits in (1, 3):
-            yield (case, *TILES[(turn + 2 * splits) % len(TILES)], splits)
-
-
-def run(case: Case, block_m: int, swapped: bool, num_splits: int) -> int:
-    """One checked call; returns how many kernels of ours it launched."""
-    args: dict[str, Any] = make_inputs(case, "cuda", seed=1).args
-    problem = Problem.decode(**args, lse=True)
-    device = Device.of("cuda")
-    plan = plan_decode(problem, device, block_m=block_m, num_splits=num_splits)
-    plan = plan_decode(problem, device, plan=plan.with_(swapped=swapped, source="explicit"))
-    out, _ = poison.outputs(args["q"], case.head_dim_v)
-    got, lse = flashtile.decode_with_lse(**args, out=out, plan=plan)
-    torch.cuda.synchronize()
-    expected = reference.decode(**make_inputs(case, "cpu", seed=1).args)
-    assert_close(got.cpu(), lse.cpu(), *expected, dtype=got.dtype, what=case.name)
-    if out.numel() == 0 or args["k_cache"].numel() == 0:
-        return 0
-    return 1 if plan.num_splits == 1 else 2
+app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
+Out = Annotated[Path, typer.Option(help="Folder for counts and results.")]
+On = Annotated[str, typer.Option(help="cuda, or cpu to try the script itself.")]
 
 
-def main(
-    only: Annotated[str, typer.Option(help="racecheck: a few cases with shared memory in use.")] = "",
-    limit: Annotated[int, typer.Option(help="At most so many cases.")] = 1000,
-) -> None:
-    """Runs the trials and prints the counts; exits with 1 if a result was wrong or a launch failed."""
-    cases = [case for case in SMALL_CASES if not only or case.name in RACE_CASES]
-    # float32 tiles are the slowest to compile
-    cases = [replace(case, dtype="bfloat16") if case.dtype == "float32" and only else case for case in cases][:limit]
-    launches, refused, wrong = 0, 0, []
-    for trial in trials(cases):
+class Trial(NamedTuple):
+    """One call: a case with a kernel, the shape of its tiles and how programs share the keys."""
+
+    case: Case
+    kernel: str
+    shape: Shape
+    share: Share
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.shape} {self.share} {self.case.name}"
+
+
+def trials(device: str) -> list[Trial]:
+    """Every query tile of every kernel with every case, and with every share of the keys; the shares take turns at the cases."""
+    found = []
+    for position, case in enumerate(CASES):
+        for turn, (kernel, shape) in enumerate(_tiles(device)):
+            shares = SHARES if position == 0 else (SHARES[(position + turn) % len(SHARES)],)
+            found += [Trial(case, kernel, shape, share) for share in shares]
+    return found
+
+
+def _tiles(device: str) -> Iterator[tuple[str, Shape]]:
+    if device == "cpu":
+        yield from (("cpu.decode", Shape(rows, 64, 4, 2)) for rows in (8, 64))
+        return
+    known = {kernel.name for kernel in CATALOG}
+    if HOPPER in known and Device.of(device).arch == "sm_90":
+        yield from ((HOPPER, shapes[0]) for shapes in HOPPER_SHAPES.values())
+    yield from ((PORTABLE, shape) for shape in PORTABLE_SHAPES if shape.block_m < 128)
+
+
+def run(trial: Trial, device: str) -> None:
+    """One checked call; raises UnsupportedError where no shape with that query tile fits."""
+    case, kernel, shape, share = trial
+    inputs = hide_unseen(make_inputs(case, device, seed=1))
+    problem = Problem.decode(**inputs.args, lse=True)
+    shapes = [shape, *(shape._replace(block_n=keys, num_stages=stages) for keys, stages in SMALLER)]
+    for one in shapes:
         try:
-            launches += run(*trial)
+            plan = explicit_plan(problem, Device.of(device), kernel, one, share)
+            break
         except UnsupportedError:
-            refused += 1
-        except Exception as error:
-            wrong.append(f"{trial[0].name} {trial[1:]}: {type(error).__name__} {error}"[:300])
-            if "CUDA" in str(error):
-                break
-    print(f"sanitize: {launches} launches of {len(cases)} cases, {refused} plans refused, {len(wrong)} failures", flush=True)
-    for line in wrong:
-        print(line)
-    if wrong or not launches:
+            if one is shapes[-1]:
+                raise
+    out, _ = poison.outputs(inputs.args["q"], case.head_dim_v)
+    got, lse = flashtile.decode_with_lse(**inputs.args, out=out, plan=plan)
+    expected = reference.decode(**make_inputs(case, "cpu", seed=1).args)
+    assert_close(got.cpu(), lse.cpu(), *expected, dtype=got.dtype, cpu_engine=device == "cpu", what=str(trial))
+
+
+def attempt(trial: Trial, device: str) -> dict[str, Any]:
+    """What became of a trial: ``ok``, ``refused`` or ``failed`` with the reason."""
+    try:
+        run(trial, device)
+    except UnsupportedError as error:
+        return {"refused": " ".join(str(error).split())[:300]}
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]}
+    return {"ok": True}
+
+
+def launches(trial: Trial, device: str) -> dict[str, int]:
+    """Our kernels that a trial launches, by name, as the driver reports them; without such reports one for the call."""
+    if device == "cpu":
+        return {trial.kernel: 1}
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as profile:
+        run(trial, device)
+    names = Counter({event.key: event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA})
+    return {name: count for name, count in names.items() if any(part in name for part in OURS)} or {f"{trial.kernel} calls": 1}
+
+
+def examine(trial: Trial, device: str) -> dict[str, Any]:
+    """A trial's outcome, with its launches where it ran."""
+    outcome = attempt(trial, device)
+    return outcome | {"launches": launches(trial, device)} if "ok" in outcome else outcome
+
+
+@app.command()
+def prepare(out: Out, device: On = "cuda", workers: Annotated[int, typer.Option(help="Processes that compile.")] = 15) -> None:
+    """Compiles and checks every trial unwatched, counts its launches, and writes OUT/trials.json."""
+    every, began = trials(device), time.monotonic()
+    if workers > 1:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            outcomes = list(pool.map(examine, every, [device] * len(every)))
+    else:
+        outcomes = [examine(trial, device) for trial in every]
+    found = dict(zip(map(str, every), outcomes))
+    _write(out / "trials.json", found)
+    counts = Counter(next(iter(outcome)) for outcome in outcomes)
+    print(f"prepared {len(every)} trials in {time.monotonic() - began:.0f} s: {dict(counts)}", flush=True)
+    _print_failures(found)
+
+
+@app.command()
+def watch(
+    tool: Annotated[str, typer.Argument(help="The tool that this process runs under: memcheck or racecheck.")],
+    out: Out,
+    device: On = "cuda",
+    part: Annotated[str, typer.Option(help="i/n: every n-th trial, from the i-th on.")] = "1/1",
+    budget: Annotated[float, typer.Option(help="Seconds.")] = 120.0,
+) -> None:
+    """Runs its part of the trials that are known to run, and notes each that ended."""
+    first, step = (int(number) for number in part.split("/"))
+    known = json.loads((out / "trials.json").read_text())
+    mine = [trial for trial in trials(device) if "ok" in known[str(trial)]][first - 1 :: step]
+    ended: dict[str, Any] = {}
+    end = time.monotonic() + budget
+    for trial in mine:
+        if time.monotonic() > end:
+            break
+        ended[str(trial)] = attempt(trial, device)
+        _write(out / f"watched_{tool}_{first}.json", {"of": len(mine), "ended": ended})
+        if "CUDA" in ended[str(trial)].get("failed", ""):
+            break
+    print(f"sanitize: {tool} part {part}: {len(ended)} of {len(mine)} trials", flush=True)
+    _print_failures(ended)
+
+
+@app.command()
+def control() -> None:
+    """One launch that writes past the end of its allocation, by a kernel that the filter by name lets through."""
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def decode_control(OUT, BLOCK: tl.constexpr):
+        tl.store(OUT + tl.arange(0, BLOCK), tl.zeros([BLOCK], tl.float32))
+
+    decode_control[(1,)](torch.empty(16, device="cuda"), BLOCK=4096)
+    torch.cuda.synchronize()
+
+
+@app.command()
+def collect(
+    out: Out, device: On = "cuda", commit: Annotated[str, typer.Option(help="The commit watched, where there is no git.")] = ""
+) -> None:
+    """Adds up what each tool found and what it watched; exits with 1 if one found anything or watched nothing, or missed the control."""
+    known = json.loads((out / "trials.json").read_text())
+    protocol = "compute-sanitizer over one checked call of each variant, filtered to our kernels"
+    head = heading("sanitize", torch.device(device), commit, protocol, {})
+    tools = {tool: _summary(tool, known, out) for tool in ("memcheck", "racecheck")}
+    seen = _findings(list(out.glob("control*.log")))
+    failed = [f"{name}: {outcome['failed']}" for name, outcome in known.items() if "failed" in outcome]
+    refused = {name: outcome["refused"] for name, outcome in known.items() if "refused" in outcome}
+    data = {"schema": 1, **head, "tools": tools, "control_errors": seen, "trials": len(known), "failed": failed, "refused": refused}
+    _write(out / "sanitize.json", data)
+    for tool, summary in tools.items():
+        print(f"sanitize: {tool}: {summary['found']} found in {sum(summary['launches'].values())} launches {summary['launches']}"
+              f" of {summary['ended']} trials (of {summary['trials']})", flush=True)  # fmt: skip
+    print(f"sanitize: the control's out-of-bounds write was reported {seen} times", flush=True)
+    clean = all(summary["found"] == 0 and summary["launches"] and not summary["failed"] for summary in tools.values())
+    if not (clean and seen and not failed):
         raise typer.Exit(1)
 
 
+def _summary(tool: str, known: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Findings and launches of one tool over all parts; ``found`` is None where no part's log ends with a summary."""
+    parts = [json.loads(path.read_text()) for path in sorted(out.glob(f"watched_{tool}_*.json"))]
+    ended = {name: outcome for part in parts for name, outcome in part["ended"].items()}
+    counts: Counter[str] = Counter()
+    for name, outcome in ended.items():
+        if "ok" in outcome:
+            counts.update(known[name].get("launches", {}))
+    logs = sorted(out.glob(f"{tool}_*.log"))
+    return {
+        "found": _findings(logs) if len(logs) == len(parts) else None,
+        "launches": dict(sorted(counts.items())),
+        "ended": sum("ok" in outcome for outcome in ended.values()),
+        "trials": sum("ok" in outcome for outcome in known.values()),
+        "failed": [f"{name}: {outcome['failed']}" for name, outcome in ended.items() if "failed" in outcome],
+    }
+
+
+def _findings(logs: list[Path]) -> int | None:
+    """Errors and hazards over all logs; None where one has no summary (the tool did not come to its end)."""
+    found = 0
+    for log in logs:
+        summaries = _ERRORS.findall(log.read_text(errors="replace"))
+        if not summaries:
+            return None
+        found += sum(int(errors or hazards) for errors, hazards in summaries)
+    return found if logs else None
+
+
+def _print_failures(outcomes: dict[str, Any]) -> None:
+    for name, outcome in outcomes.items():
+        if "failed" in outcome:
+            print(f"  {name}: {outcome['failed']}", flush=True)
+
+
+def _write(path: Path, data: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
 if __name__ == "__main__":
-    typer.run(main)
+    app()
