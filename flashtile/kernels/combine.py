@@ -1,6 +1,8 @@
 """Combine: the splits' partial results of each row become one (Flash-Decoding's second kernel).
 
-A program folds all splits of one row over BLOCK_D columns; splits that saw no key hold lse -inf and are never read.
+A program folds all parts of a row over BLOCK_D columns; parts that saw no key hold lse -inf and are never read. The parts
+are either a fixed number of splits for every row, or what the programs left that share the line of key tiles
+(tile/schedule.py): then there is a program for each place where one of those hands a unit on to the next.
 """
 
 from __future__ import annotations
@@ -13,28 +15,46 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Spec, launcher
-from flashtile.kernels.tile.schedule import owned_rows
+from flashtile.kernels.tile.schedule import holder, line_length, owned_rows, sequence_rows, sequences_at_once, share, slot_of, unit_at
 from flashtile.kernels.tile.softmax import LOG2E, finite, join_sink, natural_lse, normaliser
-from flashtile.kernels.tile.views import LengthsView, LseView, PartialsView, RowsView, row_offsets
+from flashtile.kernels.tile.views import BandView, LengthsView, LseView, PartialsView, RowsView, band_view, row_offsets
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import DTYPE_BYTES, Problem
 
 _SPLITS_AT_ONCE = (16, 64, 256)  # few sizes, so that a cache that grows rarely asks for another kernel
 _ONE_WARP_HOLDS = 64  # splits at 32 columns in the registers of one warp
+_PROGRAMS_ON_LINE = 8192  # beyond which a program takes several rows of a unit: most have nothing to do, and only start and end
 
 
 @triton.jit
 def combine_kernel(
+    partials, out, lse, lengths, band, sinks, num_heads, batch, row_programs,
+    HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEQUENCES: tl.constexpr, ONE_STEP: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Grid: (tokens x heads, blocks of dim), or where SEQUENCES > 0 (programs of the line but one, row programs x blocks of dim).
+
+    BLOCK_S parts are folded at a time; ONE_BLOCK where that is all of them.
+    """
+    if SEQUENCES > 0:
+        _combine_on_line(
+            partials, out, lse, lengths, band, sinks, num_heads, batch, row_programs,
+            HEAD_DIM_V, BLOCK_D, BLOCK_S, ONE_BLOCK, GROUP, BLOCK_M, BLOCK_N, SEQUENCES, ONE_STEP, PDL,
+        )  # fmt: skip
+    else:
+        _combine_splits(partials, out, lse, lengths, sinks, num_heads, batch, HEAD_DIM_V, BLOCK_D, BLOCK_S, ONE_BLOCK, PDL)
+
+
+@triton.jit
+def _combine_splits(
     partials, out, lse, lengths, sinks, num_heads, batch,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, ONE_BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tokens x heads, blocks of dim). BLOCK_S splits are folded at a time; ONE_BLOCK where that is all of them."""
+    """One row of out, whose parts lie side by side."""
     row = tl.program_id(0)
     token = row // num_heads
     head = row % num_heads
-    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    column = d < HEAD_DIM_V
-    s = tl.arange(0, BLOCK_S)
     if lengths.cu_seqlens_q is not None:
         b = token * 0
         m_index = token
@@ -46,16 +66,77 @@ def combine_kernel(
     first = row.to(tl.int64) * partials.num_splits
     if PDL:
         gdc_wait()
+    _combine_row(
+        partials, out, lse, sinks, b, m_index, head, owned, first, first, 1, num_splits, tl.program_id(1),
+        HEAD_DIM_V, BLOCK_D, BLOCK_S, ONE_BLOCK,
+    )  # fmt: skip
+
+
+@triton.jit
+def _combine_on_line(
+    partials, out, lse, lengths, band, sinks, num_heads, batch, row_programs,
+    HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEQUENCES: tl.constexpr, ONE_STEP: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Every row_programs-th row of the unit that program ``begun_by`` of the line begins and another one finishes, if there is one."""
+    begun_by = tl.program_id(0)
+    num_programs = tl.num_programs(0) + 1
+    column_block = tl.program_id(1) // row_programs
+    # (SEQUENCES,)
+    n = tl.arange(0, SEQUENCES)
+    num_heads_kv = num_heads // GROUP
+    total = line_length(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, ONE_STEP)
+    line_start, line_end = share(total, begun_by, num_programs)
+    # the last unit that it enters
+    b, h_kv, row_block, unit_start, _, _, tiles = unit_at(
+        lengths, band, batch, num_heads_kv, n, tl.maximum(line_end - 1, 0), GROUP, BLOCK_M, BLOCK_N, ONE_STEP
+    )
+    unit_end = unit_start + tiles
+    handed_on = (line_start < line_end) & (unit_start >= line_start) & (unit_end > line_end)
+    num_parts = holder(total, unit_end - 1, num_programs) - begun_by + 1
+    row_start, seqlen_q = sequence_rows(lengths, b)
+    first_row = row_block * BLOCK_M
+    num_rows = tl.where(handed_on, tl.minimum(seqlen_q * GROUP - first_row, BLOCK_M), 0)
+    b_rows = b * 0 if lengths.cu_seqlens_q is not None else b
+    if PDL:
+        gdc_wait()
+    for row in range(tl.program_id(1) % row_programs, num_rows, row_programs):
+        m_index = row_start + (first_row + row) // GROUP
+        head = h_kv * GROUP + (first_row + row) % GROUP
+        first = slot_of(begun_by, line_start, unit_start).to(tl.int64) * BLOCK_M + row
+        others = slot_of(begun_by, line_start, line_start).to(tl.int64) * BLOCK_M + row
+        _combine_row(
+            partials, out, lse, sinks, b_rows, m_index, head, True, first, others, 2 * BLOCK_M, num_parts, column_block,
+            HEAD_DIM_V, BLOCK_D, BLOCK_S, ONE_BLOCK,
+        )  # fmt: skip
+
+
+@triton.jit
+def _combine_row(
+    partials, out, lse, sinks, b, m_index, head, owned, first, others, STEP: tl.constexpr, num_parts, column_block,
+    HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, ONE_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_D columns of one row of out, and its lse: part 0 is partial row ``first``, part i > 0 is ``others`` + i * STEP (int64).
+
+    Not ``owned``: the row belongs to no sequence, so that the sink does not join.
+    """
+    d = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
+    column = d < HEAD_DIM_V
+    s = tl.arange(0, BLOCK_S)
     # ()
     m = float("-inf")
     l = 0.0
     # (BLOCK_D,)
     acc = tl.zeros([BLOCK_D], tl.float32)
     if ONE_BLOCK:
-        m, l, acc = _fold(partials, first, s, num_splits, d, column, m, l, acc, HEAD_DIM_V)
+        rows = tl.where(s == 0, first, others + s * STEP)
+        m, l, acc = _fold(partials, rows, s < num_parts, d, column, m, l, acc, HEAD_DIM_V)
     else:
-        for start in range(0, num_splits, BLOCK_S):
-            m, l, acc = _fold(partials, first, start + s, num_splits, d, column, m, l, acc, HEAD_DIM_V)
+        for start in range(0, num_parts, BLOCK_S):
+            part = start + s
+            rows = tl.where(part == 0, first, others + part.to(tl.int64) * STEP)
+            m, l, acc = _fold(partials, rows, part < num_parts, d, column, m, l, acc, HEAD_DIM_V)
     if sinks is not None:
         m, l, alpha = join_sink(m, l, tl.where(owned, tl.load(sinks + head), float("-inf")))
         acc = acc * alpha
@@ -63,17 +144,17 @@ def combine_kernel(
     tl.store(out.ptr + offset + d, (acc * normaliser(l)).to(out.ptr.dtype.element_ty), mask=column)
     if lse.ptr is not None:
         at = b.to(tl.int64) * lse.stride_b + head.to(tl.int64) * lse.stride_h + m_index.to(tl.int64) * lse.stride_m
-        tl.store(lse.ptr + at, natural_lse(m, l), mask=tl.program_id(1) == 0)
+        tl.store(lse.ptr + at, natural_lse(m, l), mask=column_block == 0)
 
 
 @triton.jit
-def _fold(partials, first, split, num_splits, d, column, m, l, acc, HEAD_DIM_V: tl.constexpr):
-    """Merges a block of splits into (m, l, acc): the same algebra as one step of online softmax, a split as a key."""
+def _fold(partials, rows, known, d, column, m, l, acc, HEAD_DIM_V: tl.constexpr):
+    """Merges the ``known`` ones of some partial rows into (m, l, acc): one step of online softmax, a part as a key."""
     # (BLOCK_S,)
-    weight = tl.load(partials.ptr + partials.lse_start + first + split, mask=split < num_splits, other=float("-inf")) * LOG2E
+    weight = tl.load(partials.ptr + partials.lse_start + rows, mask=known, other=float("-inf")) * LOG2E
     # (BLOCK_S, BLOCK_D)
     values = tl.load(
-        partials.ptr + (first + split)[:, None] * HEAD_DIM_V + d[None, :],
+        partials.ptr + rows[:, None] * HEAD_DIM_V + d[None, :],
         mask=(weight > float("-inf"))[:, None] & column[None, :],
         other=0.0,
     )
@@ -84,28 +165,53 @@ def _fold(partials, first, split, num_splits, d, column, m, l, acc, HEAD_DIM_V: 
     return m_new, l * alpha + tl.sum(p, 0), acc * alpha + tl.sum(values * p[:, None], 0)
 
 
+def combines(plan: DecodePlan) -> bool:
+    """Whether the plan splits any unit's keys, so that the split kernel leaves partial results."""
+    return plan.num_programs > 1 if plan.num_programs else plan.num_splits > 1
+
+
+def partials_spec(plan: DecodePlan) -> PartialsView:
+    """How partial results are passed to both kernels."""
+    if plan.num_programs:
+        return PartialsView(Arg("*fp32", 16), Arg("i64"), None)
+    if plan.num_splits > 1:
+        return PartialsView(Arg("*fp32", 16), Arg("i64"), Arg("i32"))
+    return PartialsView(None, None, None)
+
+
 def combine_spec(problem: Problem, plan: DecodePlan) -> Spec:
     """Combine's specialisation: of the number of splits only the block that holds them counts."""
     i32, i64 = Arg("i32"), Arg("i64")
     stride = Arg("i64", max(1, problem.alignment // DTYPE_BYTES[problem.dtype_out]))
     most = _ONE_WARP_HOLDS if plan.combine_warps == 1 else _SPLITS_AT_ONCE[-1]
     block_s = next((size for size in _SPLITS_AT_ONCE if size >= plan.num_splits or size == most), most)
+    on_line = plan.num_programs > 0
+    sequences = sequences_at_once(problem.batch) if on_line else 0
+    band = band_view(problem.band) if on_line else BandView(None, None)
     return Spec(
         combine_kernel,
         args={
-            "partials": PartialsView(Arg("*fp32", 16), i64, i32),
+            "partials": partials_spec(plan),
             "out": RowsView(Arg("*" + TRITON_DTYPES[problem.dtype_out], problem.alignment), stride, stride, stride),
             "lse": LseView(Arg("*fp32"), i64, i64, i64) if problem.lse else LseView(None, None, None, None),
             "lengths": LengthsView(Arg("*i32"), Arg("*i32") if problem.ragged_q else None, i32, i32, i32),
+            "band": BandView(*(None if side is None else i32 for side in band)),
             "sinks": Arg("*fp32") if problem.sinks else None,
             "num_heads": i32,
             "batch": i32,
+            "row_programs": i32,
         },
         constants={
             "HEAD_DIM_V": problem.head_dim_v,
             "BLOCK_D": plan.combine_block_d,
             "BLOCK_S": block_s,
-            "ONE_BLOCK": plan.num_splits <= block_s,
+            # how many programs of a line share a unit is known on the device alone
+            "ONE_BLOCK": max(plan.num_splits, plan.num_programs) <= block_s,
+            "GROUP": problem.group if on_line else 0,
+            "BLOCK_M": plan.block_m if on_line else 0,
+            "BLOCK_N": plan.block_n if on_line else 0,
+            "SEQUENCES": sequences,
+            "ONE_STEP": problem.batch <= sequences,
             "PDL": plan.dependent_launch,
         },
         options={"num_warps": plan.combine_warps, "num_stages": 1, **({"launch_pdl": True} if plan.dependent_launch else {})},
@@ -113,12 +219,23 @@ def combine_spec(problem: Problem, plan: DecodePlan) -> Spec:
 
 
 def bind_combine(problem: Problem, plan: DecodePlan, device: torch.device) -> Callable[..., None]:
-    """``combine(stream, rows, partials, out, lse, lengths, sinks)``: views as the split kernel was given them."""
+    """``combine(stream, rows, partials, out, lse, lengths, sinks)``: views as the split kernel was given them.
+
+    Where programs share a line, ``rows`` does not count, and there must be two of them at least.
+    """
     launch = launcher(combine_spec(problem, plan), device)
     columns = -(-problem.head_dim_v // plan.combine_block_d)
-    last = (problem.num_heads_q, problem.batch, *launch.constants)
+    rows_of_unit = min(plan.block_m, max(1, problem.rows))
+    row_programs = min(rows_of_unit, max(1, _PROGRAMS_ON_LINE // (columns * max(1, plan.num_programs))))
+    band = band_view(problem.band) if plan.num_programs else BandView(None, None)
+    last = (problem.num_heads_q, problem.batch, row_programs, *launch.constants)
 
-    def combine(stream: int, rows: int, *views: object) -> None:
-        launch.run(rows, columns, stream, *views, *last)
+    def combine_splits(stream: int, rows: int, *views: object) -> None:
+        *given, sinks = views
+        launch.run(rows, columns, stream, *given, band, sinks, *last)
 
-    return combine
+    def combine_on_line(stream: int, rows: int, *views: object) -> None:
+        *given, sinks = views
+        launch.run(plan.num_programs - 1, columns * row_programs, stream, *given, band, sinks, *last)
+
+    return combine_on_line if plan.num_programs else combine_splits

@@ -36,16 +36,16 @@ def finite(m):
 
 
 @triton.jit
-def online_step(m, l, s, factor, KEYS_FIRST: tl.constexpr):
+def online_step(m, l, s, factor, KEY_AXIS: tl.constexpr):
     """One tile of scores s, base 2 once multiplied by ``factor`` >= 0 (so that scaling and subtracting are one FMA).
 
     Returns the new maximum and sum (base 2), the probabilities, and what the accumulator is scaled by.
     """
-    m_new = tl.maximum(m, tl.max(s, 0 if KEYS_FIRST else 1) * factor)
+    m_new = tl.maximum(m, tl.max(s, KEY_AXIS) * factor)
     shift = finite(m_new)
-    p = tl.exp2(s * factor - by_row(shift, KEYS_FIRST))
+    p = tl.exp2(s * factor - tl.expand_dims(shift, KEY_AXIS))
     alpha = tl.exp2(m - shift)
-    return m_new, l * alpha + tl.sum(p, 0 if KEYS_FIRST else 1), p, alpha
+    return m_new, l * alpha + tl.sum(p, KEY_AXIS), p, alpha
 
 
 @triton.jit

@@ -8,6 +8,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from flashtile.band import Band
+
+_WIDEST = 2**30  # a side of a window that hides no key, and that int32 key positions can be moved by
+
 
 class RowsView(NamedTuple):
     """q and out: (sequence, query position, head, dim), the last dim contiguous. Packed tensors have stride_b 0."""
@@ -38,7 +42,8 @@ class LseView(NamedTuple):
 
 class PartialsView(NamedTuple):
     """Split results in one float32 buffer: out [token, head, split, dim] normalised, from ``lse_start`` on lse
-    [token, head, split] (natural log). ptr is None where nothing is split.
+    [token, head, split] (natural log). ptr is None where nothing is split. Of programs that share a line: out
+    [slot, row, dim] and lse [slot, row], two slots a program, a row block each; num_splits is None.
     """
 
     ptr: Any
@@ -78,6 +83,11 @@ class BandView(NamedTuple):
 
     left: Any
     right: Any
+
+
+def band_view(band: Band) -> BandView:
+    """The band as kernels are given it."""
+    return BandView(*(None if side is None else min(side, _WIDEST) for side in (band.left, band.right)))
 
 
 @triton.jit
