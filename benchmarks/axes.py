@@ -1,8 +1,9 @@
 """Plan variants as text: ``kernel=gluon.decode_sm90 block_m=8,16 block_n=64,128 num_stages=2,3 num_splits=1,1w,2w``.
 
-Every field of DecodePlan may have several values; a spec stands for their product. A number of splits or programs that
-ends in ``w`` is in waves: ``2w`` splits are as many as make two programs an SM, ``1w`` programs one an SM. ``tiles`` splits
-are one for each key tile. What a spec does not name is the planner's choice for the problem, but for ``swapped``, which
+Every field of DecodePlan may have several values; a spec stands for their product, where each value of ``num_splits`` (a
+grid) and each of ``num_programs`` (stream-K) is one way to share out the keys. A number that ends in ``w`` is in waves:
+``2w`` splits are as many as make two programs an SM, ``1w`` programs one an SM. ``tiles`` splits are one for each key
+tile. What a spec does not name is the planner's choice for the problem, but for ``swapped``, which
 is whatever the planner takes with the rest.
 
 A file of specs is a JSON list of such texts, or of objects ``{"block_m": [8, 16], "problems": "32/8"}``; ``problems``, in both
@@ -19,11 +20,11 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from benchmarks.search import forced_splits
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
+from flashtile.planner.splits import even_splits
 from flashtile.problem import Problem
-from flashtile.testing.variants import accepted
+from flashtile.testing.variants import Share, accepted, shared_out
 
 FIELDS = {field.name for field in fields(DecodePlan)} - {"source"}
 _WORDS = {"true": True, "false": False}
@@ -56,12 +57,21 @@ class Variants:
         fixed = {name: values for name, values in self.axes.items() if name not in ("num_splits", "num_programs")}
         for values in product(*fixed.values()):
             tile = base.with_(**dict(zip(fixed, values)), source="explicit")
-            units = max(1, problem.units * ceil(problem.rows / tile.block_m))
-            for splits, programs in product(self.axes.get("num_splits", (None,)), self.axes.get("num_programs", (0,))):
-                plan = tile.with_(num_programs=_programs(programs, device))
-                count = _splits(splits, plan, units, base, problem, device)
-                plan = forced_splits(plan, problem.seqlen_k, count)
+            for share in self._shares(tile, problem, device):
+                plan = shared_out(tile, problem, device, share)
                 yield plan if "swapped" in fixed else accepted(problem, plan, device)
+
+    def _shares(self, tile: DecodePlan, problem: Problem, device: Device) -> Iterator[Share]:
+        """How the keys are shared out: as the tile has it unless the axes say otherwise; splits in whole key tiles."""
+        units = max(1, problem.units * ceil(problem.rows / tile.block_m))
+        for splits in self.axes.get("num_splits", ()):
+            count = _splits(splits, tile, units, problem, device)
+            yield Share(even_splits(problem, tile.block_n, count).num_splits)
+        for programs in self.axes.get("num_programs", ()):
+            count = _programs(programs, device)
+            yield Share(max(1, ceil(count / units)), count)
+        if not self.axes.keys() & {"num_splits", "num_programs"}:
+            yield Share(tile.num_splits, tile.num_programs)
 
 
 def read(specs: list[str]) -> list[Variants]:
@@ -117,9 +127,7 @@ def _programs(value: Any, device: Device) -> int:
     return int(value)
 
 
-def _splits(value: Any, plan: DecodePlan, units: int, base: DecodePlan, problem: Problem, device: Device) -> int:
-    if value is None:
-        return max(1, ceil(plan.num_programs / units)) if plan.num_programs else base.num_splits
+def _splits(value: Any, plan: DecodePlan, units: int, problem: Problem, device: Device) -> int:
     if value == "tiles":
         return max(1, ceil(problem.seqlen_k / plan.block_n))
     if (waves := _waves(value)) is not None:

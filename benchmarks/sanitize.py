@@ -29,12 +29,12 @@ import typer
 import flashtile
 from benchmarks.record import heading
 from flashtile import Device, Problem, UnsupportedError, reference
-from flashtile.planner.catalog import CATALOG
+from flashtile.planner.tiles import Variant
 from flashtile.testing import poison
 from flashtile.testing.cases import Case
 from flashtile.testing.inputs import hide_unseen, make_inputs
 from flashtile.testing.tolerance import assert_close
-from flashtile.testing.variants import HOPPER, HOPPER_SHAPES, ONE, PORTABLE, PORTABLE_SHAPES, Shape, Share, explicit_plan
+from flashtile.testing.variants import HOPPER, HOPPER_SHAPES, ONE, PORTABLE, PORTABLE_TILES, Shape, Share, explicit_plan, fitting_plan
 
 SHARES = (ONE, Share(3), Share(1, 5))
 BASE = Case("contiguous", (130, 17), 1, 8, 2, head_dim=128, dtype="bfloat16")
@@ -51,8 +51,6 @@ CASES = (
     replace(BASE, name="head dim 256", head_dim=256, head_dim_v=256),
     replace(BASE, name="softcap and ALiBi, HND", softcap=9.0, alibi=True, layout="HND", seqlens_q=2),
 )
-# where a shape does not fit a long head, smaller ones with the same query tile
-SMALLER = ((64, 2), (32, 2), (32, 1))
 OURS = ("decode", "combine")
 _ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
 
@@ -62,50 +60,46 @@ On = Annotated[str, typer.Option(help="cuda, or cpu to try the script itself.")]
 
 
 class Trial(NamedTuple):
-    """One call: a case with a kernel, the shape of its tiles and how programs share the keys."""
+    """One call: a case with a kernel, the query tile (block_m, swapped) and how programs share the keys."""
 
     case: Case
     kernel: str
-    shape: Shape
+    tile: Variant
     share: Share
 
     def __str__(self) -> str:
-        return f"{self.kernel} {self.shape} {self.share} {self.case.name}"
+        return f"{self.kernel} m{self.tile[0]}{'s' if self.tile[1] else ''} {self.share} {self.case.name}"
 
 
 def trials(device: str) -> list[Trial]:
     """Every query tile of every kernel with every case, and with every share of the keys; the shares take turns at the cases."""
     found = []
     for position, case in enumerate(CASES):
-        for turn, (kernel, shape) in enumerate(_tiles(device)):
-            shares = SHARES if position == 0 else (SHARES[(position + turn) % len(SHARES)],)
-            found += [Trial(case, kernel, shape, share) for share in shares]
+        for turn, (kernel, tile) in enumerate(_tiles(device)):
+            ways = SHARES[:2] if device == "cpu" else SHARES  # the CPU engine has no programs to share
+            shares = ways if position == 0 else (ways[(position + turn) % len(ways)],)
+            found += [Trial(case, kernel, tile, share) for share in shares]
     return found
 
 
-def _tiles(device: str) -> Iterator[tuple[str, Shape]]:
+def _tiles(device: str) -> Iterator[tuple[str, Variant]]:
     if device == "cpu":
-        yield from (("cpu.decode", Shape(rows, 64, 4, 2)) for rows in (8, 64))
+        yield from (("cpu.decode", (rows, False)) for rows in (8, 64))
         return
-    known = {kernel.name for kernel in CATALOG}
-    if HOPPER in known and Device.of(device).arch == "sm_90":
-        yield from ((HOPPER, shapes[0]) for shapes in HOPPER_SHAPES.values())
-    yield from ((PORTABLE, shape) for shape in PORTABLE_SHAPES if shape.block_m < 128)
+    if Device.of(device).arch == "sm_90":
+        yield from ((HOPPER, (rows, False)) for rows in HOPPER_SHAPES)
+    yield from ((PORTABLE, tile) for tile in PORTABLE_TILES if tile[0] < 128)
 
 
 def run(trial: Trial, device: str) -> None:
     """One checked call; raises UnsupportedError where no shape with that query tile fits."""
-    case, kernel, shape, share = trial
+    case, kernel, tile, share = trial
     inputs = hide_unseen(make_inputs(case, device, seed=1))
     problem = Problem.decode(**inputs.args, lse=True)
-    shapes = [shape, *(shape._replace(block_n=keys, num_stages=stages) for keys, stages in SMALLER)]
-    for one in shapes:
-        try:
-            plan = explicit_plan(problem, Device.of(device), kernel, one, share)
-            break
-        except UnsupportedError:
-            if one is shapes[-1]:
-                raise
+    if device == "cpu":
+        plan = explicit_plan(problem, Device.of(device), kernel, Shape(*tile[:1], 64, 4, 2), share)
+    else:
+        plan = fitting_plan(problem, Device.of(device), kernel, tile, share)
     out, _ = poison.outputs(inputs.args["q"], case.head_dim_v)
     got, lse = flashtile.decode_with_lse(**inputs.args, out=out, plan=plan)
     expected = reference.decode(**make_inputs(case, "cpu", seed=1).args)

@@ -27,9 +27,9 @@ from benchmarks.measure import DeviceLost, ensure_alive, ours, planned
 from benchmarks.sets import InputSets, num_sets
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
+from flashtile.planner.tiles import LIMITS
 from flashtile.problem import Problem
 
-TILES = ((1, False), (8, True), (16, False), (16, True), (32, False), (64, False), (128, False))
 BLOCK_NS, WARPS, STAGES = (32, 64, 128), (2, 4, 8), (2, 3, 4)
 QUICK_ROUNDS, FINAL_ROUNDS, FINALISTS = 5, 15, 3
 
@@ -39,7 +39,9 @@ def forced_splits(plan: DecodePlan, seqlen_k: int, num_splits: int) -> DecodePla
     keys = max(plan.block_n, ceil(seqlen_k / num_splits / plan.block_n) * plan.block_n)
     splits = max(1, ceil(seqlen_k / keys))
     warps = plan.combine_warps if splits <= 64 else max(4, plan.combine_warps)
-    return plan.with_(keys_per_split=keys, min_keys_per_split=min(plan.min_keys_per_split, keys), num_splits=splits, combine_warps=warps)
+    return plan.with_(
+        keys_per_split=keys, min_keys_per_split=min(plan.min_keys_per_split, keys), num_splits=splits, num_programs=0, combine_warps=warps
+    )
 
 
 def split_counts(plan: DecodePlan, problem: Problem, num_sms: int) -> list[int]:
@@ -56,24 +58,25 @@ def split_counts(plan: DecodePlan, problem: Problem, num_sms: int) -> list[int]:
 
 def neighbours(plan: DecodePlan, problem: Problem, num_sms: int) -> list[list[DecodePlan]]:
     """For each coordinate the plans that differ in it alone; the splits keep their count where the tile changes."""
-    resplit = lambda p: forced_splits(p, problem.seqlen_k, plan.num_splits)  # noqa: E731
+    resplit = lambda p: p if p.num_programs else forced_splits(p, problem.seqlen_k, plan.num_splits)  # noqa: E731
+    streams = [plan.with_(num_programs=num_sms * wave) for wave in (1, 2)] if problem.batch > 1 else []
     return [
-        [forced_splits(plan, problem.seqlen_k, n) for n in split_counts(plan, problem, num_sms)],
-        [resplit(plan.with_(block_m=m, swapped=swapped)) for m, swapped in TILES],
+        [forced_splits(plan, problem.seqlen_k, n) for n in split_counts(plan, problem, num_sms)] + streams,
+        [resplit(plan.with_(block_m=m, swapped=swapped)) for m, swapped in LIMITS[plan.kernel].variants],
         [resplit(plan.with_(block_n=n, num_stages=stages)) for n, stages in product(BLOCK_NS, STAGES)],
         [plan.with_(num_warps=warps) for warps in WARPS],
     ]
 
 
 def whole_product(plan: DecodePlan, problem: Problem, num_sms: int) -> Iterable[DecodePlan]:
-    for (m, swapped), n, warps, stages in product(TILES, BLOCK_NS, WARPS, STAGES):
+    for (m, swapped), n, warps, stages in product(LIMITS[plan.kernel].variants, BLOCK_NS, WARPS, STAGES):
         tile = plan.with_(block_m=m, swapped=swapped, block_n=n, num_warps=warps, num_stages=stages)
         for splits in split_counts(tile.with_(num_splits=plan.num_splits), problem, num_sms):
             yield forced_splits(tile, problem.seqlen_k, splits)
 
 
 def random_plan(plan: DecodePlan, problem: Problem, num_sms: int, draw: random.Random) -> DecodePlan:
-    m, swapped = draw.choice(TILES)
+    m, swapped = draw.choice(LIMITS[plan.kernel].variants)
     n, warps, stages = draw.choice(BLOCK_NS), draw.choice(WARPS), draw.choice(STAGES)
     tile = plan.with_(block_m=m, swapped=swapped, block_n=n, num_warps=warps, num_stages=stages)
     return forced_splits(tile, problem.seqlen_k, draw.choice(split_counts(tile, problem, num_sms)))
@@ -210,7 +213,7 @@ def _walk_all(search: Search, num_sms: int) -> None:
 
 
 def _coordinates(plan: DecodePlan) -> dict[str, Any]:
-    names = ("block_m", "swapped", "block_n", "num_warps", "num_stages", "num_splits")
+    names = ("kernel", "block_m", "swapped", "block_n", "num_warps", "num_stages", "num_splits", "num_programs")
     return {name: getattr(plan, name) for name in names}
 
 

@@ -17,10 +17,11 @@ from flashtile.testing import poison
 from flashtile.testing.cases import Case
 from flashtile.testing.inputs import Inputs, hide_unseen, make_inputs
 from flashtile.testing.tolerance import assert_close
-from flashtile.testing.variants import Shape, Share, explicit_plan
+from flashtile.testing.variants import PORTABLE, Share, kernels_choice
 
 HERE = Path(__file__).parent
 Check = Callable[..., None]
+PlanOf = Callable[[Problem, Device, Share], DecodePlan]
 
 
 def _missing() -> str:
@@ -49,21 +50,45 @@ def device() -> Iterator[torch.device]:
     torch.cuda.empty_cache()
 
 
+class Library:
+    """``flashtile`` as it is, or with the portable kernel alone: what the planner prefers elsewhere must not leave that untested."""
+
+    def __init__(self, kernel: str | None) -> None:
+        self.kernel = kernel
+
+    def decode_with_lse(self, *tensors: torch.Tensor, num_splits: int | None = None, **args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        args |= dict(zip(("q", "k_cache", "v_cache", "seqlens_k"), tensors))
+        if self.kernel is None:
+            return flashtile.decode_with_lse(**args, num_splits=num_splits)
+        facts = {name: value for name, value in args.items() if name != "out"}
+        problem = Problem.decode(**facts, out=args.get("out"), lse=True)
+        plan = kernels_choice(problem, Device.of(args["q"]), self.kernel, num_splits)
+        return flashtile.decode_with_lse(**args, plan=plan)
+
+    def decode(self, *tensors: torch.Tensor, **args: Any) -> torch.Tensor:
+        return self.decode_with_lse(*tensors, **args)[0]
+
+
+@pytest.fixture(params=[None, PORTABLE], ids=["choice", "portable"])
+def library(request: pytest.FixtureRequest) -> Library:
+    return Library(request.param)
+
+
 @pytest.fixture
 def check_plans(device: torch.device) -> Check:
-    """``check_plans(case, kernel, shape, shares, seed=0)``: one kernel, shared out in several ways, against the reference in float64.
+    """``check_plans(case, plan_of, shares, seed=0)``: plans of one kernel, shared out in several ways, against the reference in float64.
 
-    Outputs and workspace start as NaN, and so does every key that no query sees. Raises UnsupportedError where the planner
-    refuses the plan.
+    ``plan_of(problem, device, share)`` makes a plan. Outputs and workspace start as NaN, and so does every key that no query
+    sees. Raises UnsupportedError where the planner refuses the plan.
     """
 
-    def check(case: Case, kernel: str, shape: Shape, shares: tuple[Share, ...], seed: int = 0) -> None:
+    def check(case: Case, plan_of: PlanOf, shares: tuple[Share, ...], seed: int = 0) -> None:
         inputs = hide_unseen(make_inputs(case, device, seed=seed))
         expected = reference.decode(**make_inputs(case, "cpu", seed=seed).args)
         problem = Problem.decode(**inputs.args, lse=True)
         for share in shares:
-            plan = explicit_plan(problem, Device.of(device), kernel, shape, share)
-            run_poisoned(inputs, expected, plan, f"{case.name} {shape} {share}")
+            plan = plan_of(problem, Device.of(device), share)
+            run_poisoned(inputs, expected, plan, f"{case.name}, {plan.to_json()}")
 
     return check
 

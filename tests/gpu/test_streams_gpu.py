@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -39,16 +40,16 @@ def test_work_goes_to_the_current_stream(device: torch.device) -> None:
     close_to_reference(out, lse, inputs, "side stream")
 
 
-def test_several_streams_at_once(device: torch.device) -> None:
+def test_several_streams_at_once(device: torch.device, library: Any) -> None:
     many = [make_inputs(PAGED, device, seed=seed) for seed in range(6)]
-    alone = [flashtile.decode(**inputs.args, num_splits=6) for inputs in many]
+    alone = [library.decode(**inputs.args, num_splits=6) for inputs in many]
     streams = [torch.cuda.Stream(device) for _ in many]
     torch.cuda.synchronize()
     for _ in range(10):
         outs = []
         for stream, inputs in zip(streams, many):
             with torch.cuda.stream(stream):
-                outs.append(flashtile.decode(**inputs.args, num_splits=6))
+                outs.append(library.decode(**inputs.args, num_splits=6))
         torch.cuda.synchronize()
         assert all(torch.equal(out, expected) for out, expected in zip(outs, alone))
 
@@ -74,12 +75,12 @@ def test_threads_share_plans_and_kernels(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("num_splits", [None, 1, 7])
-def test_a_graph_replays_with_other_lengths_and_pages(num_splits: int | None, device: torch.device) -> None:
+def test_a_graph_replays_with_other_lengths_and_pages(num_splits: int | None, device: torch.device, library: Any) -> None:
     inputs = make_inputs(replace(PAGED, seqlens_k=(2048,) * 4), device, seed=2)
-    flashtile.decode_with_lse(**inputs.args, num_splits=num_splits)
+    library.decode_with_lse(**inputs.args, num_splits=num_splits)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = flashtile.decode_with_lse(**inputs.args, num_splits=num_splits)
+        out, lse = library.decode_with_lse(**inputs.args, num_splits=num_splits)
     for seed, lengths in enumerate(((700, 33, 1500, 64), (1, 2048, 0, 17), (2048, 2048, 2048, 2048), (5, 6, 7, 8))):
         other = make_inputs(replace(PAGED, seqlens_k=lengths), device, seed=seed)
         for name in ("q", "seqlens_k", "page_table"):
@@ -94,12 +95,12 @@ def test_a_graph_replays_with_other_lengths_and_pages(num_splits: int | None, de
         close_to_reference(out, lse, inputs, f"lengths {lengths}")
 
 
-def test_a_graph_of_many_calls_replays_the_same_bits(device: torch.device) -> None:
+def test_a_graph_of_many_calls_replays_the_same_bits(device: torch.device, library: Any) -> None:
     inputs = make_inputs(Case("graph", (5001,), 1, 32, 8, head_dim=128, dtype="bfloat16"), device, seed=6)
-    eager = flashtile.decode(**inputs.args)
+    eager = library.decode(**inputs.args)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outs = [flashtile.decode(**inputs.args) for _ in range(20)]
+        outs = [library.decode(**inputs.args) for _ in range(20)]
     for _ in range(5):
         for out in outs:
             out.fill_(float("nan"))
