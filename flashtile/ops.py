@@ -10,6 +10,7 @@ import functools
 import importlib
 import math
 import threading
+from collections.abc import Callable
 from types import ModuleType
 from typing import NamedTuple
 
@@ -29,6 +30,9 @@ from flashtile.problem import Problem
 MAX_PREPARED = 4096
 
 
+Result = tuple[torch.Tensor, torch.Tensor | None]
+
+
 class Prepared(NamedTuple):
     """One checked, planned and bound kind of call."""
 
@@ -37,10 +41,12 @@ class Prepared(NamedTuple):
     out_like_q: bool
     head_dim_v: int
     scale: float
+    note: Callable[[tuple[object, ...], DecodeCall], Callable[..., Result | None] | None] | None  # of a runner that can be repeated
 
 
 _PREPARED: dict[Key, Prepared] = {}
 _PREPARING = threading.RLock()
+_repeat: Callable[..., Result | None] | None = None  # decode's arguments to its result, or None for a call that was not recorded
 
 
 def decode(
@@ -65,8 +71,18 @@ def decode(
     plan: DecodePlan | None,
     allow_tf32: bool,
     want_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Result:
     """One decode call on the tensors' own device; the lse is None unless wanted."""
+    global _repeat
+    args = (
+        q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale,
+        sinks, alibi_slopes, out, out_dtype, block_m, num_splits, plan, allow_tf32, want_lse,
+    )  # fmt: skip
+    checking = CHECKING.get()
+    if _repeat is not None and not checking:
+        repeated = _repeat(*args)
+        if repeated is not None:
+            return repeated
     if softcap.__class__ is not float or not 0.0 <= softcap < math.inf:
         check_number("softcap", softcap, minimum=0.0)
         softcap = float(softcap)
@@ -87,7 +103,7 @@ def decode(
         _check_choice(block_m, num_splits, plan)
         holds_keys = k_cache.numel() > 0
         prepared = _prepare(key, problem, q.device, holds_keys, block_m=block_m, num_splits=num_splits, plan=plan)
-    run, dtype_out, out_like_q, head_dim_v, default_scale = prepared
+    run, dtype_out, out_like_q, head_dim_v, default_scale, note = prepared
 
     if out is None:
         if out_like_q:
@@ -102,9 +118,11 @@ def decode(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, sinks, alibi_slopes, out, lse,
         default_scale if scale is None else scale, softcap,
     )  # fmt: skip
-    if CHECKING.get():
+    if checking:
         check_decode_values(call, max_seqlen_q, None if window is None else window[0])
     run(call)
+    if note is not None:
+        _repeat = note(args, call) or _repeat
     return out, lse
 
 
@@ -141,7 +159,9 @@ def _prepare(
             if device.type == "cpu":
                 run = torch.no_grad()(run)  # the CPU engine is made of torch's differentiable operations
         like_q = problem.dtype_out == problem.dtype_q and problem.head_dim_v == problem.head_dim
-        prepared = Prepared(run, getattr(torch, problem.dtype_out), like_q, problem.head_dim_v, problem.head_dim**-0.5)
+        prepared = Prepared(
+            run, getattr(torch, problem.dtype_out), like_q, problem.head_dim_v, problem.head_dim**-0.5, getattr(run, "note", None)
+        )  # fmt: skip
         if key is not None:
             if len(_PREPARED) >= MAX_PREPARED:
                 _PREPARED.pop(next(iter(_PREPARED)))

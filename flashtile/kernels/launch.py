@@ -8,9 +8,7 @@ compiled. A launch then costs one call into Triton's C launcher, with pointers a
 from __future__ import annotations
 
 import functools
-import re
 import shutil
-import struct
 import subprocess
 import threading
 from collections.abc import Callable, Mapping
@@ -30,10 +28,12 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from triton.runtime.interpreter import InterpretedFunction
 
 from flashtile.errors import ToolchainError, UnsupportedError
+from flashtile.kernels.block import Described, Kernel, NotReplayable, sizes_of
+from flashtile.kernels.cubin import parameter_sizes, stack_bytes
+from flashtile.kernels.replay import DeviceRunner, Recorder
 
 _MAX_REGISTERS = 255  # a thread of NVIDIA's
 _REGISTERS_A_BLOCK = 65536
-_NV_INFO = 0x70000000  # the type of an ELF section with a kernel's attributes
 
 GLUON_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
 _CACHED_MAPS = 4096  # tensor maps of 128 bytes: an engine has two for each layer's cache
@@ -122,6 +122,19 @@ class Spec:
         """Positions of the parameters that are tensor descriptors."""
         return tuple(i for i, name in enumerate(self.kernel.arg_names) if isinstance(self.args.get(name), Descriptor))
 
+    def parameters(self, metas: Any) -> tuple[Any, ...]:
+        """The run-time parameters as `block.Kernel` wants them; ``metas`` are what Triton says of each descriptor."""
+        described = iter(metas or ())
+
+        def visit(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(visit(field) for field in value)
+            if isinstance(value, Descriptor):
+                return Described(len(value.box), functools.partial(_encoded, next(described)))
+            return None if value is None else value.type
+
+        return tuple(visit(self.args.get(name)) for name in self.kernel.arg_names)
+
 
 _COMPILED: dict[Any, Launch] = {}
 _COMPILING = threading.RLock()
@@ -153,19 +166,6 @@ def compile_spec(spec: Spec, target: GPUTarget) -> Any:
     return min(compiled, freed, key=lambda kernel: stack_bytes(kernel.asm["cubin"]))
 
 
-def stack_bytes(cubin: bytes) -> int:
-    """The kernel's stack frame, where spilled registers lie: EIATTR_FRAME_SIZE in the binary's .nv.info sections."""
-    table, size, count = *struct.unpack_from("<Q", cubin, 0x28), *struct.unpack_from("<HH", cubin, 0x3A)
-    frames = [0]
-    for header in range(table, table + size * count, size):
-        (kind,) = struct.unpack_from("<I", cubin, header + 4)
-        if kind == _NV_INFO:
-            start, length = struct.unpack_from("<QQ", cubin, header + 24)
-            found = re.findall(rb"\x04\x11\x08\x00.{4}(.{4})", cubin[start : start + length], re.DOTALL)
-            frames += [int.from_bytes(frame, "little") for frame in found]
-    return max(frames)
-
-
 def launcher(spec: Spec, device: torch.device) -> Launch:
     """A launch function for ``spec`` on ``device``: compiled once a process, thread-safe."""
     key = (device, spec.key())
@@ -185,17 +185,7 @@ def on_device(run: Callable[[int, Any], None], device: torch.device) -> Callable
     """Runs ``run(stream, call)`` with ``device`` current, on its current stream (0 where the interpreter runs on a CPU)."""
     if device.type != "cuda":
         return functools.partial(run, 0)
-    index = torch.cuda.current_device() if device.index is None else device.index
-    current_device, current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
-
-    def guarded(call: Any) -> None:
-        if current_device() == index:
-            run(current_stream(index), call)
-        else:
-            with torch.cuda.device(index):
-                run(current_stream(index), call)
-
-    return guarded
+    return DeviceRunner(run, torch.cuda.current_device() if device.index is None else device.index)
 
 
 def workspace(num_floats: int, device: torch.device) -> torch.Tensor:
@@ -223,24 +213,48 @@ def _compiled_launch(spec: Spec, device: torch.device) -> Callable[..., None]:
                 raise
             raise _without_toolchain(error) from error
     _compilations += 1
-    return _raw_launch(compiled, run, target, spec.descriptors())
+    return _raw_launch(compiled, run, target, spec.descriptors(), kernel_of(compiled, run, spec))
 
 
-def _raw_launch(compiled: Any, run: Any, target: GPUTarget, descriptors: tuple[int, ...] = ()) -> Callable[..., None]:
-    """The shortest way into the driver that this Triton is known to have; ``compiled.run`` on any other.
+def kernel_of(compiled: Any, run: Any, spec: Spec) -> Kernel | None:
+    """The kernel as the driver launches it; None where it needs more than that, or does not take what Triton was seen to pass."""
+    metadata = compiled.metadata
+    if metadata.target.backend != "cuda" or _scratch(run) or metadata.num_ctas != 1:
+        return None
+    kernel = Kernel(
+        compiled.function, 32 * metadata.num_warps, metadata.shared, metadata.launch_pdl, metadata.launch_cooperative_grid,
+        spec.parameters(getattr(metadata, "tensordesc_meta", None)),
+    )  # fmt: skip
+    try:
+        return kernel if sizes_of(kernel) == parameter_sizes(compiled.asm["cubin"]) else None
+    except NotReplayable:
+        return None
 
-    A profiler that listens to Triton's launch hooks is served by Triton's own, slower way.
+
+def _scratch(run: Any) -> int:
+    """Bytes that Triton has to allocate for each launch."""
+    return getattr(run, "global_scratch_size", 0) or getattr(run, "profile_scratch_size", 0)
+
+
+def _raw_launch(
+    compiled: Any, run: Any, target: GPUTarget, descriptors: tuple[int, ...] = (), kernel: Kernel | None = None
+) -> Callable[..., None]:
+    """The shortest way into the driver through a Triton that is known; ``compiled.run`` on any other.
+
+    A profiler that listens to Triton's launch hooks is served by Triton's own, slower way. A Recorder that comes in the
+    stream's place is told what would be launched.
     """
     function, metadata = compiled.function, compiled.packed_metadata
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    needs_scratch = getattr(run, "global_scratch_size", 0) or getattr(run, "profile_scratch_size", 0)
     enter, leave = (getattr(hook, "calls", ()) for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook))
 
-    def by_triton(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
+    def by_triton(grid_x: int, grid_y: int, stream: Any, *args: Any) -> None:
+        if stream.__class__ is Recorder:
+            return stream.note(kernel, grid_x, grid_y, args)
         described = (_described(arg) if i in descriptors else arg for i, arg in enumerate(args))
         compiled[grid_x, grid_y, 1](*described, stream=stream)
 
-    if target.backend != "cuda" or needs_scratch or not hasattr(run, "launch"):
+    if target.backend != "cuda" or _scratch(run) or not hasattr(run, "launch"):
         return by_triton
     raw, cooperative, pdl = run.launch, run.launch_cooperative_grid, run.launch_pdl
     mapped = None
@@ -250,8 +264,8 @@ def _raw_launch(compiled: Any, run: Any, target: GPUTarget, descriptors: tuple[i
         mapped = tensor_maps(compiled.metadata.tensordesc_meta, descriptors)
     if version == (3, 6):
 
-        def by_launcher_36(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
-            if enter or leave:
+        def by_launcher_36(grid_x: int, grid_y: int, stream: Any, *args: Any) -> None:
+            if enter or leave or stream.__class__ is Recorder:
                 return by_triton(grid_x, grid_y, stream, *args)
             if mapped is not None:
                 args = mapped(args)
@@ -261,8 +275,8 @@ def _raw_launch(compiled: Any, run: Any, target: GPUTarget, descriptors: tuple[i
     if version == (3, 7) and hasattr(run, "arg_annotations"):
         annotations, signature = run.arg_annotations, run.kernel_signature
 
-        def by_launcher_37(grid_x: int, grid_y: int, stream: int, *args: Any) -> None:
-            if enter or leave:
+        def by_launcher_37(grid_x: int, grid_y: int, stream: Any, *args: Any) -> None:
+            if enter or leave or stream.__class__ is Recorder:
                 return by_triton(grid_x, grid_y, stream, *args)
             if mapped is not None:
                 args = mapped(args)
@@ -292,13 +306,18 @@ def tensor_maps(metas: Any, positions: tuple[int, ...]) -> Callable[[tuple[Any, 
             if known is None:
                 if len(kept) >= _CACHED_MAPS:
                     kept.clear()
-                known = kept[key] = tuple(make_tensordesc_arg(_described(tensor), meta))
+                known = kept[key] = _encoded(meta, tensor)
             flat += args[done:position]
             flat += known
             done = position + 1
         return (*flat, *args[done:])
 
     return mapped
+
+
+def _encoded(meta: Any, tensor: torch.Tensor) -> tuple[Any, ...]:
+    """What Triton passes for a tensor descriptor: the tensor map, then shape and strides."""
+    return tuple(make_tensordesc_arg(_described(tensor), meta))
 
 
 def _described(tensor: torch.Tensor) -> SimpleNamespace:

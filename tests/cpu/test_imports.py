@@ -42,6 +42,7 @@ MAY_IMPORT_TRITON = (
     "flashtile.kernels.decode",
     "flashtile.kernels.combine",
     "flashtile.kernels.launch",
+    "flashtile.kernels.native",
     "flashtile.kernels.tile",
     "flashtile.kernels.compiled",
 )

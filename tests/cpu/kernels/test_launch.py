@@ -191,6 +191,7 @@ class FakeKernel:
 
     function = 1234
     packed_metadata = (4, 1, 0)
+    metadata = SimpleNamespace(target=GPUTarget("hip", "gfx942", 64))
 
     def __init__(self, **attributes: Any) -> None:
         self.calls: list[tuple[str, Any]] = []
