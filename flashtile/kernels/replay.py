@@ -116,6 +116,10 @@ class Replays:
         self._seen: dict[bytes, int] = {}  # calls of each kind, up to the one that is recorded
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        """Kinds of calls that are repeated."""
+        return len(self._table)
+
     def note(self, run: Callable[[Any, DecodeCall], None], device: int, args: tuple[Any, ...], call: DecodeCall) -> None:
         """Notes a call that has just been run on ``device``, which is current, and records it if that is worth it."""
         key = self._table.key(*args)
