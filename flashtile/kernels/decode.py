@@ -53,6 +53,9 @@ from flashtile.problem import DTYPE_BYTES, Problem
 
 _LOG2E: float = LOG2E.value
 _FAR = 2**31  # elements that an int32 offset cannot span
+_FEW_ROWS = 16
+_FREE_WARPS = 4  # whose threads may have all registers that an instruction can name, two programs an SM
+_REGISTERS_OF_HALF_AN_SM = 32_768
 _MAX_SPLITS = 65_535  # a grid's y axis
 
 
@@ -388,8 +391,14 @@ def decode_spec(problem: Problem, plan: DecodePlan, *, far_keys: bool = False, s
             "PRECISION": "tf32" if problem.allow_tf32 else "ieee",
             "PDL": combines(plan) and plan.dependent_launch,
         },
-        options={"num_warps": plan.num_warps, "num_stages": plan.num_stages},
+        options={"num_warps": plan.num_warps, "num_stages": plan.num_stages, **_register_limit(plan)},
     )
+
+
+def _register_limit(plan: DecodePlan) -> dict[str, int]:
+    """Where few rows are held by many warps, a line's programs can do with half an SM's registers each, if they are told to."""
+    told = plan.num_programs > 0 and plan.block_m <= _FEW_ROWS and plan.num_warps > _FREE_WARPS
+    return {"maxnreg": _REGISTERS_OF_HALF_AN_SM // (32 * plan.num_warps)} if told else {}
 
 
 def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
