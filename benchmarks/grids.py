@@ -147,8 +147,8 @@ def _beside_even(name: str, lengths: tuple[int, ...], page_size: int) -> Entry:
 
 
 def host() -> list[Entry]:
-    """Where the host's work is as large as the kernel's."""
-    return [even(1, 512, GQA), even(1, 4096, GQA), even(8, 2048, GQA)]
+    """Where the host's work is as large as the kernel's: with a combine, then without (as many units as SMs, and more)."""
+    return [even(1, 512, GQA), even(1, 4096, GQA), even(8, 2048, GQA), even(64, 64, GQA)]
 
 
 def floor() -> list[Entry]:

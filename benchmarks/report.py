@@ -1,6 +1,6 @@
 """Turns results/*.json into the tables of docs/performance.md: ``python -m benchmarks.report [--check]``.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a grid's.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a grid's, or ``targets`` for what decode is held to.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from benchmarks import choices, targets
 from benchmarks.targets import Row
 
 GRIDS = ("seqlen1", "speculative", "paged", "ragged", "floor", "search", "sweep", "host", "cpu")
+TABLES = ("targets", *GRIDS)
 HERE = Path(__file__).parent
 LABELS = {
     "flashtile": "flashtile", "fa2": "FA2", "fa3": "FA3", "flashinfer_tc": "FlashInfer tc", "flashinfer_cc": "FlashInfer cc",
@@ -65,8 +66,22 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Markdown of each grid's table."""
-    return {grid: _table(grid, results[grid]) if grid in results else "Not measured yet.\n" for grid in GRIDS}
+    """Markdown of each table."""
+    made = {grid: _table(grid, results[grid]) if grid in results else "Not measured yet.\n" for grid in GRIDS}
+    return {"targets": _targets(results), **made}
+
+
+def _targets(results: dict[str, dict[str, Any]]) -> str:
+    """Every target with what was reached, and the commit that the figure is from."""
+    rows = {grid: [row for row in data["entries"] if not row.get("skipped")] for grid, data in results.items()}
+    goals = targets.goals(rows)
+    if all(goal.met is None for goal in goals):
+        return "Not measured yet.\n"
+    answers = {True: "yes", False: "**no**", None: "-"}
+    cells = [
+        [goal.what, goal.bar, goal.reached, answers[goal.met], "-" if goal.met is None else results[goal.grid]["commit"]] for goal in goals
+    ]
+    return _markdown(["what, against whom", "target", "reached", "met", "commit"], cells)
 
 
 def _table(grid: str, data: dict[str, Any]) -> str:
@@ -77,8 +92,7 @@ def _table(grid: str, data: dict[str, Any]) -> str:
     if judged is not None:
         parts.append(f"**{judged.figure}.**" + ("" if judged.misses else " No miss.") + "\n")
     if cells:
-        marks = ["---"] + ["---:"] * (len(header) - 1)
-        parts.append("\n".join("| " + " | ".join(row) + " |" for row in [header, marks, *cells]) + "\n")
+        parts.append(_markdown(header, cells))
     for title, items in (("Misses", judged.misses if judged else ()), ("Failures", targets.failures(rows))):
         if items:
             parts.append(f"{title}:\n\n" + "\n".join(f"- {item.splitlines()[0]}" for item in items) + "\n")
@@ -89,6 +103,11 @@ def _table(grid: str, data: dict[str, Any]) -> str:
         parts.append(f"Not reached in the time given: {skipped} problems.\n")
     parts.append(_provenance(data))
     return "\n".join(parts)
+
+
+def _markdown(header: list[str], cells: list[list[str]]) -> str:
+    marks = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, marks, *cells]) + "\n"
 
 
 def _provenance(data: dict[str, Any]) -> str:
@@ -114,8 +133,10 @@ def _times(value: float | None) -> str:
 def _tile(plan: dict[str, Any] | None) -> str:
     if not plan:
         return "-"
-    tile = f"{plan['block_m']}{'s' if plan['swapped'] else ''} x {plan['block_n']}"
-    return f"{tile}, {plan['num_warps']}, {plan['num_stages']}, {plan['num_splits']}"
+    kernel = plan.get("kernel", "").partition(".")[0]
+    tile = f"{kernel} {plan['block_m']}{'s' if plan['swapped'] else ''} x {plan['block_n']}".strip()
+    share = f"p{plan['num_programs']}" if plan.get("num_programs") else str(plan["num_splits"])
+    return f"{tile}, {plan['num_warps']}, {plan['num_stages']}, {share}"
 
 
 def _against_peers(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
@@ -186,11 +207,12 @@ def _against_sweep(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _host_times(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     shown = [name for name in LABELS if any("host_us" in row.get("results", {}).get(name, {}) for row in rows)]
-    header = ["problem", *(f"{LABELS[name]} GPU / host" for name in shown)]
+    header = ["problem", "kernels", *(f"{LABELS[name]} GPU / host" for name in shown)]
     cells = []
     for row in rows:
         of = [row.get("results", {}).get(name, {}) for name in shown]
-        cells.append([row["name"], *(f"{_us(result.get('gpu_us'))} / {_us(result.get('host_us'))}" for result in of)])
+        times = [f"{_us(result.get('gpu_us'))} / {_us(result.get('host_us'))}" for result in of]
+        cells.append([row["name"], str(targets.kernels_launched(row)), *times])
     return header, cells
 
 
