@@ -6,6 +6,8 @@ accumulator of 16 rows, the matrix instruction's; with 64 and 128 rows each warp
 
 from __future__ import annotations
 
+from math import gcd
+
 from flashtile.planner.figures import Architecture, Mma
 from flashtile.planner.tiles import TileShape
 from flashtile.problem import Problem
@@ -13,13 +15,24 @@ from flashtile.problem import Problem
 MIN_BOX_DIM = 64  # 128 bytes of 16-bit values: the width that shared memory is swizzled in
 INPUT_BYTES = 2
 INSTRUCTION_ROWS = 16  # of mma.sync, and of each warp of a wgmma
-SHARED_SCRATCH = 1024  # barriers and alignment of the ring
-REGISTERS_BASE = 32  # addresses, barriers' phases, row statistics of the mma.sync tiles
-REGISTERS_PER_OWN_KEY = 1.9  # scores, probabilities and fragments, a key that a warp owns
-WGMMA_REGISTERS_BASE = 48
-REGISTERS_PER_SCORE = 1.5  # wgmma: a score and its packed probability
-REGISTERS_PER_FEATURE = 7  # each of softcap, ALiBi, paging and packed queries
 WARP = 32
+LONG_HEAD = 128
+DEEP_LONG_RING = 12  # registers for a ring of more than two stages beside a head dim beyond LONG_HEAD
+SHARED_SCRATCH = 1024  # barriers and alignment of the ring
+MERGE_KEPT_ROWS = 8  # rows of the warps' accumulators that stay in registers while they merge
+REGISTERS_PER_BOX = 5  # paging: the place of each box of a tile, for this tile and those ahead
+# Where warps own keys:
+OWN_KEYS_BASE = 32  # addresses, barriers' phases, row statistics
+REGISTERS_PER_OWN_KEY = 1.9  # scores, probabilities and fragments, a key that a warp owns
+OWN_KEYS_SHARED_TILES = 36  # a batch's tiles shared by programs: the next unit while this one ends
+OWN_KEYS_FEATURE = {False: 1, True: 12}  # each of softcap, ALiBi, paging and packed queries, without and with shared tiles
+# Where warps own rows:
+OWN_ROWS_BASE = 48
+REGISTERS_PER_SCORE = 1.5  # a score and its packed probability
+OWN_ROWS_LONG_HEAD_PER_KEY = 3 / 8  # head dims beyond 128: tiles that span several swizzled columns
+OWN_ROWS_SHARED_TILES = 16
+OWN_ROWS_SHARED_TILES_PER_KEY = 3 / 8
+OWN_ROWS_FEATURE_PER_KEY = 3 / 32
 
 
 def box_dim(dim: int) -> int:
@@ -37,22 +50,40 @@ def gluon_mma(tile: TileShape, arch: Architecture) -> Mma | None:
     return next((mma for mma in arch.mmas if (mma.warps == 1) == owns_keys(tile)), None)
 
 
+def shares_tiles(problem: Problem) -> bool:
+    """Whether programs may share the key tiles of a batch (stream-K), which takes registers and shared memory of its own."""
+    return problem.batch > 1
+
+
 def gluon_shared_memory(problem: Problem, tile: TileShape) -> int:
-    """Bytes of shared memory: the ring, in which the warps' accumulators may meet at the end, the query tile, barriers."""
+    """Bytes of shared memory: the ring, the query tile, barriers, and where the warps' accumulators meet.
+
+    They meet in the ring, unless it is being filled for the next unit by then.
+    """
     dim, dim_v = box_dim(problem.head_dim), box_dim(problem.head_dim_v)
     ring = tile.num_stages * tile.block_n * (dim + dim_v) * INPUT_BYTES
-    merge = tile.num_warps * tile.block_m * dim_v * 4 if owns_keys(tile) else 0
+    merge = max(0, tile.num_warps * tile.block_m - MERGE_KEPT_ROWS) * dim_v * 4 if owns_keys(tile) else 0
     q_bytes = max(INSTRUCTION_ROWS, tile.block_m) * dim * INPUT_BYTES
-    return max(ring, merge) + q_bytes + SHARED_SCRATCH
+    return (ring + merge if shares_tiles(problem) else max(ring, merge)) + q_bytes + SHARED_SCRATCH
 
 
 def gluon_registers(problem: Problem, tile: TileShape, features: int) -> int:
-    """32-bit registers that one thread would like to have, for a kernel with so many features."""
+    """32-bit registers that one thread would like to have, for a kernel with so many features.
+
+    An accumulator of 16 rows a warp; then q's fragments and what each of a warp's own keys takes, or the scores of all keys.
+    """
     dim, dim_v = box_dim(problem.head_dim), box_dim(problem.head_dim_v)
     accumulator = INSTRUCTION_ROWS * dim_v / WARP
+    boxes = tile.block_n // gcd(problem.page_size, tile.block_n) if problem.page_size else 0
+    shares = shares_tiles(problem)
     if owns_keys(tile):
         q = INSTRUCTION_ROWS * dim * INPUT_BYTES / 4 / WARP
-        work = q + REGISTERS_PER_OWN_KEY * tile.block_n / tile.num_warps + REGISTERS_BASE
+        work = OWN_KEYS_BASE + q + REGISTERS_PER_OWN_KEY * tile.block_n / tile.num_warps + OWN_KEYS_FEATURE[shares] * features
+        shared_tiles = float(OWN_KEYS_SHARED_TILES)
     else:
-        work = REGISTERS_PER_SCORE * INSTRUCTION_ROWS * tile.block_n / WARP + WGMMA_REGISTERS_BASE
-    return int(accumulator + work + REGISTERS_PER_FEATURE * features)
+        scores = REGISTERS_PER_SCORE * INSTRUCTION_ROWS * tile.block_n / WARP
+        work = OWN_ROWS_BASE + scores + OWN_ROWS_FEATURE_PER_KEY * tile.block_n * features
+        work += OWN_ROWS_LONG_HEAD_PER_KEY * tile.block_n if max(dim, dim_v) > LONG_HEAD else 0.0
+        shared_tiles = OWN_ROWS_SHARED_TILES + OWN_ROWS_SHARED_TILES_PER_KEY * tile.block_n
+    work += DEEP_LONG_RING if max(dim, dim_v) > LONG_HEAD and tile.num_stages > 2 else 0
+    return int(accumulator + work + REGISTERS_PER_BOX * boxes + (shared_tiles if shares else 0.0))

@@ -239,7 +239,7 @@ def worth_trying(tile: Tile, rows: int, has_mma: bool) -> bool:
 def fitting_tiles(problem: Problem, device: Device, kernel: str) -> tuple[Fit, ...]:
     """For each query tile of a kernel the preferred shape that fits the device; query tiles without one are left out."""
     kind = (problem.head_dim, problem.head_dim_v, problem.dtype_q, problem.dtype_k, problem.dtype_v, problem.allow_tf32)
-    features = (problem.softcap, problem.alibi, problem.ragged_q)
+    features = (problem.softcap, problem.alibi, problem.ragged_q, problem.batch > 1)
     # of a page's size only its powers of two matter, for keys are gathered where it is no multiple of block_n
     page_size = gcd(problem.page_size, MAX_BLOCK_N) if problem.page_size else 0
     work = work_of(problem)
@@ -257,14 +257,15 @@ def _fitting_tiles(
     device: Device,
     kernel: str,
     kind: tuple[int, int, str, str, str, bool],
-    features: tuple[bool, bool, bool],
+    features: tuple[bool, bool, bool, bool],
     page_size: int,
     alignment: int,
 ) -> tuple[tuple[int, tuple[tuple[int, Fit | None], ...]], ...]:
     """For each query tile and regime of units the first shape that fits, if one does."""
     head_dim, head_dim_v, dtype_q, dtype_k, dtype_v, allow_tf32 = kind
-    softcap, alibi, ragged_q = features
+    softcap, alibi, ragged_q, several = features
     problem = Problem(
+        batch=2 if several else 1,  # whether programs may share tiles
         head_dim=head_dim, head_dim_v=head_dim_v, dtype_q=dtype_q, dtype_k=dtype_k, dtype_v=dtype_v, allow_tf32=allow_tf32,
         softcap=softcap, alibi=alibi, ragged_q=ragged_q, page_size=page_size, alignment=alignment,
     )  # fmt: skip

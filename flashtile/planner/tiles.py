@@ -95,9 +95,10 @@ _TRITON: dict[Variant, tuple[Shape, ...]] = {
 
 # Hopper's kernel. The first shape of each regime measured best for head dim 128 on one H200; the later ones are for longer heads.
 _OWN_KEYS_SMALL = ((64, 4, 3), (64, 4, 2), (32, 2, 3), (32, 2, 2))
-_OWN_KEYS_TALL = (
-    Regime(DEEP_UNITS_PERCENT, ((128, 4, 2), (64, 4, 3), (64, 4, 2), (32, 4, 2))),
-    Regime(WAVE_UNITS_PERCENT, ((64, 4, 3), (64, 4, 2), (32, 4, 2))),
+_OWN_KEYS_CROWDED = ((64, 2, 2), (32, 2, 3), (64, 4, 2), (32, 2, 2))
+_OWN_ROWS = (
+    Regime(DEEP_UNITS_PERCENT, ((128, 4, 2), (64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2))),
+    Regime(WAVE_UNITS_PERCENT, ((64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2))),
     Regime(ANY_UNITS, ((64, 4, 2), (32, 4, 2))),
 )
 _GLUON: dict[Variant, tuple[Regime, ...]] = {
@@ -105,17 +106,17 @@ _GLUON: dict[Variant, tuple[Regime, ...]] = {
         Regime(SPLIT_UNITS_PERCENT, ((128, 4, 2), *_OWN_KEYS_SMALL)),
         Regime(DEEP_UNITS_PERCENT, ((128, 4, 3), *_OWN_KEYS_SMALL)),
         Regime(WAVE_UNITS_PERCENT, _OWN_KEYS_SMALL),
-        Regime(ANY_UNITS, ((64, 2, 2), *_OWN_KEYS_SMALL[1:])),
+        Regime(ANY_UNITS, _OWN_KEYS_CROWDED),
     ),
     (16, False): (
         # 64 keys leave room for the registers of 16 rows
         Regime(SPLIT_UNITS_PERCENT, _OWN_KEYS_SMALL),
         Regime(DEEP_UNITS_PERCENT, ((128, 4, 3), *_OWN_KEYS_SMALL)),
         Regime(WAVE_UNITS_PERCENT, _OWN_KEYS_SMALL),
-        Regime(ANY_UNITS, ((64, 2, 2), *_OWN_KEYS_SMALL[1:])),
+        Regime(ANY_UNITS, _OWN_KEYS_CROWDED),
     ),
-    (64, False): _OWN_KEYS_TALL,
-    (128, False): tuple(Regime(most, tuple((keys, 8, stages) for keys, _, stages in shapes)) for most, shapes in _OWN_KEYS_TALL),
+    (64, False): _OWN_ROWS,
+    (128, False): tuple(Regime(most, tuple((keys, 8, stages) for keys, _, stages in shapes)) for most, shapes in _OWN_ROWS),
 }
 
 SHAPES: dict[str, dict[Variant, tuple[Regime, ...]]] = {
