@@ -181,7 +181,7 @@ def _elsewhere(problem: Problem) -> str:
     plan = explanation.plan
     return (
         f"On an H200, with 32/8 heads, the same step would get tile {plan.block_m}{' with operands swapped' if plan.swapped else ''}, "
-        f"{plan.block_n} keys a step and {plan.num_splits} split{'s' if plan.num_splits > 1 else ''} "
+        f"{plan.block_n} keys a step and {explanation.schedule} "
         f"(predicted: {explanation.predicted_us:.1f} us)."
     )
 
