@@ -13,10 +13,11 @@ import torch
 import flashtile
 from benchmarks.grids import Entry, shrunk
 from benchmarks.sets import InputSets
+from flashtile.kernels.tile.schedule import sequences_at_once
 from flashtile.planner.plans import DecodePlan
 
 SECONDS_A_BATCH = 150
-SMALL_KEYS, SMALL_BATCH = 2048, 2  # what a worker allocates: kernels depend neither on lengths nor on the batch
+SMALL_KEYS = 64  # of each sequence that a worker allocates: kernels do not depend on lengths
 
 
 class Compilers:
@@ -30,8 +31,10 @@ class Compilers:
 
     def compile(self, wanted: Iterable[tuple[Entry, DecodePlan]], seconds: float = SECONDS_A_BATCH) -> int:
         """Compiles what no earlier call has; returns how many kinds of plan that were."""
+        if self._pool is None:
+            return 0
         new = {key: job for job in wanted if (key := _kind(*job)) not in self._compiled}
-        if self._pool is None or len(new) < 2:
+        if len(new) < 2:
             return 0
         self._compiled |= set(new)
         entries, plans = zip(*new.values())
@@ -53,9 +56,11 @@ class Compilers:
 
 def _kind(entry: Entry, plan: DecodePlan) -> Any:
     """Equal for plans of which at most the numbers differ that kernels take at run time."""
-    problem = (entry.num_heads_q, entry.num_heads_kv, entry.head_dim, entry.dtype, entry.page_size, entry.seqlen_q)
-    splits = 1 << (plan.num_splits - 1).bit_length()
-    return problem, splits, plan.num_programs > 0, plan.with_(keys_per_split=0, min_keys_per_split=0, num_splits=1, num_programs=0)
+    batch = sequences_at_once(entry.batch) if plan.num_programs else 0
+    problem = (entry.num_heads_q, entry.num_heads_kv, entry.head_dim, entry.dtype, entry.page_size, entry.seqlen_q, batch)
+    counts = tuple(max(0, count - 1).bit_length() for count in (plan.num_splits, plan.num_programs))
+    tile = plan.with_(keys_per_split=0, min_keys_per_split=0, num_splits=1, num_programs=0)
+    return problem, tile, counts, plan.num_programs > 0
 
 
 @cache
@@ -66,7 +71,7 @@ def _inputs_of(entry: Entry) -> InputSets:
 def _run_once(entry: Entry, plan: DecodePlan) -> None:
     """In a worker: one call; what refuses the plan says so where it is timed."""
     try:
-        flashtile.decode(**_inputs_of(shrunk(entry, SMALL_KEYS, SMALL_BATCH)).args(0), plan=plan)
+        flashtile.decode(**_inputs_of(shrunk(entry, SMALL_KEYS, entry.batch)).args(0), plan=plan)
         torch.cuda.synchronize()
     except Exception:
         return

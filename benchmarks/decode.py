@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ from flashtile.planner.device import Device
 
 # what each grid gets of the time that is left, where several run
 SHARES = {"host": 2, "seqlen1": 10, "speculative": 3, "paged": 2, "ragged": 4, "floor": 3, "search": 10}
+PEERLESS = ("floor", "search")  # these are held to something else, and the peers' time is better spent elsewhere
 LEAST_SECONDS = 1.0
 
 
@@ -45,7 +46,7 @@ class Budget:
 
 
 def main(
-    grid: Annotated[str, typer.Option(help=f"One of {', '.join(grids.GRID_NAMES)}, or all.")] = "seqlen1",
+    grid: Annotated[str, typer.Option(help=f"Of {', '.join(grids.GRID_NAMES)} one or several (a,b), or all.")] = "seqlen1",
     out: Annotated[Path, typer.Option(help="Folder for the JSON files.")] = Path("benchmarks/results"),
     budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 300.0,
     with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time other libraries beside us.")] = True,
@@ -66,7 +67,7 @@ def main(
     ] = True,
 ) -> None:
     """Checks and times the problems of a grid; exits with 3 where the device was lost (run again with --resume)."""
-    names = list(SHARES) if grid == "all" else [grid]
+    names = list(SHARES) if grid == "all" else grid.split(",")
     if not set(names) <= set(grids.GRID_NAMES):
         raise typer.BadParameter(f"{grid} is none of {', '.join(grids.GRID_NAMES)}, all", param_hint="--grid")
     where = torch.device(device)
@@ -108,36 +109,37 @@ class _Runner:
         entries = [entry for entry in self._entries(name) if only in entry.name]
         print(f"{name}: {len(entries)} problems, {budget.left:.0f} s; {head['device']}, commit {head['commit']}", flush=True)
         entries = [entry for entry in entries if not record.has(entry.name)]
-        self._prepare(name, entries, budget)
+        options = replace(self.options, peers=()) if name in PEERLESS and len(self.options.peers) > 1 else self.options
+        self._prepare(name, entries, budget, options)
         for position, entry in enumerate(entries):
             if not budget.allows_another():
                 record.add({"name": entry.name, "skipped": "no time left"})
                 print(f"{entry.name}: skipped, no time left", flush=True)
                 continue
             seconds = budget.left / (len(entries) - position)
-            self._one(record, entry, budget, lambda entry=entry, s=seconds: self._measure(name, entry, s))  # type: ignore[misc]
+            self._one(record, entry, budget, lambda entry=entry, s=seconds: self._measure(name, entry, s, options))  # type: ignore[misc]
         print(f"{name}: {sum('skipped' not in e for e in record.entries)} of {len(entries)} done, {record.path}", flush=True)
 
     def _entries(self, name: str) -> list[grids.Entry]:
         entries = grids.grid(name)
         return [grids.shrunk(entry) for entry in entries] if self.dry_run else entries
 
-    def _prepare(self, name: str, entries: list[grids.Entry], budget: Budget) -> None:
+    def _prepare(self, name: str, entries: list[grids.Entry], budget: Budget, options: Options) -> None:
         """What only the first call of a kind takes, outside of any entry's time: an entry that seems slow would cut others."""
         began = time.monotonic()
-        device = self.options.device
+        device = options.device
         if name != "search" and device.type == "cuda":
             known = Device.of(device)
             problems = [one for entry in entries for one in (entry, entry.beside) if one is not None]
             self.compilers.compile([(one, plan_decode(one.problem(), known)) for one in problems], 0.4 * budget.left)
-        if self.warm_peers and self.options.peers and entries:
-            warm(entries, self.options)
+        if self.warm_peers and options.peers and entries:
+            warm(entries, options)
         print(f"{name}: prepared in {time.monotonic() - began:.0f} s", flush=True)
 
-    def _measure(self, name: str, entry: grids.Entry, seconds: float) -> dict[str, Any]:
+    def _measure(self, name: str, entry: grids.Entry, seconds: float, options: Options) -> dict[str, Any]:
         if name == "search":
-            return regret(entry, self.options.device, max(6.0, 1.5 * seconds), self.compilers, self.full_search)
-        return measure(entry, self.options)
+            return regret(entry, options.device, max(6.0, 1.5 * seconds), self.compilers, self.full_search)
+        return measure(entry, options)
 
     def _one(self, record: Record, entry: grids.Entry, budget: Budget, work: Callable[[], dict[str, Any]]) -> None:
         record.begin(entry.name)

@@ -79,12 +79,7 @@ sweep) sweep "$@" ;;
 core) measure 100 --grid all --no-peers --compilers 12 ;;
 peers)
   for part in "$@"; do PEERS_DIR=$peers_dir bash "$part/unpack.sh" "$part" >/dev/null || echo "could not unpack $part"; done
-  measure 15 --grid host
-  measure 60 --grid seqlen1
-  measure 60 --grid speculative
-  measure 50 --grid ragged
-  measure 50 --grid paged
-  measure 100 --grid floor --no-peers
+  measure 100 --grid host,seqlen1,speculative,ragged,paged,floor # in one process: the peers load for tens of seconds
   ;;
 search) measure 100 --grid search --no-peers --compilers 12 ;;
 sanitize)

@@ -17,7 +17,7 @@ from benchmarks import choices, targets
 from benchmarks.targets import Row
 
 GRIDS = ("seqlen1", "speculative", "paged", "ragged", "floor", "search", "sweep", "host", "cpu")
-TABLES = ("targets", *GRIDS)
+TABLES = ("targets", *GRIDS, "sanitize")
 HERE = Path(__file__).parent
 LABELS = {
     "flashtile": "flashtile", "fa2": "FA2", "fa3": "FA3", "flashinfer_tc": "FlashInfer tc", "flashinfer_cc": "FlashInfer cc",
@@ -60,20 +60,22 @@ def _outcome(result: dict[str, Any]) -> str:
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """The result file of each grid that has one."""
+    """The result file of each grid that has one, and the sanitizer's."""
     files = {grid: folder / f"decode_{grid}.json" for grid in GRIDS}
-    return {grid: json.loads(path.read_text()) for grid, path in files.items() if path.exists()}
+    files["sanitize"] = folder / "sanitize.json"
+    return {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
 
 
 def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Markdown of each table."""
     made = {grid: _table(grid, results[grid]) if grid in results else "Not measured yet.\n" for grid in GRIDS}
-    return {"targets": _targets(results), **made}
+    watched = _sanitize(results["sanitize"]) if "sanitize" in results else "Not measured yet.\n"
+    return {"targets": _targets(results), **made, "sanitize": watched}
 
 
 def _targets(results: dict[str, dict[str, Any]]) -> str:
     """Every target with what was reached, and the commit that the figure is from."""
-    rows = {grid: [row for row in data["entries"] if not row.get("skipped")] for grid, data in results.items()}
+    rows = {grid: [row for row in data["entries"] if not row.get("skipped")] for grid, data in results.items() if "entries" in data}
     goals = targets.goals(rows)
     if all(goal.met is None for goal in goals):
         return "Not measured yet.\n"
@@ -103,6 +105,21 @@ def _table(grid: str, data: dict[str, Any]) -> str:
         parts.append(f"Not reached in the time given: {skipped} problems.\n")
     parts.append(_provenance(data))
     return "\n".join(parts)
+
+
+def _sanitize(data: dict[str, Any]) -> str:
+    """What each tool found, and in how many launches of which kernels."""
+    cells = []
+    for tool, summary in data["tools"].items():
+        launches = ", ".join(f"{count} of {name}" for name, count in summary["launches"].items())
+        found = "did not end" if summary["found"] is None else str(summary["found"])
+        cells.append([tool, found, launches or "none", f"{summary['ended']} of {summary['trials']}"])
+    trouble = [*data["failed"], *(line for summary in data["tools"].values() for line in summary["failed"])]
+    control = f"The control, a kernel that writes out of bounds, was reported {data['control_errors'] or 0} times.\n"
+    failures = "Failures:\n\n" + "\n".join(f"- {line}" for line in trouble) + "\n" if trouble else ""
+    refused = f"{len(data['refused'])} variants are refused by the planner.\n" if data["refused"] else ""
+    table = _markdown(["tool", "errors or hazards found", "launches inspected", "calls checked"], cells)
+    return "\n".join(part for part in (table, control, refused, failures, _provenance(data)) if part)
 
 
 def _markdown(header: list[str], cells: list[list[str]]) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from benchmarks import sanitize
+from benchmarks import report, sanitize
 
 CLEAN = {
     "memcheck": "========= ERROR SUMMARY: 0 errors\n",
@@ -65,3 +65,12 @@ def test_a_tool_that_watched_nothing_fails(watched: Path) -> None:
         path.write_text(json.dumps({"of": 0, "ended": {}}))
     with pytest.raises(typer.Exit):
         sanitize.collect(watched, device="cpu")
+
+
+def test_the_report_states_the_launches(watched: Path) -> None:
+    sanitize.collect(watched, device="cpu", commit="abc")
+    count = len(sanitize.trials("cpu"))
+    table = report.tables(report.load(watched))["sanitize"]
+    assert f"| memcheck | 0 | {count} of cpu.decode | {count} of {count} |" in table
+    assert "was reported 1 times" in table
+    assert "commit abc" in table
