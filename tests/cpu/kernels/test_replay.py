@@ -6,6 +6,7 @@ Tensors lie on the CPU here. The module does not care: it reads them through DLP
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import re
@@ -444,15 +445,16 @@ def test_a_runner_that_only_launches_is_repeated(gpu: FakeGpu) -> None:
     def run(stream: Any, call: DecodeCall) -> None:
         scratch = torch.empty(100, dtype=torch.float32)
         stream.note(KERNEL, 3, 2, (call.q.data_ptr(), 7))
+        stream.note(KERNEL, 4, 1, (scratch.data_ptr(), 8))
         stream.note(KERNEL, 4, 1, (scratch.data_ptr() + 16, 8))
         stream.note(KERNEL, 5, 1, (0, 9))
 
     assert noted(gpu, run, args, call) is not None
-    first, second, third = gpu.driver.launched
+    first, start, inside, last = gpu.driver.launched
     assert first.grid == (3, 2, 1) and first.attributes == {COOPERATIVE: 1}
     assert first.params == [struct.pack("<Q", call.q.data_ptr()), struct.pack("<i", 7), bytes(8), bytes(8)]
-    assert struct.unpack("<Q", second.params[0])[0] % 16 == 0
-    assert third.params[0] == bytes(8)
+    assert int.from_bytes(inside.params[0], "little") == int.from_bytes(start.params[0], "little") + 16
+    assert last.params[0] == bytes(8)
 
 
 def does_more(what: str) -> Callable[[Any, DecodeCall], None]:
@@ -577,13 +579,20 @@ def test_nothing_is_leaked(gpu: FakeGpu) -> None:
     plan: DecodePlan = plan_decode(Problem.decode(**call), Device.named("h200"), num_splits=4)
     call |= {"plan": plan, "out_dtype": torch.bfloat16}
     gpu.settle(want_lse=True, **call)
-    watched = [*call.values(), STREAM, None]
-    before = [sys.getrefcount(value) for value in watched]
+    watched = [*call.values(), 0, None]
+
+    def tensors_alive() -> int:
+        return sum(issubclass(type(value), torch.Tensor) for value in gc.get_objects())
+
+    alive, before = tensors_alive(), [sys.getrefcount(value) for value in watched]
     for _ in range(500):
         gpu.decode(want_lse=True, **call)
         gpu.driver.launched.clear()
-    after = [sys.getrefcount(value) for value in watched]
-    assert all(abs(now - then) < 50 for now, then in zip(after, before))
+    assert tensors_alive() == alive
+    assert all(sys.getrefcount(value) - then < 100 for value, then in zip(watched, before))
+    held = sys.getrefcount(plan)
+    gpu.table.clear()
+    assert sys.getrefcount(plan) < held, "a record outlives the table"
 
 
 def test_without_a_driver_there_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
