@@ -132,8 +132,9 @@ def table(row: dict[str, Any], top: int) -> list[str]:
         return [f"{row['name']}: FAILED {row['failed']}"]
     peers_us = "".join(f", {name} {us:.2f}" for name, us in row["peers_us"].items())
     chosen = row["plan"]
+    wrong = [refusal for refusal in row["refused"] if refusal["why"].startswith("WRONG")]
     lines = [
-        f"{row['name']}: {len(row['timed'])} plans timed, {len(row['refused'])} refused; choice {_us(row['planner_us'])}"
+        f"{row['name']}: {len(row['timed'])} plans timed, {len(row['refused'])} refused, {len(wrong)} of them WRONG; choice {_us(row['planner_us'])}"
         f" ({chosen['kernel']} {' '.join(str(chosen[name]) for name in SHOWN)}), floor {_us(row['floor_us'])}{peers_us}"
     ]
     lines.append(f"{'us':>9} {'of floor':>9} {'spread':>7} {'kernel':20}" + "".join(f"{name.removeprefix('num_'):>9}" for name in SHOWN))
@@ -143,9 +144,8 @@ def table(row: dict[str, Any], top: int) -> list[str]:
         block_m = f"{plan['block_m']}{'s' if plan['swapped'] else ''}"
         cells = [block_m, *(str(plan[name]) for name in SHOWN[1:])]
         lines.append(f"{timed['us']:9.2f} {share} {timed['spread']:7.1%} {plan['kernel']:20}" + "".join(f"{cell:>9}" for cell in cells))
-    wrong = [refusal for refusal in row["refused"] if refusal["why"].startswith("WRONG")]
     reasons = dict.fromkeys(refusal["why"][:200] for refusal in wrong + row["refused"])
-    return lines + [f"  refused: {why}" for why in list(reasons)[:4]]
+    return lines + [f"  refused: {why}" for why in list(reasons)[: max(4, len(wrong))]]
 
 
 def _us(value: float | None) -> str:

@@ -94,4 +94,4 @@ def test_a_dry_run_times_what_runs_and_names_what_does_not(tmp_path: Path) -> No
     assert [timed["us"] for timed in row["timed"]] == sorted(timed["us"] for timed in row["timed"])
     (refusal,) = row["refused"]
     assert refusal["who"]["kernel"] == "triton.decode"
-    assert "2 plans timed, 1 refused" in outcome.output
+    assert "2 plans timed, 1 refused, 0 of them WRONG" in outcome.output
