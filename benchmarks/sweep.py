@@ -134,7 +134,8 @@ def table(row: dict[str, Any], top: int) -> list[str]:
     chosen = row["plan"]
     wrong = [refusal for refusal in row["refused"] if refusal["why"].startswith("WRONG")]
     lines = [
-        f"{row['name']}: {len(row['timed'])} plans timed, {len(row['refused'])} refused, {len(wrong)} of them WRONG; choice {_us(row['planner_us'])}"
+        f"{row['name']}: {len(row['timed'])} plans timed, {len(row['refused'])} refused, {len(wrong)} of them WRONG;"
+        f" choice {_us(row['planner_us'])}"
         f" ({chosen['kernel']} {' '.join(str(chosen[name]) for name in SHOWN)}), floor {_us(row['floor_us'])}{peers_us}"
     ]
     lines.append(f"{'us':>9} {'of floor':>9} {'spread':>7} {'kernel':20}" + "".join(f"{name.removeprefix('num_'):>9}" for name in SHOWN))
