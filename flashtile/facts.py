@@ -120,6 +120,21 @@ def decode_key(
     )  # fmt: skip
 
 
+def rounded_hint(max_seqlen_k: object, k_cache: torch.Tensor, page_table: torch.Tensor | None) -> object:
+    """A hint that plans like this one and is valid if it is, so that a hint that grows by a token a step rarely changes.
+
+    What is no hint, and one whose bucket ends beyond the cache, comes back as it is.
+    """
+    if max_seqlen_k.__class__ is not int or max_seqlen_k <= 0:
+        return max_seqlen_k
+    rounded = length_bucket(max_seqlen_k)
+    try:
+        capacity = k_cache.shape[1] if page_table is None else k_cache.shape[1] * page_table.shape[1]
+    except (AttributeError, IndexError, TypeError):
+        return max_seqlen_k
+    return rounded if rounded <= capacity else max_seqlen_k
+
+
 def _vector_facts(vector: torch.Tensor | None, device: torch.device) -> Key | None:
     if vector is None:
         return None

@@ -19,7 +19,7 @@ import torch
 from flashtile.arguments import check_number, is_int
 from flashtile.checking import CHECKING, check_decode_values
 from flashtile.errors import ArgumentError, message
-from flashtile.facts import Key, decode_key
+from flashtile.facts import Key, decode_key, rounded_hint
 from flashtile.kernels.call import DecodeCall, DecodeRunner
 from flashtile.planner.catalog import module_of
 from flashtile.planner.choose import plan_decode
@@ -74,8 +74,9 @@ def decode(
 ) -> Result:
     """One decode call on the tensors' own device; the lse is None unless wanted."""
     global _repeat
+    hint = max_seqlen_k if max_seqlen_k is None else rounded_hint(max_seqlen_k, k_cache, page_table)
     args = (
-        q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale,
+        q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, hint, causal, window, softcap, scale,
         sinks, alibi_slopes, out, out_dtype, block_m, num_splits, plan, allow_tf32, want_lse,
     )  # fmt: skip
     checking = CHECKING.get()

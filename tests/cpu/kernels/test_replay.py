@@ -34,6 +34,7 @@ pytest.importorskip("triton")
 import triton
 
 from flashtile import ops
+from flashtile.facts import rounded_hint
 from flashtile.kernels import decode, launch, native, replay
 from flashtile.kernels.block import Block, Described, Kernel, NotReplayable, block_of, sizes_of
 from flashtile.kernels.launch import Arg, Descriptor, Launch, Spec
@@ -377,6 +378,37 @@ def test_calls_are_recorded_only_when_they_come_again(gpu: FakeGpu) -> None:
     for _ in range(5):
         gpu.decode(**call)
     assert len(gpu.table) == 1
+
+
+def test_a_hint_that_grows_keeps_its_kind_and_a_wrong_one_is_still_refused(gpu: FakeGpu) -> None:
+    call = tensors(4000)
+    for length in range(3100, 3100 + RECORDED_CALL):
+        gpu.decode(max_seqlen_k=length, **call)
+    gpu.longer.clear()
+    for length in range(3110, 3310):
+        gpu.decode(max_seqlen_k=length, **call)
+    assert not gpu.longer
+    for length in (3900, 3901, 4000):  # their bucket ends beyond the cache
+        for _ in range(RECORDED_CALL):
+            gpu.decode(max_seqlen_k=length, **call)
+    with pytest.raises(ValueError, match="max_seqlen_k"):
+        gpu.decode(max_seqlen_k=4001, **call)
+    with pytest.raises((ValueError, TypeError), match="max_seqlen_k"):
+        gpu.decode(max_seqlen_k=-1, **call)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_rounded_hint_plans_like_the_hint(paged: bool) -> None:
+    call = tensors(4000)
+    if paged:
+        call |= {"k_cache": call["k_cache"].view(250, 16, 8, 128), "v_cache": call["v_cache"].view(250, 16, 8, 128)}
+        call["page_table"] = torch.zeros(1, 250, dtype=torch.int32)
+    for hint in (0, 1, 63, 64, 65, 1000, 1024, 1025, 2047, 3585, 3999, 4000):
+        rounded = rounded_hint(hint, call["k_cache"], call.get("page_table"))
+        assert Problem.decode(**call, max_seqlen_k=rounded) == Problem.decode(**call, max_seqlen_k=hint)
+    assert rounded_hint(4001, call["k_cache"], call.get("page_table")) == 4001
+    assert rounded_hint(True, call["k_cache"], None) is True
+    assert rounded_hint(5, "no tensor", None) == 5
 
 
 def test_kinds_are_bounded(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
