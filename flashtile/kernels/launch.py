@@ -30,7 +30,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from flashtile.errors import ToolchainError, UnsupportedError
 from flashtile.kernels.block import Described, Kernel, NotReplayable, sizes_of
 from flashtile.kernels.cubin import parameter_sizes, stack_bytes
-from flashtile.kernels.replay import DeviceRunner, Recorder
+from flashtile.kernels.replay import DeviceRunner, Recorder, cuda_replays
 
 _MAX_REGISTERS = 255  # a thread of NVIDIA's
 _REGISTERS_A_BLOCK = 65536
@@ -130,7 +130,7 @@ class Spec:
             if isinstance(value, tuple):
                 return tuple(visit(field) for field in value)
             if isinstance(value, Descriptor):
-                return Described(len(value.box), functools.partial(_encoded, next(described)))
+                return Described(len(value.box), functools.partial(_encoded, next(described, None)))
             return None if value is None else value.type
 
         return tuple(visit(self.args.get(name)) for name in self.kernel.arg_names)
@@ -213,21 +213,22 @@ def _compiled_launch(spec: Spec, device: torch.device) -> Callable[..., None]:
                 raise
             raise _without_toolchain(error) from error
     _compilations += 1
+    cuda_replays()  # what repeats calls is built with the first kernel, so that warmup builds it too
     return _raw_launch(compiled, run, target, spec.descriptors(), kernel_of(compiled, run, spec))
 
 
 def kernel_of(compiled: Any, run: Any, spec: Spec) -> Kernel | None:
     """The kernel as the driver launches it; None where it needs more than that, or does not take what Triton was seen to pass."""
-    metadata = compiled.metadata
-    if metadata.target.backend != "cuda" or _scratch(run) or metadata.num_ctas != 1:
-        return None
-    kernel = Kernel(
-        compiled.function, 32 * metadata.num_warps, metadata.shared, metadata.launch_pdl, metadata.launch_cooperative_grid,
-        spec.parameters(getattr(metadata, "tensordesc_meta", None)),
-    )  # fmt: skip
     try:
+        metadata = compiled.metadata
+        if metadata.target.backend != "cuda" or _scratch(run) or metadata.num_ctas != 1:
+            return None
+        kernel = Kernel(
+            compiled.function, 32 * metadata.num_warps, metadata.shared, metadata.launch_pdl, metadata.launch_cooperative_grid,
+            spec.parameters(getattr(metadata, "tensordesc_meta", None)),
+        )  # fmt: skip
         return kernel if sizes_of(kernel) == parameter_sizes(compiled.asm["cubin"]) else None
-    except NotReplayable:
+    except (AttributeError, NotReplayable):  # a Triton that names its facts otherwise, or a type that is never passed so far
         return None
 
 

@@ -206,6 +206,38 @@ class FakeKernel:
         return self.calls
 
 
+BINARY = {
+    "target": SM90, "num_warps": 4, "num_ctas": 1, "shared": 1000, "launch_pdl": True, "launch_cooperative_grid": False,
+}  # fmt: skip
+
+
+@pytest.fixture
+def binary_takes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """What ``kernel_of`` makes of a binary whose parameters have these sizes."""
+
+    def kernel_of(sizes: list[int], run: Any = None, **metadata: Any) -> Any:
+        monkeypatch.setattr(launch, "parameter_sizes", lambda cubin: sizes)
+        compiled = SimpleNamespace(function=1234, metadata=SimpleNamespace(**(BINARY | metadata)), asm={"cubin": b""})
+        return launch.kernel_of(compiled, run or SimpleNamespace(), spec_of())
+
+    return kernel_of
+
+
+def test_a_kernel_is_launched_directly_where_its_binary_takes_what_we_pass(binary_takes: Callable[..., Any]) -> None:
+    sizes = [8, 8, 4, 4, 8, 8]  # x.ptr, x.stride, y.view.stride, n, and Triton's two
+    assert binary_takes(sizes) == (1234, 128, 1000, True, False, (("*bf16", "i64"), ((None, "i32"), None), "i32", None), 2)
+    assert binary_takes(sizes[:-1]) is None
+    assert binary_takes([8, *sizes]) is None
+    assert binary_takes(sizes, num_ctas=2) is None
+    assert binary_takes(sizes, target=GPUTarget("hip", "gfx942", 64)) is None
+    assert binary_takes(sizes, run=SimpleNamespace(global_scratch_size=128)) is None
+    assert binary_takes(sizes, run=SimpleNamespace(profile_scratch_size=128)) is None
+
+
+def test_a_triton_that_names_its_facts_otherwise_launches_itself() -> None:
+    assert launch.kernel_of(SimpleNamespace(metadata=SimpleNamespace(target=SM90)), SimpleNamespace(), spec_of()) is None
+
+
 BY_TRITON = [("triton", ((7, 3, 1), 99, ((10, 20), None, 5)))]
 
 
