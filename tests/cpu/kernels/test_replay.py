@@ -136,7 +136,8 @@ class FakeGpu:
         return runner
 
     def _launcher(self, spec: Spec, device: torch.device) -> Launch:
-        function = self._functions.setdefault(spec.key(), 0xF00 + len(self._functions))
+        kind = (spec.kernel.__name__, *spec.key()[1:])  # a Gluon kernel has no hash beside interpreted functions
+        function = self._functions.setdefault(kind, 0xF00 + len(self._functions))
         metas = [None] * len(spec.descriptors())
         options = spec.options
         kernel = Kernel(function, 32 * options["num_warps"], 1024, bool(options.get("launch_pdl")), False, spec.parameters(metas))
