@@ -34,6 +34,7 @@ pytest.importorskip("triton")
 import triton
 
 from flashtile import ops
+from flashtile.checking import checked
 from flashtile.facts import rounded_hint
 from flashtile.kernels import decode, launch, native, replay
 from flashtile.kernels.block import Block, Described, Kernel, NotReplayable, block_of, sizes_of
@@ -435,6 +436,16 @@ def test_with_a_profiler_or_on_another_device_calls_take_the_longer_way(gpu: Fak
     assert gpu.table.run(*args) is None
     gpu.driver.device = 0
     assert gpu.table.run(*args) is not None
+
+
+def test_checked_calls_are_checked_though_they_were_recorded(gpu: FakeGpu) -> None:
+    call = tensors()
+    gpu.settle(**call)
+    call["seqlens_k"].fill_(9999)
+    gpu.decode(**call)
+    assert gpu.driver.launched
+    with checked(), pytest.raises(ValueError, match=r"seqlens_k\[0\].*9999"):
+        gpu.decode(**call)
 
 
 def test_a_launch_that_fails_raises_the_errors_name(gpu: FakeGpu) -> None:
