@@ -1,0 +1,573 @@
+"""Decode on Hopper: split-KV attention whose key tiles come through a ring that the copy engine fills.
+
+Rows are packed, keys split and results combined as in the portable kernel (flashtile/kernels/decode.py), whose device
+functions this one shares. What differs is how tiles come and who computes: the copy engine (TMA) reads K and V some tiles
+ahead of the products, and the warps share out either the keys of a tile (own_keys.py: 8 and 16 rows) or the rows
+(own_rows.py: 64 and 128).
+
+A program walks units: a unit is a sequence, key head and block of rows. On a grid of splits that is one unit and its
+share of the keys. With stream-K all tiles of the batch form a line, of which each program takes an even share, and the
+ring runs on from one unit into the next.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_launch_dependents
+
+from flashtile.kernels.call import DecodeRunner
+from flashtile.kernels.combine import bind_combine, combines
+from flashtile.kernels.gluon.names import barrier
+from flashtile.kernels.gluon.own_keys import merge_warps, own_keys_layout, own_scores, own_values, repeated_rows
+from flashtile.kernels.gluon.own_rows import own_rows_layout, row_scores, row_values
+from flashtile.kernels.gluon.ring import box_pages, start_tile, tile_ring
+from flashtile.kernels.launch import TRITON_DTYPES, Arg, Descriptor, Launch, Spec, launcher
+from flashtile.kernels.run import bind_split, split_args, split_constants
+from flashtile.kernels.tile.band import keys_of, visible_keys
+from flashtile.kernels.tile.cache import page_of
+from flashtile.kernels.tile.schedule import (
+    line_length,
+    next_unit,
+    owned_rows,
+    sequence_keys,
+    sequence_rows,
+    share,
+    slot_of,
+    split_keys,
+    unit_at,
+)
+from flashtile.kernels.tile.softmax import LOG2E, join_sink, natural_lse, normaliser, online_step, softcapped
+from flashtile.kernels.tile.views import row_offsets
+from flashtile.planner.plans import DecodePlan
+from flashtile.problem import Problem, length_bucket
+
+_FEW_PROGRAMS = 160  # for which a tile each is little traffic
+_COLUMNS = 64  # of a box where a tile has several: 128 bytes, as wide as shared memory is swizzled
+
+
+@gluon.jit
+def decode_sm90_kernel(
+    q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, min_keys_per_split, planned_keys,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, SPLIT: gl.constexpr, SEQUENCES: gl.constexpr, ONE_STEP: gl.constexpr, UNIT_COST: gl.constexpr,
+    STAGES: gl.constexpr, NUM_WARPS: gl.constexpr, IN_TURN: gl.constexpr, GUESS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Grid: (units, splits), the last splits first; with stream-K, where SEQUENCES > 0, programs."""
+    D: gl.constexpr = held_dim(HEAD_DIM)
+    DV: gl.constexpr = held_dim(HEAD_DIM_V)
+    k_boxes, k_tiles = tile_ring(k, STAGES, BLOCK_N, D)
+    v_boxes, v_tiles = tile_ring(v, STAGES, BLOCK_N, DV)
+    # one barrier for each stage, and one for the tile that is guessed
+    full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES + 1):
+        mbarrier.init(full.index(stage), count=1)
+    ring = (k_boxes, k_tiles, v_boxes, v_tiles, full)
+    if SEQUENCES > 0:
+        _walk_line(
+            q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, planned_keys,
+            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SEQUENCES, ONE_STEP, UNIT_COST, STAGES, NUM_WARPS, GUESS, PDL,
+        )  # fmt: skip
+    else:
+        _walk_split(
+            q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks,
+            min_keys_per_split, planned_keys,
+            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SPLIT, STAGES, NUM_WARPS, IN_TURN, PDL,
+        )  # fmt: skip
+
+
+@gluon.jit
+def _walk_split(
+    q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks,
+    min_keys_per_split, planned_keys,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, NUM_WARPS: gl.constexpr, IN_TURN: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """A grid of splits: one unit, and of its keys one split's share.
+
+    IN_TURN: the splits take the tiles in turn, so that a program knows its first tiles before it knows the length. As
+    far as the plan says that there are keys, it asks for them at once, and reads q and the length meanwhile.
+    """
+    k_boxes, k_tiles, v_boxes, v_tiles, full = ring
+    EARLY: gl.constexpr = IN_TURN and PAGE_SIZE == 0 and band.left is None and lengths.cu_seqlens_q is None
+    program = gl.program_id(0)
+    num_splits = gl.num_programs(1)
+    split = num_splits - 1 - gl.program_id(1)
+    b = program // row_blocks // num_heads_kv
+    h = (program // row_blocks) % num_heads_kv
+    row_block = program % row_blocks
+    row_start, seqlen_q = sequence_rows(lengths, b)
+    seqlen_k = sequence_keys(lengths, b)
+    if EARLY:
+        for i in gl.static_range(STAGES):
+            key = (split + i * num_splits) * BLOCK_N
+            start_tile(k, v, k_boxes, v_boxes, full, i, i, (), b, h, key, key < planned_keys, STAGES, BLOCK_N, PAGE_SIZE)
+    if PDL:
+        gdc_launch_dependents()
+    PACKED: gl.constexpr = lengths.cu_seqlens_q is not None
+    q_rows = _fetch_rows(q, b, h, row_block, row_start, seqlen_q, True, PACKED, GROUP, BLOCK_M, HEAD_DIM, NUM_WARPS)
+    q_shared = _share_rows(q_rows, scores, BLOCK_M)
+
+    first, last = _visible_to_rows(band, row_block, seqlen_q, seqlen_k, GROUP, BLOCK_M)
+    if IN_TURN:
+        first_tile = first // BLOCK_N
+        key = (first_tile + split) * BLOCK_N
+        step = num_splits * BLOCK_N
+        count = gl.cdiv(gl.maximum(gl.cdiv(last, BLOCK_N) - first_tile - split, 0), num_splits)
+    else:
+        key, end = split_keys(first, last, split, num_splits, min_keys_per_split, BLOCK_N)
+        step = BLOCK_N
+        count = gl.where(end > key, gl.cdiv(end - key, BLOCK_N), 0)
+    if not SPLIT:
+        # somebody writes the rows of a sequence that sees no key
+        count = gl.maximum(count, 1)
+        _clear_unowned(out, lse, lengths, batch, num_heads_kv * GROUP, HEAD_DIM_V, held_dim(HEAD_DIM_V), NUM_WARPS)
+    if row_block * BLOCK_M >= seqlen_q * GROUP:
+        count = count * 0
+    if not EARLY or last > planned_keys:
+        for i in gl.static_range(STAGES):
+            ahead = key + i * step
+            wanted = i < count
+            if EARLY:
+                wanted = wanted & (ahead >= planned_keys)
+            ids = box_pages(pages, b, ahead, first, last, BLOCK_N, k.block_type.shape[1], PAGE_SIZE)
+            start_tile(k, v, k_boxes, v_boxes, full, i, i, ids, b, h, ahead, wanted, STAGES, BLOCK_N, PAGE_SIZE)
+
+    if count > 0:
+        no_unit = (b, h, row_block, b, b, b, b)
+        m, l, acc, _, _ = _attend(
+            k, v, ring, q_shared, lengths, pages, scores, band, num_heads_kv, batch, b, h, row_block, seqlen_q, seqlen_k,
+            key, step, count, count * 0, no_unit, count * 0 + STAGES, count,
+            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, False, 0, STAGES, NUM_WARPS,
+        )  # fmt: skip
+        unit = (b, h, row_block, row_start, seqlen_q)
+        if SPLIT:
+            at = _partials_of_split(_row_numbers(acc), unit, num_heads_kv, lengths, GROUP, BLOCK_M)
+            _store_partial(m, l, acc, partials, at, _real_rows(acc, unit, GROUP, BLOCK_M), HEAD_DIM_V)
+        else:
+            _store_out(m, l, acc, out, lse, lengths, sinks, unit, GROUP, BLOCK_M, HEAD_DIM_V)
+    elif SPLIT:
+        # most programs of a batch of unlike lengths; combine sees lse -inf and does not read their rows
+        _store_no_keys(partials, lengths, (b, h, row_block, row_start, seqlen_q), num_heads_kv, GROUP, BLOCK_M, NUM_WARPS)
+    if EARLY and count < STAGES:
+        # nothing may write to shared memory once the program is gone
+        for i in gl.static_range(STAGES):
+            mbarrier.wait(full.index(i), 0, pred=(i >= count) & ((split + i * num_splits) * BLOCK_N < planned_keys))
+
+
+@gluon.jit
+def _walk_line(
+    q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, planned_keys,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, SEQUENCES: gl.constexpr, ONE_STEP: gl.constexpr, UNIT_COST: gl.constexpr, STAGES: gl.constexpr,
+    NUM_WARPS: gl.constexpr, GUESS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Stream-K: this program's share of the line of all tiles, unit by unit.
+
+    GUESS: before the lengths are known it asks for what is its first tile if they all are as long as planned. A wrong
+    guess costs a tile of memory traffic while memory is idle.
+    """
+    k_boxes, k_tiles, v_boxes, v_tiles, full = ring
+    PACKED: gl.constexpr = lengths.cu_seqlens_q is not None
+    GUESSES: gl.constexpr = GUESS and PAGE_SIZE == 0 and band.left is None and not PACKED
+    program, num_programs = gl.program_id(0), gl.num_programs(0)
+    if GUESSES:
+        guess_b, guess_h, guess_key = _guess(batch, num_heads_kv, row_blocks, planned_keys, program, num_programs, BLOCK_N, UNIT_COST)
+        start_tile(k, v, k_boxes, v_boxes, full, STAGES, 0, (), guess_b, guess_h, guess_key, True, STAGES, BLOCK_N, PAGE_SIZE)
+    _clear_unowned(out, lse, lengths, batch, num_heads_kv * GROUP, HEAD_DIM_V, held_dim(HEAD_DIM_V), NUM_WARPS)
+    # a layout in which every warp has all of it, so that sums need no exchange between warps
+    n = gl.arange(0, SEQUENCES, gl.BlockedLayout([SEQUENCES // 32], [32], [NUM_WARPS], [0]))
+    total = line_length(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP)
+    begin, stop = share(total, program, num_programs)
+    unit = unit_at(lengths, band, batch, num_heads_kv, n, begin, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP)
+    position = gl.maximum(begin, unit[3])
+    right = False
+    if GUESSES:
+        key = (unit[5] + position - unit[3]) * BLOCK_N
+        right = (guess_b == unit[0]) & (guess_h == unit[1]) & (guess_key == key) & (position < stop)
+        if not right:
+            # its place in the ring is needed, and nothing may write to shared memory once the program is gone
+            mbarrier.wait(full.index(STAGES), 0)
+    # the tile that is asked for next, STAGES tiles ahead of the one in use
+    ahead, ahead_at = unit, position
+    for stage in gl.static_range(STAGES):
+        ids = _pages_ahead(lengths, band, pages, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, k.block_type.shape[1], PAGE_SIZE)
+        key = (ahead[5] + ahead_at - ahead[3]) * BLOCK_N
+        wanted = ahead_at < stop
+        if GUESSES and stage == 0:
+            wanted = wanted & (not right)
+        start_tile(k, v, k_boxes, v_boxes, full, stage, stage, ids, ahead[0], ahead[1], key, wanted, STAGES, BLOCK_N, PAGE_SIZE)
+        ahead, ahead_at = _next_tile(lengths, band, batch, num_heads_kv, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
+    if PDL:
+        gdc_launch_dependents()
+    row_start, seqlen_q = sequence_rows(lengths, unit[0])
+    q_rows = _fetch_rows(q, unit[0], unit[1], unit[2], row_start, seqlen_q, position < stop, PACKED, GROUP, BLOCK_M, HEAD_DIM, NUM_WARPS)
+    if GUESSES:
+        if right:
+            mbarrier.wait(full.index(STAGES), 0)
+            mbarrier.arrive(full.index(0), count=1)
+    done = program * 0
+    while position < stop:
+        b, h, row_block, start, blocks, first_tile, tiles = unit
+        until = gl.minimum(start + tiles, stop)
+        row_start, seqlen_q = sequence_rows(lengths, b)
+        seqlen_k = sequence_keys(lengths, b)
+        q_shared = _share_rows(q_rows, scores, BLOCK_M)
+        # the next unit's rows come while this one's keys are at work
+        unit = next_unit(
+            lengths, band, batch, num_heads_kv, b, h, row_block, start, blocks, first_tile, tiles, GROUP, BLOCK_M, BLOCK_N, UNIT_COST
+        )
+        next_start, next_seqlen_q = sequence_rows(lengths, unit[0])
+        q_rows = _fetch_rows(
+            q, unit[0], unit[1], unit[2], next_start, next_seqlen_q, unit[3] < stop, PACKED, GROUP, BLOCK_M, HEAD_DIM, NUM_WARPS
+        )
+        m, l, acc, ahead, ahead_at = _attend(
+            k, v, ring, q_shared, lengths, pages, scores, band, num_heads_kv, batch, b, h, row_block, seqlen_q, seqlen_k,
+            (first_tile + position - start) * BLOCK_N, BLOCK_N, until - position, done, ahead, ahead_at, stop,
+            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, True, UNIT_COST, STAGES, NUM_WARPS,
+        )  # fmt: skip
+        rows = (b, h, row_block, row_start, seqlen_q)
+        if (position == start) & (until == start + tiles):
+            _store_out(m, l, acc, out, lse, lengths, sinks, rows, GROUP, BLOCK_M, HEAD_DIM_V)
+        else:
+            at = slot_of(program, begin, start).to(gl.int64) * BLOCK_M + _row_numbers(acc)
+            _store_partial(m, l, acc, partials, at, _real_rows(acc, rows, GROUP, BLOCK_M), HEAD_DIM_V)
+        done += until - position
+        position = gl.maximum(until, unit[3])
+
+
+@gluon.jit
+def _guess(batch, num_heads_kv, row_blocks, planned_keys, program, num_programs, BLOCK_N: gl.constexpr, UNIT_COST: gl.constexpr):
+    """(b, h, first key) of the program's share of the line, were all sequences as long as planned."""
+    positions = gl.cdiv(planned_keys, BLOCK_N) + UNIT_COST
+    begin, _ = share(positions * batch * num_heads_kv * row_blocks, program, num_programs)
+    unit = begin // positions
+    tile = gl.maximum(begin % positions - UNIT_COST, 0)
+    return unit // row_blocks // num_heads_kv, (unit // row_blocks) % num_heads_kv, tile * BLOCK_N
+
+
+@gluon.constexpr_function
+def held_dim(dim):
+    """A head dim as tiles hold it."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+@gluon.constexpr_function
+def _rows_layout(block_m, dim, dtype):
+    """q in shared memory: as wgmma reads it, or as ldmatrix does."""
+    if block_m >= 64:
+        return gl.NVMMASharedLayout.get_default_for([block_m, dim], dtype)
+    return gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+
+
+@gluon.jit
+def _visible_to_rows(band, row_block, seqlen_q, seqlen_k, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
+    """[first, last) keys that any row of the block may see."""
+    offset = seqlen_k - seqlen_q
+    first_position = row_block * BLOCK_M // GROUP
+    last_position = gl.minimum((row_block * BLOCK_M + BLOCK_M - 1) // GROUP, seqlen_q - 1)
+    return keys_of(band, first_position + offset, last_position + offset, seqlen_k)
+
+
+@gluon.jit
+def _next_tile(
+    lengths, band, batch, num_heads_kv, unit, position,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, UNIT_COST: gl.constexpr,
+):  # fmt: skip
+    """The next tile's unit and position on the line."""
+    b, h, row_block, start, row_blocks, first_tile, tiles = unit
+    position += 1
+    if position == start + tiles:
+        b, h, row_block, start, row_blocks, first_tile, tiles = next_unit(
+            lengths, band, batch, num_heads_kv, b, h, row_block, start, row_blocks, first_tile, tiles, GROUP, BLOCK_M, BLOCK_N, UNIT_COST
+        )
+        position = start
+    return (b, h, row_block, start, row_blocks, first_tile, tiles), position
+
+
+@gluon.jit
+def _pages_ahead(
+    lengths, band, pages, unit, position,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr,
+):  # fmt: skip
+    """The pages of the boxes of a tile on the line."""
+    ids = ()
+    if PAGE_SIZE:
+        _, seqlen_q = sequence_rows(lengths, unit[0])
+        first, last = _visible_to_rows(band, unit[2], seqlen_q, sequence_keys(lengths, unit[0]), GROUP, BLOCK_M)
+        ids = box_pages(pages, unit[0], (unit[5] + position - unit[3]) * BLOCK_N, first, last, BLOCK_N, BOX, PAGE_SIZE)
+    return ids
+
+
+@gluon.jit
+def _attend(
+    k, v, ring, q_shared, lengths, pages, scores, band, num_heads_kv, batch, b, h, row_block, seqlen_q, seqlen_k,
+    key, step, count, done, ahead, ahead_at, stop,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, ON_LINE: gl.constexpr, UNIT_COST: gl.constexpr, STAGES: gl.constexpr, NUM_WARPS: gl.constexpr,
+):  # fmt: skip
+    """A unit's rows over ``count`` tiles of keys, ``step`` keys apart: (m, l, acc), base 2, not normalised.
+
+    The tiles are the program's number ``done`` and on. What is ahead is asked for until it reaches ``stop``: the number of
+    tiles, or on a line a position, where it may be another unit's, so that it is returned too.
+    """
+    k_boxes, k_tiles, v_boxes, v_tiles, full = ring
+    OWN_ROWS: gl.constexpr = BLOCK_M >= 64
+    ROWS: gl.constexpr = max(16, BLOCK_M)
+    D: gl.constexpr = held_dim(HEAD_DIM)
+    DV: gl.constexpr = held_dim(HEAD_DIM_V)
+    SHAPED: gl.constexpr = scores.softcap is not None or scores.slopes is not None
+    BOX: gl.constexpr = k.block_type.shape[1]
+    # q's fragments stay in registers where they and the accumulator leave room
+    HOLD_Q: gl.constexpr = D + DV <= 384
+    factor = gl.maximum(gl.abs(scores.scale_log2), 1e-30)
+
+    # a row's number and a key's within its tile: (ROWS,) and [1, BLOCK_N], or [1, ROWS] and [warps, 1, own keys]
+    if OWN_ROWS:
+        KEY_AXIS: gl.constexpr = 1
+        S: gl.constexpr = own_rows_layout(NUM_WARPS, BLOCK_N)
+        A: gl.constexpr = own_rows_layout(NUM_WARPS, DV)
+        row = gl.arange(0, ROWS, gl.SliceLayout(1, S))
+        n = gl.expand_dims(gl.arange(0, BLOCK_N, gl.SliceLayout(0, S)), 0)
+        m = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, S))
+        l = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S))
+        acc = gl.full([ROWS, DV], 0.0, gl.float32, A)
+    else:
+        KEY_AXIS: gl.constexpr = 2
+        OWN: gl.constexpr = BLOCK_N // NUM_WARPS
+        S: gl.constexpr = own_keys_layout(NUM_WARPS)
+        A: gl.constexpr = S
+        row = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, S))), 0)
+        warp = gl.arange(0, NUM_WARPS, gl.SliceLayout(1, gl.SliceLayout(2, S)))
+        own = gl.arange(0, OWN, gl.SliceLayout(0, gl.SliceLayout(1, S)))
+        n = gl.expand_dims(gl.expand_dims(warp * OWN, 1), 2) + gl.expand_dims(gl.expand_dims(own, 0), 1)
+        m = gl.full([NUM_WARPS, ROWS], float("-inf"), gl.float32, gl.SliceLayout(2, S))
+        l = gl.full([NUM_WARPS, ROWS], 0.0, gl.float32, gl.SliceLayout(2, S))
+        acc = gl.full([NUM_WARPS, ROWS, DV], 0.0, gl.float32, A)
+        if HOLD_Q:
+            q_operand = repeated_rows(q_shared, ROWS, D, NUM_WARPS)
+    offset = seqlen_k - seqlen_q
+    first, last = _visible_to_rows(band, row_block, seqlen_q, seqlen_k, GROUP, BLOCK_M)
+    at = (row_block * BLOCK_M + row) // GROUP + offset
+    lowest, highest = visible_keys(band, at, first, last)
+    # what every row sees needs no mask
+    first_at = row_block * BLOCK_M // GROUP + offset
+    last_at = gl.minimum((row_block * BLOCK_M + BLOCK_M - 1) // GROUP, seqlen_q - 1) + offset
+    lowest_of_all, _ = visible_keys(band, last_at, first, last)
+    _, highest_of_all = visible_keys(band, first_at, first, last)
+    if scores.slopes is not None:
+        head = h * GROUP + (row_block * BLOCK_M + row) % GROUP
+        slope = gl.load(scores.slopes + b.to(gl.int64) * scores.slopes_stride_b + head) * LOG2E
+
+    for i in range(count):
+        stage = (done + i) % STAGES
+        if ON_LINE:
+            ids = _pages_ahead(lengths, band, pages, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, BOX, PAGE_SIZE)
+        else:
+            ids = box_pages(pages, b, key + STAGES * step, first, last, BLOCK_N, BOX, PAGE_SIZE)
+        if PAGE_SIZE:
+            page, known = page_of(pages, b, key + n, (key + n >= first) & (key + n < last), PAGE_SIZE)
+        mbarrier.wait(full.index(stage), (done + i) // STAGES & 1)
+        if OWN_ROWS:
+            s = row_scores(q_shared, k_tiles.index(stage), ROWS, BLOCK_N, NUM_WARPS)
+        else:
+            if not HOLD_Q:
+                q_operand = repeated_rows(q_shared, ROWS, D, NUM_WARPS)
+            s = own_scores(q_operand, k_tiles.index(stage), ROWS, BLOCK_N, D, NUM_WARPS)
+        if SHAPED:
+            s = s * factor
+            if scores.softcap is not None:
+                s = softcapped(s, scores.softcap * LOG2E)
+            if scores.slopes is not None:
+                s = s - gl.expand_dims(slope, KEY_AXIS) * gl.abs(key + n - gl.expand_dims(at, KEY_AXIS)).to(gl.float32)
+        if PAGE_SIZE:
+            s = gl.where(known, s, float("-inf"))
+        if (key < lowest_of_all) | (key + BLOCK_N - 1 > highest_of_all):
+            s = gl.where((key + n >= gl.expand_dims(lowest, KEY_AXIS)) & (key + n <= gl.expand_dims(highest, KEY_AXIS)), s, float("-inf"))
+        m, l, p, alpha = online_step(m, l, s, 1.0 if SHAPED else factor, KEY_AXIS)
+        acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(KEY_AXIS, A)), KEY_AXIS)
+        unseen = (key < first) | (key + BLOCK_N > last)
+        if OWN_ROWS:
+            acc = row_values(p, v_tiles.index(stage), acc, unseen, first, last, key, BLOCK_N, DV, NUM_WARPS)
+        else:
+            acc = own_values(p, v_tiles.index(stage), acc, unseen, first, last, key, BLOCK_N, DV, NUM_WARPS)
+        if ahead_at < stop:
+            barrier()
+            if ON_LINE:
+                ahead_key = (ahead[5] + ahead_at - ahead[3]) * BLOCK_N
+                start_tile(k, v, k_boxes, v_boxes, full, stage, stage, ids, ahead[0], ahead[1], ahead_key, True, STAGES, BLOCK_N, PAGE_SIZE)
+            else:
+                start_tile(k, v, k_boxes, v_boxes, full, stage, stage, ids, b, h, key + STAGES * step, True, STAGES, BLOCK_N, PAGE_SIZE)
+        if ON_LINE:
+            ahead, ahead_at = _next_tile(lengths, band, batch, num_heads_kv, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
+        else:
+            ahead_at += 1
+        key += step
+
+    if not OWN_ROWS:
+        m, l, acc = merge_warps(m, l, acc, BLOCK_M, DV, NUM_WARPS)
+    return m, l, acc, ahead, ahead_at
+
+
+@gluon.jit
+def _fetch_rows(
+    q, b, h, row_block, row_start, seqlen_q, wanted, packed: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM: gl.constexpr, NUM_WARPS: gl.constexpr,
+):  # fmt: skip
+    """A unit's rows of q [max(16, BLOCK_M), dim] on their way to registers; zeros where there is none, or none is ``wanted``."""
+    D: gl.constexpr = held_dim(HEAD_DIM)
+    ACROSS: gl.constexpr = min(32, D // 8)
+    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [32 // ACROSS, ACROSS], [NUM_WARPS, 1], [1, 0])
+    local = gl.arange(0, max(16, BLOCK_M), gl.SliceLayout(1, WIDE))
+    d = gl.arange(0, D, gl.SliceLayout(0, WIDE))
+    rows = row_block * BLOCK_M + local
+    real = (local < BLOCK_M) & (rows < seqlen_q * GROUP) & wanted
+    b_rows = b * 0 if packed else b
+    offsets = row_offsets(q, b_rows, row_start + rows // GROUP, h * GROUP + rows % GROUP)
+    mask = gl.expand_dims(real, 1) & gl.expand_dims(d < HEAD_DIM, 0)
+    return gl.load(q.ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(d, 0), mask=mask, other=0.0)
+
+
+@gluon.jit
+def _share_rows(tile, scores, BLOCK_M: gl.constexpr):
+    """The rows in shared memory.
+
+    A negative scale becomes a negated q, which is exact: online_step wants a factor that keeps the order of scores.
+    """
+    tile = gl.where(scores.scale_log2 < 0.0, -tile, tile)
+    q_shared = gl.allocate_shared_memory(tile.dtype, tile.shape, _rows_layout(BLOCK_M, tile.shape[1], tile.dtype), tile)
+    if BLOCK_M >= 64:
+        fence_async_shared()
+    return q_shared
+
+
+@gluon.jit
+def _row_numbers(acc):
+    """Numbers of the rows of a result [rows, dim] within their block."""
+    return gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
+
+
+@gluon.jit
+def _real_rows(acc, unit, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Which rows of a result [rows, dim] the unit (b, h, row block, first token, queries) has."""
+    return unit[2] * BLOCK_M + _row_numbers(acc) < unit[4] * GROUP
+
+
+@gluon.jit
+def _partials_of_split(row, unit, num_heads_kv, lengths, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
+    """Where the partial results of a grid of splits lie: [token, head, split]."""
+    b, h, row_block, row_start, seqlen_q = unit
+    rows = row_block * BLOCK_M + row
+    token = row_start + rows // GROUP
+    if lengths.cu_seqlens_q is None:
+        token += b * seqlen_q
+    head = h * GROUP + rows % GROUP
+    split = gl.num_programs(1) - 1 - gl.program_id(1)
+    return (token.to(gl.int64) * (num_heads_kv * GROUP) + head) * gl.num_programs(1) + split
+
+
+@gluon.jit
+def _store_no_keys(partials, lengths, unit, num_heads_kv, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """A split without keys: lse -inf."""
+    row = gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
+    at = _partials_of_split(row, unit, num_heads_kv, lengths, GROUP, BLOCK_M)
+    nothing = gl.full([BLOCK_M], float("-inf"), gl.float32, row.type.layout)
+    gl.store(partials.ptr + partials.lse_start + at, nothing, mask=unit[2] * BLOCK_M + row < unit[4] * GROUP)
+
+
+@gluon.jit
+def _store_partial(m, l, acc, partials, at, real, HEAD_DIM_V: gl.constexpr):
+    """Rows ``at`` (int64) of the partial results: normalised, with their lse."""
+    R: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    d = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+    m, l = gl.convert_layout(m, R), gl.convert_layout(l, R)
+    gl.store(partials.ptr + partials.lse_start + at, natural_lse(m, l), mask=real)
+    ptrs = partials.ptr + gl.expand_dims(at * HEAD_DIM_V, 1) + gl.expand_dims(d, 0)
+    gl.store(ptrs, acc * gl.expand_dims(normaliser(l), 1), mask=gl.expand_dims(real, 1) & gl.expand_dims(d < HEAD_DIM_V, 0))
+
+
+@gluon.jit
+def _store_out(m, l, acc, out, lse, lengths, sinks, unit, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_V: gl.constexpr):
+    """The unit's rows of out and lse, with the sink."""
+    R: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
+    d = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
+    m, l = gl.convert_layout(m, R), gl.convert_layout(l, R)
+    b, h, row_block, row_start, seqlen_q = unit
+    rows = row_block * BLOCK_M + _row_numbers(acc)
+    real = rows < seqlen_q * GROUP
+    token = row_start + rows // GROUP
+    head = h * GROUP + rows % GROUP
+    b_rows = b * 0 if lengths.cu_seqlens_q is not None else b
+    if sinks is not None:
+        m, l, alpha = join_sink(m, l, gl.load(sinks + head, mask=real, other=0.0))
+        acc = acc * gl.expand_dims(alpha, 1)
+    if lse.ptr is not None:
+        at = b_rows.to(gl.int64) * lse.stride_b + head.to(gl.int64) * lse.stride_h + token.to(gl.int64) * lse.stride_m
+        gl.store(lse.ptr + at, natural_lse(m, l), mask=real)
+    offsets = row_offsets(out, b_rows, token, head)
+    result = (acc * gl.expand_dims(normaliser(l), 1)).to(out.ptr.dtype.element_ty)
+    ptrs = out.ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(d, 0)
+    gl.store(ptrs, result, mask=gl.expand_dims(real, 1) & gl.expand_dims(d < HEAD_DIM_V, 0))
+
+
+@gluon.jit
+def _clear_unowned(out, lse, lengths, batch, num_heads, HEAD_DIM_V: gl.constexpr, DV: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """Packed queries past the last sequence's end see no key: out 0, lse -inf. All programs share them."""
+    if lengths.cu_seqlens_q is not None:
+        FLAT: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+        d = gl.arange(0, DV, FLAT)
+        for token in range(owned_rows(lengths, batch) + gl.program_id(0), lengths.total_q, gl.num_programs(0)):
+            for head in range(num_heads):
+                row = out.ptr + token * out.stride_m + head * out.stride_h
+                gl.store(row + d, gl.full([DV], 0.0, out.ptr.dtype.element_ty, FLAT), mask=d < HEAD_DIM_V)
+                if lse.ptr is not None:
+                    gl.store(lse.ptr + head * lse.stride_h + token * lse.stride_m, float("-inf"))
+
+
+def decode_spec(problem: Problem, plan: DecodePlan) -> Spec:
+    """The split kernel's specialisation."""
+    box = gcd(problem.page_size, plan.block_n) if problem.page_size else plan.block_n
+
+    def keys(dtype: str, dim: int) -> Descriptor:
+        padded = held_dim(dim)
+        columns = padded if box == plan.block_n else min(padded, _COLUMNS)
+        return Descriptor(TRITON_DTYPES[dtype], (1, box, 1, columns))
+
+    return Spec(
+        decode_sm90_kernel,
+        args={
+            **split_args(problem, plan),
+            "planned_keys": Arg("i32"),
+            "k": keys(problem.dtype_k, problem.head_dim),
+            "v": keys(problem.dtype_v, problem.head_dim_v),
+        },
+        constants={
+            **split_constants(problem, plan),
+            "STAGES": plan.num_stages,
+            "NUM_WARPS": plan.num_warps,
+            "IN_TURN": plan.min_keys_per_split <= plan.block_n,
+            "GUESS": 0 < plan.num_programs <= _FEW_PROGRAMS,
+        },
+        options={"num_warps": plan.num_warps, "num_stages": 1},
+    )
+
+
+def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
+    """Compiles what ``bind`` will launch."""
+    launcher(decode_spec(problem, plan), device)
+    if combines(plan):
+        bind_combine(problem, plan, device)
+
+
+def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunner:
+    """What runs calls of ``problem`` as ``plan`` says: the split kernel and, where keys are split, combine."""
+    launch = launcher(decode_spec(problem, plan), device)
+
+    def with_keys(k: torch.Tensor, v: torch.Tensor) -> tuple[Launch, torch.Tensor, torch.Tensor]:
+        return launch, k, v
+
+    return bind_split(problem, plan, device, torch.Tensor.data_ptr, with_keys, (length_bucket(problem.seqlen_k),))

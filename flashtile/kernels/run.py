@@ -1,0 +1,150 @@
+"""What the decode kernels for GPUs share on the host: one argument list, and the run of a call.
+
+The kernels have the same parameters but for K and V, which one reads by pointers and the other by tensor maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flashtile.errors import UnsupportedError
+from flashtile.kernels.call import DecodeCall, DecodeRunner
+from flashtile.kernels.combine import bind_combine, combines, partials_spec, unit_cost
+from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch, on_device, workspace
+from flashtile.kernels.tile.schedule import sequences_at_once
+from flashtile.kernels.tile.softmax import LOG2E
+from flashtile.kernels.tile.views import BandView, LengthsView, LseView, PagesView, RowsView, ScoresView, band_view
+from flashtile.planner.plans import DecodePlan
+from flashtile.problem import DTYPE_BYTES, Problem
+
+_LOG2E: float = LOG2E.value
+_MAX_GRID_X = 2**31 - 1
+_MAX_GRID_Y = 65_535
+
+
+def split_args(problem: Problem, plan: DecodePlan) -> dict[str, Any]:
+    """The parameters of a split kernel except k and v."""
+
+    def rows(dtype: str) -> RowsView:
+        stride = Arg("i64", max(1, problem.alignment // DTYPE_BYTES[dtype]))
+        return RowsView(Arg("*" + TRITON_DTYPES[dtype], problem.alignment), stride, stride, stride)
+
+    i32, i64 = Arg("i32"), Arg("i64")
+    finishes = not splits_all(plan)
+    return {
+        "q": rows(problem.dtype_q),
+        "out": rows(problem.dtype_out),
+        "lse": LseView(Arg("*fp32"), i64, i64, i64) if problem.lse and finishes else LseView(None, None, None, None),
+        "partials": partials_spec(plan),
+        "lengths": LengthsView(Arg("*i32"), Arg("*i32") if problem.ragged_q else None, i32, i32, i32),
+        "pages": PagesView(Arg("*i32"), i64, i32) if problem.page_size else PagesView(None, None, None),
+        "scores": ScoresView(
+            Arg("fp32"),
+            Arg("fp32") if problem.softcap else None,
+            Arg("*fp32") if problem.alibi else None,
+            i64 if problem.alibi else None,
+        ),
+        "band": BandView(*(None if side is None else i32 for side in band_view(problem.band))),
+        "sinks": Arg("*fp32") if problem.sinks and finishes else None,
+        "num_heads_kv": i32,
+        "batch": i32,
+        "row_blocks": i32,
+        "min_keys_per_split": i32,
+    }
+
+
+def split_constants(problem: Problem, plan: DecodePlan) -> dict[str, Any]:
+    """The constants of a split kernel that do not depend on how it computes."""
+    sequences = sequences_at_once(problem.batch) if plan.num_programs else 0
+    return {
+        "GROUP": problem.group,
+        "BLOCK_M": plan.block_m,
+        "BLOCK_N": plan.block_n,
+        "HEAD_DIM": problem.head_dim,
+        "HEAD_DIM_V": problem.head_dim_v,
+        "PAGE_SIZE": problem.page_size,
+        "SPLIT": splits_all(plan),
+        "SEQUENCES": sequences,
+        "ONE_STEP": problem.batch <= sequences,
+        "UNIT_COST": unit_cost(plan),
+        "PDL": combines(plan) and plan.dependent_launch,
+    }
+
+
+def splits_all(plan: DecodePlan) -> bool:
+    """Whether every row's keys are split, so that all results are combine's to write."""
+    return combines(plan) and plan.num_programs == 0
+
+
+def bind_split(
+    problem: Problem,
+    plan: DecodePlan,
+    device: torch.device,
+    pointer: Callable[[torch.Tensor], Any],
+    launch_with_keys: Callable[[torch.Tensor, torch.Tensor], tuple[Launch, Any, Any]],
+    own_numbers: tuple[int, ...] = (),
+) -> DecodeRunner:
+    """Runs calls of ``problem``: the split kernel and, where keys are split, combine.
+
+    ``launch_with_keys(k_cache, v_cache)`` gives the split kernel's launch, and K and V as it is passed them;
+    ``own_numbers`` are what the kernel takes behind the parameters of ``split_args``.
+    """
+    group, heads_kv, page_size, head_dim_v = problem.group, problem.num_heads_kv, problem.page_size, problem.head_dim_v
+    num_splits, split = plan.num_splits, splits_all(plan)
+    row_blocks = max(1, -(-problem.rows // plan.block_m))
+    grid = (plan.num_programs, 1) if plan.num_programs else (problem.batch * heads_kv * row_blocks, num_splits)
+    if not 1 <= grid[1] <= _MAX_GRID_Y or not 0 <= grid[0] <= _MAX_GRID_X:
+        limit = f"a grid of {grid[0]} x {grid[1]} programs: at most {_MAX_GRID_X} x {_MAX_GRID_Y}"
+        raise UnsupportedError("The plan does not fit a launch.", {plan.kernel: [limit]})
+    min_keys = max(1, -(-plan.min_keys_per_split // plan.block_n)) * plan.block_n
+    numbers = (heads_kv, problem.batch, row_blocks, min_keys, *own_numbers)
+    max_seqlen_q, band = problem.seqlen_q, band_view(problem.band)
+    rows_of_programs = 2 * plan.num_programs * plan.block_m
+    combine = bind_combine(problem, plan, device) if combines(plan) else None
+    no_lse, no_partials, no_pages = (None,) * 4, (None,) * 3, (None,) * 3
+
+    def run(stream: int, call: DecodeCall) -> None:
+        q, k, v, seqlens_k, page_table, cu_seqlens_q, sinks, slopes, out, lse, scale, softcap = call
+        launch, k_view, v_view = launch_with_keys(k, v)
+        pages: tuple[Any, ...] = no_pages
+        if page_table is None:
+            capacity = k.shape[1]
+        else:
+            capacity, pages = page_table.shape[1] * page_size, (pointer(page_table), page_table.stride(0), k.shape[0])
+        lse_view: tuple[Any, ...] = no_lse
+        if cu_seqlens_q is not None:
+            total_q = q.shape[0]
+            q_strides, out_strides = (0, *q.stride()[:2]), (0, *out.stride()[:2])
+            lengths = (pointer(seqlens_k), pointer(cu_seqlens_q), capacity, max_seqlen_q, total_q)
+            if lse is not None:
+                lse_view = (pointer(lse), 0, *lse.stride())
+        else:
+            total_q = q.shape[0] * q.shape[1]
+            q_strides, out_strides = q.stride()[:3], out.stride()[:3]
+            lengths = (pointer(seqlens_k), None, capacity, max_seqlen_q, total_q)
+            if lse is not None:
+                lse_view = (pointer(lse), *lse.stride())
+        slopes_view = (None, None) if slopes is None else (pointer(slopes), slopes.stride(0) if slopes.ndim == 2 else 0)
+        scores = (scale * _LOG2E, softcap or None, *slopes_view)
+        q_view, out_view = (pointer(q), *q_strides), (pointer(out), *out_strides)
+        sink = None if sinks is None else pointer(sinks)
+        rows = total_q * heads_kv * group
+        partials: tuple[Any, ...] = no_partials
+        if combine is not None:
+            num_partials = rows_of_programs or rows * num_splits
+            scratch = workspace(num_partials * (head_dim_v + 1), device)
+            partials = (pointer(scratch), num_partials * head_dim_v, num_splits if split else None)
+        elif rows_of_programs:
+            partials = (0, 0, None)  # a lone program finishes every unit
+        lse_now, sink_now = (no_lse, None) if split else (lse_view, sink)
+        launch.run(
+            *grid, stream, q_view, k_view, v_view, out_view, lse_now, partials, lengths, pages, scores, band, sink_now,
+            *numbers, *launch.constants,
+        )  # fmt: skip
+        if combine is not None:
+            combine(stream, rows, partials, out_view, lse_view, lengths, sink)
+
+    return on_device(run, device)
