@@ -2,7 +2,7 @@
 
 A program folds all parts of a row over BLOCK_D columns; parts that saw no key hold lse -inf and are never read. The parts
 are either a fixed number of splits for every row, or what the programs left that share the line of key tiles
-(tile/schedule.py): then there is a program for each place where one of those hands a unit on to the next.
+(tile/schedule.py): then most units have a single part, which is not combined.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Spec, launcher
-from flashtile.kernels.tile.schedule import holder, line_length, owned_rows, sequence_rows, sequences_at_once, share, slot_of, unit_at
+from flashtile.kernels.tile.schedule import holder, line_length, owned_rows, sequence_rows, sequences_at_once, share, slot_of, unit_span
 from flashtile.kernels.tile.softmax import LOG2E, finite, join_sink, natural_lse, normaliser
 from flashtile.kernels.tile.views import BandView, LengthsView, LseView, PartialsView, RowsView, band_view, row_offsets
 from flashtile.planner.plans import DecodePlan
@@ -28,19 +28,19 @@ _PROGRAMS_ON_LINE = 8192  # beyond which a program takes several rows of a unit:
 
 @triton.jit
 def combine_kernel(
-    partials, out, lse, lengths, band, sinks, num_heads, batch, row_programs,
+    partials, out, lse, lengths, band, sinks, num_heads, batch, num_programs, row_blocks, row_programs,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, ONE_BLOCK: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEQUENCES: tl.constexpr, ONE_STEP: tl.constexpr,
-    PDL: tl.constexpr,
+    UNIT_COST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tokens x heads, blocks of dim), or where SEQUENCES > 0 (programs of the line but one, row programs x blocks of dim).
+    """Grid: (tokens x heads, blocks of dim), or where SEQUENCES > 0 (units of the line, row programs x blocks of dim).
 
     BLOCK_S parts are folded at a time; ONE_BLOCK where that is all of them.
     """
     if SEQUENCES > 0:
         _combine_on_line(
-            partials, out, lse, lengths, band, sinks, num_heads, batch, row_programs,
-            HEAD_DIM_V, BLOCK_D, BLOCK_S, ONE_BLOCK, GROUP, BLOCK_M, BLOCK_N, SEQUENCES, ONE_STEP, PDL,
+            partials, out, lse, lengths, band, sinks, num_heads, batch, num_programs, row_blocks, row_programs,
+            HEAD_DIM_V, BLOCK_D, BLOCK_S, ONE_BLOCK, GROUP, BLOCK_M, BLOCK_N, SEQUENCES, ONE_STEP, UNIT_COST, PDL,
         )  # fmt: skip
     else:
         _combine_splits(partials, out, lse, lengths, sinks, num_heads, batch, HEAD_DIM_V, BLOCK_D, BLOCK_S, ONE_BLOCK, PDL)
@@ -74,38 +74,40 @@ def _combine_splits(
 
 @triton.jit
 def _combine_on_line(
-    partials, out, lse, lengths, band, sinks, num_heads, batch, row_programs,
+    partials, out, lse, lengths, band, sinks, num_heads, batch, num_programs, row_blocks, row_programs,
     HEAD_DIM_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr, ONE_BLOCK: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SEQUENCES: tl.constexpr, ONE_STEP: tl.constexpr,
-    PDL: tl.constexpr,
+    UNIT_COST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Every row_programs-th row of the unit that program ``begun_by`` of the line begins and another one finishes, if there is one."""
-    begun_by = tl.program_id(0)
-    num_programs = tl.num_programs(0) + 1
+    """Every row_programs-th row of a unit, if several programs of the line share it."""
+    unit = tl.program_id(0)
+    num_heads_kv = num_heads // GROUP
+    row_block = unit % row_blocks
+    h_kv = (unit // row_blocks) % num_heads_kv
+    b = unit // row_blocks // num_heads_kv
     column_block = tl.program_id(1) // row_programs
     # (SEQUENCES,)
     n = tl.arange(0, SEQUENCES)
-    num_heads_kv = num_heads // GROUP
-    total = line_length(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, ONE_STEP)
-    line_start, line_end = share(total, begun_by, num_programs)
-    # the last unit that it enters
-    b, h_kv, row_block, unit_start, _, _, tiles = unit_at(
-        lengths, band, batch, num_heads_kv, n, tl.maximum(line_end - 1, 0), GROUP, BLOCK_M, BLOCK_N, ONE_STEP
-    )
-    unit_end = unit_start + tiles
-    handed_on = (line_start < line_end) & (unit_start >= line_start) & (unit_end > line_end)
-    num_parts = holder(total, unit_end - 1, num_programs) - begun_by + 1
+    total = line_length(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP)
+    start, end = unit_span(lengths, band, batch, num_heads_kv, n, b, h_kv, row_block, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP)
+    begun_by = holder(total, start, num_programs)
+    num_parts = holder(total, end - 1, num_programs) - begun_by + 1
     row_start, seqlen_q = sequence_rows(lengths, b)
     first_row = row_block * BLOCK_M
-    num_rows = tl.where(handed_on, tl.minimum(seqlen_q * GROUP - first_row, BLOCK_M), 0)
+    num_rows = tl.where((start < end) & (num_parts > 1), tl.minimum(seqlen_q * GROUP - first_row, BLOCK_M), 0)
     b_rows = b * 0 if lengths.cu_seqlens_q is not None else b
+    line_start, _ = share(total, begun_by, num_programs)
+    first_slot = slot_of(begun_by, line_start, start)
     if PDL:
+        # most programs have nothing to do and leave before the split kernel ends; one stays, for this kernel must not end first
+        if (num_rows == 0) & (tl.program_id(0) + tl.program_id(1) > 0):
+            return
         gdc_wait()
     for row in range(tl.program_id(1) % row_programs, num_rows, row_programs):
         m_index = row_start + (first_row + row) // GROUP
         head = h_kv * GROUP + (first_row + row) % GROUP
-        first = slot_of(begun_by, line_start, unit_start).to(tl.int64) * BLOCK_M + row
-        others = slot_of(begun_by, line_start, line_start).to(tl.int64) * BLOCK_M + row
+        first = first_slot.to(tl.int64) * BLOCK_M + row
+        others = 2 * begun_by.to(tl.int64) * BLOCK_M + row
         _combine_row(
             partials, out, lse, sinks, b_rows, m_index, head, True, first, others, 2 * BLOCK_M, num_parts, column_block,
             HEAD_DIM_V, BLOCK_D, BLOCK_S, ONE_BLOCK,
@@ -152,12 +154,13 @@ def _fold(partials, rows, known, d, column, m, l, acc, HEAD_DIM_V: tl.constexpr)
     """Merges the ``known`` ones of some partial rows into (m, l, acc): one step of online softmax, a part as a key."""
     # (BLOCK_S,)
     weight = tl.load(partials.ptr + partials.lse_start + rows, mask=known, other=float("-inf")) * LOG2E
-    # (BLOCK_S, BLOCK_D)
+    # (BLOCK_S, BLOCK_D), asked for before the weights are there; of a part without keys they are whatever memory held
     values = tl.load(
         partials.ptr + rows[:, None] * HEAD_DIM_V + d[None, :],
-        mask=(weight > float("-inf"))[:, None] & column[None, :],
+        mask=known[:, None] & column[None, :],
         other=0.0,
     )
+    values = tl.where((weight > float("-inf"))[:, None], values, 0.0)
     m_new = tl.maximum(m, tl.max(weight, 0))
     shift = finite(m_new)
     p = tl.exp2(weight - shift)
@@ -199,6 +202,8 @@ def combine_spec(problem: Problem, plan: DecodePlan) -> Spec:
             "sinks": Arg("*fp32") if problem.sinks else None,
             "num_heads": i32,
             "batch": i32,
+            "num_programs": i32,
+            "row_blocks": i32,
             "row_programs": i32,
         },
         constants={
@@ -212,6 +217,7 @@ def combine_spec(problem: Problem, plan: DecodePlan) -> Spec:
             "BLOCK_N": plan.block_n if on_line else 0,
             "SEQUENCES": sequences,
             "ONE_STEP": problem.batch <= sequences,
+            "UNIT_COST": unit_cost(plan),
             "PDL": plan.dependent_launch,
         },
         options={"num_warps": plan.combine_warps, "num_stages": 1, **({"launch_pdl": True} if plan.dependent_launch else {})},
@@ -225,10 +231,11 @@ def bind_combine(problem: Problem, plan: DecodePlan, device: torch.device) -> Ca
     """
     launch = launcher(combine_spec(problem, plan), device)
     columns = -(-problem.head_dim_v // plan.combine_block_d)
-    rows_of_unit = min(plan.block_m, max(1, problem.rows))
-    row_programs = min(rows_of_unit, max(1, _PROGRAMS_ON_LINE // (columns * max(1, plan.num_programs))))
+    row_blocks = max(1, -(-problem.rows // plan.block_m))
+    units = problem.batch * problem.num_heads_kv * row_blocks
+    row_programs = min(plan.block_m, max(1, problem.rows), max(1, _PROGRAMS_ON_LINE // (columns * max(1, units))))
     band = band_view(problem.band) if plan.num_programs else BandView(None, None)
-    last = (problem.num_heads_q, problem.batch, row_programs, *launch.constants)
+    last = (problem.num_heads_q, problem.batch, plan.num_programs, row_blocks, row_programs, *launch.constants)
 
     def combine_splits(stream: int, rows: int, *views: object) -> None:
         *given, sinks = views
@@ -236,6 +243,14 @@ def bind_combine(problem: Problem, plan: DecodePlan, device: torch.device) -> Ca
 
     def combine_on_line(stream: int, rows: int, *views: object) -> None:
         *given, sinks = views
-        launch.run(plan.num_programs - 1, columns * row_programs, stream, *given, band, sinks, *last)
+        launch.run(units, columns * row_programs, stream, *given, band, sinks, *last)
 
     return combine_on_line if plan.num_programs else combine_splits
+
+
+def unit_cost(plan: DecodePlan) -> int:
+    """Positions on the line that a unit takes beside its tiles: about what beginning and ending one takes a program.
+
+    None where a unit is split even if all lengths are alike: each of its programs begins and ends a part of it.
+    """
+    return 1 if plan.num_programs and plan.num_splits == 1 else 0

@@ -13,15 +13,17 @@ Sources: FlashAttention-2 (Dao 2023), Flash-Decoding (Dao et al. 2023).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from flashtile.errors import UnsupportedError
-from flashtile.kernels.call import DecodeCall, DecodeRunner
-from flashtile.kernels.combine import bind_combine, combines, partials_spec
-from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch, Spec, launcher, on_device, pointer_of, workspace
+from flashtile.kernels.call import DecodeRunner
+from flashtile.kernels.combine import bind_combine, combines
+from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch, Spec, launcher, pointer_of
+from flashtile.kernels.run import bind_split, split_args, split_constants
 from flashtile.kernels.tile.band import keys_of, visible_keys
 from flashtile.kernels.tile.cache import load_tile, locate
 from flashtile.kernels.tile.schedule import (
@@ -30,40 +32,27 @@ from flashtile.kernels.tile.schedule import (
     owned_rows,
     sequence_keys,
     sequence_rows,
-    sequences_at_once,
     share,
     slot_of,
     split_keys,
     unit_at,
 )
 from flashtile.kernels.tile.softmax import LOG2E, by_key, by_row, join_sink, natural_lse, normaliser, online_step, softcapped
-from flashtile.kernels.tile.views import (
-    BandView,
-    KeysView,
-    LengthsView,
-    LseView,
-    PagesView,
-    RowsView,
-    ScoresView,
-    band_view,
-    row_offsets,
-)
+from flashtile.kernels.tile.views import KeysView, row_offsets
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import DTYPE_BYTES, Problem
 
-_LOG2E: float = LOG2E.value
 _FAR = 2**31  # elements that an int32 offset cannot span
 _FEW_ROWS = 16
 _FREE_WARPS = 4  # whose threads may have all registers that an instruction can name, two programs an SM
 _REGISTERS_OF_HALF_AN_SM = 32_768
-_MAX_SPLITS = 65_535  # a grid's y axis
 
 
 @triton.jit
 def decode_kernel(
     q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, min_keys_per_split,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOW: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, SEQUENCES: tl.constexpr, ONE_STEP: tl.constexpr, STAGES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, SEQUENCES: tl.constexpr, ONE_STEP: tl.constexpr, UNIT_COST: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (units, splits), or where SEQUENCES > 0 the programs that share the line of all units' key tiles.
@@ -76,7 +65,7 @@ def decode_kernel(
     if SEQUENCES > 0:
         _walk_line(
             q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch,
-            GROUP, BLOCK_M, BLOCK_N, HOW, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SEQUENCES, ONE_STEP, STAGES, PRECISION,
+            GROUP, BLOCK_M, BLOCK_N, HOW, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SEQUENCES, ONE_STEP, UNIT_COST, STAGES, PRECISION,
         )  # fmt: skip
     else:
         _do_one_split(
@@ -133,7 +122,8 @@ def _do_one_split(
 def _walk_line(
     q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOW: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, SEQUENCES: tl.constexpr, ONE_STEP: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SEQUENCES: tl.constexpr, ONE_STEP: tl.constexpr, UNIT_COST: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program of those that share the line: the units of its stretch, of which the first and the last may be parts."""
     program = tl.program_id(0)
@@ -141,12 +131,12 @@ def _walk_line(
     _clear_unowned(out, lse, lengths, batch, program, num_programs, 0, num_heads_kv * GROUP, HEAD_DIM_V)
     # (SEQUENCES,)
     n = tl.arange(0, SEQUENCES)
-    total = line_length(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, ONE_STEP)
+    total = line_length(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP)
     line_start, line_end = share(total, program, num_programs)
     b, h_kv, row_block, unit_start, row_blocks, first_tile, tiles = unit_at(
-        lengths, band, batch, num_heads_kv, n, line_start, GROUP, BLOCK_M, BLOCK_N, ONE_STEP
+        lengths, band, batch, num_heads_kv, n, line_start, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP
     )
-    at = line_start
+    at = tl.maximum(line_start, unit_start)
     while at < line_end:
         until = tl.minimum(line_end, unit_start + tiles)
         row_start, seqlen_q = sequence_rows(lengths, b)
@@ -169,8 +159,10 @@ def _walk_line(
             _store_partial(partials, partial, real, m, l, acc, HOW, HEAD_DIM_V)
         at = until
         b, h_kv, row_block, unit_start, row_blocks, first_tile, tiles = next_unit(
-            lengths, band, batch, num_heads_kv, b, h_kv, row_block, unit_start, row_blocks, first_tile, tiles, GROUP, BLOCK_M, BLOCK_N
-        )
+            lengths, band, batch, num_heads_kv, b, h_kv, row_block, unit_start, row_blocks, first_tile, tiles,
+            GROUP, BLOCK_M, BLOCK_N, UNIT_COST,
+        )  # fmt: skip
+        at = tl.maximum(at, unit_start)
 
 
 @triton.jit
@@ -320,11 +312,6 @@ def how(plan: DecodePlan) -> str:
     return "vector" if plan.block_m == 1 else "keys" if plan.swapped else "rows"
 
 
-def row_blocks(problem: Problem, plan: DecodePlan) -> int:
-    """Programs that share a sequence and key head, for the longest query."""
-    return max(1, -(-problem.rows // plan.block_m))
-
-
 def decode_spec(problem: Problem, plan: DecodePlan, *, far_keys: bool = False, same_strides: bool | None = None) -> Spec:
     """The split kernel's specialisation.
 
@@ -333,63 +320,26 @@ def decode_spec(problem: Problem, plan: DecodePlan, *, far_keys: bool = False, s
     """
     same_strides = problem.head_dim == problem.head_dim_v if same_strides is None else same_strides
 
-    def pointer(dtype: str) -> Arg:
-        return Arg("*" + TRITON_DTYPES[dtype], problem.alignment)
-
-    def stride(dtype: str, type: str = "i64") -> Arg:
-        return Arg(type, max(1, problem.alignment // DTYPE_BYTES[dtype]))
-
-    def rows(dtype: str) -> RowsView:
-        return RowsView(pointer(dtype), stride(dtype), stride(dtype), stride(dtype))
-
     def keys(dtype: str, own_strides: bool = True) -> KeysView:
+        pointer = Arg("*" + TRITON_DTYPES[dtype], problem.alignment)
         if not own_strides:
-            return KeysView(pointer(dtype), None, None, None)
-        reach = "i64" if far_keys else "i32"
-        return KeysView(pointer(dtype), stride(dtype, reach), stride(dtype, reach), stride(dtype))
+            return KeysView(pointer, None, None, None)
+        divisible = max(1, problem.alignment // DTYPE_BYTES[dtype])
+        reach = Arg("i64" if far_keys else "i32", divisible)
+        return KeysView(pointer, reach, reach, Arg("i64", divisible))
 
-    i32, i64 = Arg("i32"), Arg("i64")
-    on_line = plan.num_programs > 0
-    split = combines(plan) and not on_line
-    sequences = sequences_at_once(problem.batch) if on_line else 0
     return Spec(
         decode_kernel,
         args={
-            "q": rows(problem.dtype_q),
+            **split_args(problem, plan),
             "k": keys(problem.dtype_k),
             "v": keys(problem.dtype_v, not same_strides),
-            "out": rows(problem.dtype_out),
-            "lse": LseView(Arg("*fp32"), i64, i64, i64) if problem.lse and not split else LseView(None, None, None, None),
-            "partials": partials_spec(plan),
-            "lengths": LengthsView(Arg("*i32"), Arg("*i32") if problem.ragged_q else None, i32, i32, i32),
-            "pages": PagesView(Arg("*i32"), i64, i32) if problem.page_size else PagesView(None, None, None),
-            "scores": ScoresView(
-                Arg("fp32"),
-                Arg("fp32") if problem.softcap else None,
-                Arg("*fp32") if problem.alibi else None,
-                i64 if problem.alibi else None,
-            ),
-            "band": BandView(*(None if side is None else i32 for side in band_view(problem.band))),
-            "sinks": Arg("*fp32") if problem.sinks and not split else None,
-            "num_heads_kv": i32,
-            "batch": i32,
-            "row_blocks": i32,
-            "min_keys_per_split": i32,
         },
         constants={
-            "GROUP": problem.group,
-            "BLOCK_M": plan.block_m,
-            "BLOCK_N": plan.block_n,
+            **split_constants(problem, plan),
             "HOW": how(plan),
-            "HEAD_DIM": problem.head_dim,
-            "HEAD_DIM_V": problem.head_dim_v,
-            "PAGE_SIZE": problem.page_size,
-            "SPLIT": split,
-            "SEQUENCES": sequences,
-            "ONE_STEP": problem.batch <= sequences,
             "STAGES": _pipeline_stages(problem, plan),
             "PRECISION": "tf32" if problem.allow_tf32 else "ieee",
-            "PDL": combines(plan) and plan.dependent_launch,
         },
         options={"num_warps": plan.num_warps, "num_stages": plan.num_stages, **_register_limit(plan)},
     )
@@ -419,69 +369,21 @@ def _pipeline_stages(problem: Problem, plan: DecodePlan) -> int:
 
 def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunner:
     """What runs calls of ``problem`` as ``plan`` says: the split kernel and, where keys are split, combine."""
-    group, heads_kv, page_size, head_dim_v = problem.group, problem.num_heads_kv, problem.page_size, problem.head_dim_v
-    num_splits, num_programs, block_n = plan.num_splits, plan.num_programs, plan.block_n
-    split = combines(plan) and num_programs == 0
-    blocks = row_blocks(problem, plan)
-    units = problem.batch * heads_kv * blocks
-    grid = (num_programs, 1) if num_programs else (units, num_splits)
-    if not 1 <= grid[1] <= _MAX_SPLITS or not 0 <= grid[0] < _FAR:
-        limit = f"a grid of {grid[0]} x {grid[1]} programs: at most {_FAR - 1} x {_MAX_SPLITS}"
-        raise UnsupportedError("The plan does not fit a launch.", {plan.kernel: [limit]})
-    min_keys = max(1, -(-plan.min_keys_per_split // block_n)) * block_n
-    max_seqlen_q = problem.seqlen_q
-    band = band_view(problem.band)
-    numbers = (heads_kv, problem.batch, blocks, min_keys)
-    far_stride = _FAR // block_n
+    far_stride = _FAR // plan.block_n
     pointer = pointer_of(decode_kernel)
     launches = {layout: _split_launch(problem, plan, device, *layout) for layout in [_usual_layout(problem)]}
-    combine = bind_combine(problem, plan, device) if combines(plan) else None
-    no_lse, no_partials = (None,) * 4, (None,) * 3
-    rows_of_programs = 2 * num_programs * plan.block_m
-    no_pages: tuple[object, ...] = (None,) * 3
-    constants = next(iter(launches.values())).constants
 
-    def run(stream: int, call: DecodeCall) -> None:
-        q, k, v, seqlens_k, page_table, cu_seqlens_q, sinks, slopes, out, lse, scale, softcap = call
+    def with_keys(k: torch.Tensor, v: torch.Tensor) -> tuple[Launch, tuple[Any, ...], tuple[Any, ...]]:
         k_strides, v_strides = k.stride(), v.stride()
         same = k_strides == v_strides
         far = k_strides[0] >= _FAR or k_strides[1] >= far_stride or v_strides[0] >= _FAR or v_strides[1] >= far_stride
         launch = launches.get((far, same))
         if launch is None:
             launch = launches[far, same] = _split_launch(problem, plan, device, far, same)
-        if page_table is None:
-            capacity, pages = k.shape[1], no_pages
-        else:
-            capacity, pages = page_table.shape[1] * page_size, (pointer(page_table), page_table.stride(0), k.shape[0])
-        if cu_seqlens_q is not None:
-            total_q = q.shape[0]
-            q_strides, out_strides = (0, *q.stride()[:2]), (0, *out.stride()[:2])
-            lengths = (pointer(seqlens_k), pointer(cu_seqlens_q), capacity, max_seqlen_q, total_q)
-            lse_view = no_lse if lse is None else (pointer(lse), 0, *lse.stride())
-        else:
-            total_q = q.shape[0] * q.shape[1]
-            q_strides, out_strides = q.stride()[:3], out.stride()[:3]
-            lengths = (pointer(seqlens_k), None, capacity, max_seqlen_q, total_q)
-            lse_view = no_lse if lse is None else (pointer(lse), *lse.stride())
-        slopes_view = (None, None) if slopes is None else (pointer(slopes), slopes.stride(0) if slopes.ndim == 2 else 0)
-        scores = (scale * _LOG2E, softcap or None, *slopes_view)
-        out_view = (pointer(out), *out_strides)
         v_view = (pointer(v), None, None, None) if same else (pointer(v), *v_strides[:3])
-        sink = None if sinks is None else pointer(sinks)
-        tensors = ((pointer(q), *q_strides), (pointer(k), *k_strides[:3]), v_view, out_view)
-        rows = total_q * heads_kv * group
-        num_partials = rows_of_programs or (rows * num_splits if split else 0)
-        partials: tuple[object, ...] = no_partials
-        if num_partials:
-            scratch = workspace(num_partials * (head_dim_v + 1), device)
-            partials = (pointer(scratch), num_partials * head_dim_v, num_splits if split else None)
-        # where every row's keys are split, its result is combine's to write
-        lse_now, sink_now = (no_lse, None) if split else (lse_view, sink)
-        launch.run(*grid, stream, *tensors, lse_now, partials, lengths, pages, scores, band, sink_now, *numbers, *constants)
-        if combine is not None:
-            combine(stream, rows, partials, out_view, lse_view, lengths, sink)
+        return launch, (pointer(k), *k_strides[:3]), v_view
 
-    return on_device(run, device)
+    return bind_split(problem, plan, device, pointer, with_keys)
 
 
 def _usual_layout(problem: Problem) -> tuple[bool, bool]:

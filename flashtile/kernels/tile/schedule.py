@@ -5,6 +5,9 @@ share all units evenly (stream-K, Osama et al. 2023): the key tiles of all units
 block by row block, form one line, of which each program walks a stretch. What happens where follows from the lengths on
 the device alone, so that every program works it out for itself.
 
+A unit takes UNIT_COST positions on the line before its first tile: the time that a program spends on beginning and ending
+one. Nothing happens there.
+
 Functions on the line make no vector of their own: they take one (``n``), in whatever layout the caller's language wants.
 """
 
@@ -81,7 +84,7 @@ def unit_tiles(lengths, band, b, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLO
 @triton.jit
 def line_length(
     lengths, band, batch, num_heads_kv, n,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_STEP: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT_COST: tl.constexpr, ONE_STEP: tl.constexpr,
 ):  # fmt: skip
     """How many tiles the units of the whole batch have: the length of the line that programs share.
 
@@ -89,17 +92,17 @@ def line_length(
     """
     total = batch * 0
     if ONE_STEP:
-        total += tl.sum(_tiles_of(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N), 0)
+        total += tl.sum(_tiles_of(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, UNIT_COST), 0)
     else:
         for base in tl.range(0, batch, n.shape[0], num_stages=1):
-            total += tl.sum(_tiles_of(lengths, band, batch, num_heads_kv, base + n, GROUP, BLOCK_M, BLOCK_N), 0)
+            total += tl.sum(_tiles_of(lengths, band, batch, num_heads_kv, base + n, GROUP, BLOCK_M, BLOCK_N, UNIT_COST), 0)
     return total
 
 
 @triton.jit
 def unit_at(
     lengths, band, batch, num_heads_kv, n, position,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ONE_STEP: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT_COST: tl.constexpr, ONE_STEP: tl.constexpr,
 ):  # fmt: skip
     """The unit that holds a position of the line, 0 <= position < line_length (any other gives some unit that exists).
 
@@ -110,27 +113,45 @@ def unit_at(
     b = batch * 0
     start = batch * 0
     if ONE_STEP:
-        b, start, _ = _sequences_before(lengths, band, batch, num_heads_kv, n, position, b, start, batch * 0, GROUP, BLOCK_M, BLOCK_N)
+        b, start, _ = _sequences_before(lengths, band, batch, num_heads_kv, n, position, b, start, batch * 0, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
     else:
         seen = batch * 0
         for base in tl.range(0, batch, n.shape[0], num_stages=1):
             b, start, seen = _sequences_before(
-                lengths, band, batch, num_heads_kv, base + n, position, b, start, seen, GROUP, BLOCK_M, BLOCK_N
+                lengths, band, batch, num_heads_kv, base + n, position, b, start, seen, GROUP, BLOCK_M, BLOCK_N, UNIT_COST
             )
     b = tl.minimum(b, batch - 1)
     row_blocks, first_tile, tiles = unit_tiles(lengths, band, b, GROUP, BLOCK_M, BLOCK_N)
-    index = (position - start) // tiles
+    index = (position - start) // (tiles + UNIT_COST)
     blocks = tl.maximum(row_blocks, 1)
-    return b, index // blocks, index % blocks, start + index * tiles, row_blocks, first_tile, tiles
+    return b, index // blocks, index % blocks, start + index * (tiles + UNIT_COST) + UNIT_COST, row_blocks, first_tile, tiles
+
+
+@triton.jit
+def unit_span(
+    lengths, band, batch, num_heads_kv, n, b, h, row_block,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT_COST: tl.constexpr, ONE_STEP: tl.constexpr,
+):  # fmt: skip
+    """[start, end) of a unit's tiles on the line; empty if its sequence has no such row block."""
+    before = batch * 0
+    if ONE_STEP:
+        before += tl.sum(tl.where(n < b, _tiles_of(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, UNIT_COST), 0), 0)
+    else:
+        for base in tl.range(0, b, n.shape[0], num_stages=1):
+            tiles = _tiles_of(lengths, band, batch, num_heads_kv, base + n, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
+            before += tl.sum(tl.where(base + n < b, tiles, 0), 0)
+    row_blocks, _, tiles = unit_tiles(lengths, band, b, GROUP, BLOCK_M, BLOCK_N)
+    start = before + (h * row_blocks + row_block) * (tiles + UNIT_COST) + UNIT_COST
+    return start, tl.where(row_block < row_blocks, start + tiles, start)
 
 
 @triton.jit
 def next_unit(
     lengths, band, batch, num_heads_kv, b, h, row_block, start, row_blocks, first_tile, tiles,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT_COST: tl.constexpr,
 ):  # fmt: skip
     """The unit behind this one, as ``unit_at`` gives it; behind the last one, no unit to be used."""
-    start += tiles
+    start += tiles + UNIT_COST
     row_block += 1
     if row_block == row_blocks:
         row_block = row_block * 0
@@ -148,9 +169,10 @@ def next_unit(
 def share(total, program, num_programs):
     """[start, end): the program's even share of the line. A line shorter than the programs are many is left to the first of them."""
     busy = _busy(total, num_programs)
-    # 64-bit: the product of two numbers below 2^31
-    start = (program.to(tl.int64) * total // busy).to(tl.int32)
-    end = ((program.to(tl.int64) + 1) * total // busy).to(tl.int32)
+    # program * total // busy without leaving 32 bits: programs are fewer than 2^16
+    each, rest = total // busy, (total % busy).to(tl.uint32)
+    start = program * each + (program.to(tl.uint32) * rest // busy.to(tl.uint32)).to(tl.int32)
+    end = (program + 1) * each + ((program + 1).to(tl.uint32) * rest // busy.to(tl.uint32)).to(tl.int32)
     return tl.minimum(start, total), tl.minimum(end, total)
 
 
@@ -176,22 +198,24 @@ def _busy(total, num_programs):
 
 
 @triton.jit
-def _tiles_of(lengths, band, batch, num_heads_kv, b, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Tiles of all units of each sequence of a vector; 0 beyond the batch."""
+def _tiles_of(
+    lengths, band, batch, num_heads_kv, b, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT_COST: tl.constexpr
+):
+    """Positions of all units of each sequence of a vector; 0 beyond the batch."""
     row_blocks, _, tiles = unit_tiles(lengths, band, tl.minimum(b, batch - 1), GROUP, BLOCK_M, BLOCK_N)
-    return tl.where(b < batch, tiles * row_blocks * num_heads_kv, 0)
+    return tl.where(b < batch, (tiles + UNIT_COST) * row_blocks * num_heads_kv, 0)
 
 
 @triton.jit
 def _sequences_before(
     lengths, band, batch, num_heads_kv, b, position, count, start, seen,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT_COST: tl.constexpr,
 ):  # fmt: skip
     """Of a vector of sequences, adds those that end at or before ``position``: their number, their tiles; and the tiles of all.
 
     ``seen`` are the tiles of all sequences before the vector. Sequences without units end where they start, so that they
     count as passed if what follows them holds the position.
     """
-    tiles = _tiles_of(lengths, band, batch, num_heads_kv, b, GROUP, BLOCK_M, BLOCK_N)
+    tiles = _tiles_of(lengths, band, batch, num_heads_kv, b, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
     passed = seen + tl.cumsum(tiles, 0) <= position
     return count + tl.sum(passed.to(tl.int32), 0), start + tl.sum(tl.where(passed, tiles, 0), 0), seen + tl.sum(tiles, 0)

@@ -14,29 +14,29 @@ from flashtile.band import Band
 triton = pytest.importorskip("triton")
 import triton.language as tl
 
-from flashtile.kernels.tile.schedule import holder, line_length, next_unit, sequences_at_once, share, slot_of, unit_at
+from flashtile.kernels.tile.schedule import holder, line_length, next_unit, sequences_at_once, share, slot_of, unit_at, unit_span
 from flashtile.kernels.tile.views import BandView, LengthsView
 
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6 with NumPy 2
 
-COLUMNS = 9
+COLUMNS = 10
 
 
 @triton.jit
 def walk(
     notes, lengths, band, batch, num_heads_kv, most,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, ONE_STEP: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT_COST: tl.constexpr, BLOCK_B: tl.constexpr,
+    ONE_STEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """notes (programs, most, COLUMNS) int32: b, h, row block, key tile from, to, tiles, slot, program of the first tile, of the last."""
+    """notes (programs, most, COLUMNS) int32: b, h, row block, key tile from, to, tiles, slot, program of the first tile, of the last, whether unit_span agrees."""
     program = tl.program_id(0)
     n = tl.arange(0, BLOCK_B)
-    total = line_length(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, ONE_STEP)
+    total = line_length(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP)
     program_start, end = share(total, program, tl.num_programs(0))
     b, h, row_block, start, row_blocks, first_tile, tiles = unit_at(
-        lengths, band, batch, num_heads_kv, n, program_start, GROUP, BLOCK_M, BLOCK_N, ONE_STEP
+        lengths, band, batch, num_heads_kv, n, program_start, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP
     )
-    position = program_start
+    position = tl.maximum(program_start, start)
     at = notes + program * most * COLUMNS
     while position < end:
         until = tl.minimum(end, start + tiles)
@@ -50,10 +50,14 @@ def walk(
         tl.store(at + 7, holder(total, start, tl.num_programs(0)))
         tl.store(at + 8, holder(total, start + tiles - 1, tl.num_programs(0)))
         at += COLUMNS
-        position = until
-        b, h, row_block, start, row_blocks, first_tile, tiles = next_unit(
-            lengths, band, batch, num_heads_kv, b, h, row_block, start, row_blocks, first_tile, tiles, GROUP, BLOCK_M, BLOCK_N
+        from_span, to_span = unit_span(
+            lengths, band, batch, num_heads_kv, n, b, h, row_block, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP
         )
+        tl.store(at - 1, ((from_span == start) & (to_span == start + tiles)).to(tl.int32))
+        b, h, row_block, start, row_blocks, first_tile, tiles = next_unit(
+            lengths, band, batch, num_heads_kv, b, h, row_block, start, row_blocks, first_tile, tiles, GROUP, BLOCK_M, BLOCK_N, UNIT_COST
+        )
+        position = tl.maximum(until, start)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Batch:
     band: Band = Band(None, 0)
 
 
-def notes_of(batch: Batch, num_programs: int, at_once: int = 0) -> list[list[list[int]]]:
+def notes_of(batch: Batch, num_programs: int, at_once: int = 0, unit_cost: int = 0) -> list[list[list[int]]]:
     """What each program does in turn: rows of COLUMNS numbers."""
     size = len(batch.seqlens_k)
     starts = torch.tensor([0, *batch.seqlens_q], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -83,7 +87,7 @@ def notes_of(batch: Batch, num_programs: int, at_once: int = 0) -> list[list[lis
     at_once = at_once or sequences_at_once(size)
     walk[(num_programs,)](
         notes, lengths, BandView(batch.band.left, batch.band.right), size, batch.num_heads_kv, most,
-        GROUP=batch.group, BLOCK_M=batch.block_m, BLOCK_N=batch.block_n, BLOCK_B=at_once, ONE_STEP=at_once >= size, COLUMNS=COLUMNS,
+        GROUP=batch.group, BLOCK_M=batch.block_m, BLOCK_N=batch.block_n, UNIT_COST=unit_cost, BLOCK_B=at_once, ONE_STEP=at_once >= size, COLUMNS=COLUMNS,
     )  # fmt: skip
     return [[note for note in program if note[0] >= 0] for program in notes.tolist()]
 
@@ -102,17 +106,18 @@ def expected_tiles(batch: Batch) -> dict[tuple[int, int, int], range]:
     return tiles
 
 
-def check(batch: Batch, num_programs: int, at_once: int = 0) -> None:
-    programs = notes_of(batch, num_programs, at_once)
+def check(batch: Batch, num_programs: int, at_once: int = 0, unit_cost: int = 0) -> None:
+    programs = notes_of(batch, num_programs, at_once, unit_cost)
     expected = expected_tiles(batch)
     walked: dict[tuple[int, int, int], list[int]] = {}
     slots: dict[int, tuple[int, int, int]] = {}
     parts: dict[tuple[int, int, int], list[tuple[int, int]]] = {}
     for program, notes in enumerate(programs):
-        for b, h, row_block, begin, end, tiles, slot, first_program, last_program in notes:
+        for b, h, row_block, begin, end, tiles, slot, first_program, last_program, agrees in notes:
             unit = (b, h, row_block)
             assert tiles == len(expected[unit])
             assert begin < end
+            assert agrees
             walked.setdefault(unit, []).extend(range(begin, end))
             assert first_program <= program <= last_program
             assert (first_program == last_program) == (end - begin == tiles)
@@ -125,8 +130,11 @@ def check(batch: Batch, num_programs: int, at_once: int = 0) -> None:
                 assert slot == 2 * program or program == first_program
     assert list(walked) == list(expected)
     assert {unit: list(tiles) for unit, tiles in expected.items()} == walked
+    # a program's work: its tiles, and what beginning units costs; that of a unit may be borne by the program before
     counts = [sum(note[4] - note[3] for note in notes) for notes in programs]
-    assert max(counts) - min(counts) <= 1
+    begun = [sum(note[3] == expected[note[0], note[1], note[2]][0] for note in notes) for notes in programs]
+    work = [tiles + unit_cost * units for tiles, units in zip(counts, begun, strict=True)]
+    assert max(work) - min(work) <= 1 + 2 * unit_cost
     for unit, of_unit in parts.items():
         # every program between the first and the last takes part, so that a reader can count them
         assert [program for program, _ in of_unit] == list(range(of_unit[0][0], of_unit[-1][0] + 1)), unit
