@@ -116,7 +116,7 @@ def test_map_of_the_house_is_complete() -> None:
 @pytest.mark.parametrize("part", ["planner", "kernels", "cli", "testing"])
 def test_design_names_every_module(part: str) -> None:
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    named = re.findall(r"`([\w*]+(?:\.py|/))`", text)
+    named = re.findall(r"`([\w*]+(?:\.py|\.c|/))`", text)
     here = {
         path.name + "/" * path.is_dir()
         for path in (ROOT / "flashtile" / part).iterdir()

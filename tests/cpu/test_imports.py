@@ -41,6 +41,7 @@ TOP = ("flashtile.cli", "flashtile.__main__")
 MAY_IMPORT_TRITON = (
     "flashtile.kernels.decode",
     "flashtile.kernels.combine",
+    "flashtile.kernels.gluon",
     "flashtile.kernels.launch",
     "flashtile.kernels.native",
     "flashtile.kernels.tile",
