@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from flashtile.planner.catalog import TRITON
 from flashtile.planner.explain import explain
 from flashtile.planner.plans import DecodePlan
 from flashtile.testing.matrix import AXES, COLUMNS, Outcome, Point, claims, compile_all, cover, full, row_of, store
@@ -55,9 +56,10 @@ def test_names_of_matrix_instructions_are_compared(planned: str, compiled: str, 
 
 def point(arch: str, block_m: int, *, swapped: bool = False, **changes: object) -> Point:
     values = {
-        "head_dims": (128, 128), "dtype": "bfloat16", "page_size": 0, "features": "causal", "splits": 1, "group": 4, "aligned": True,
+        "kernel": TRITON, "head_dims": (128, 128), "dtype": "bfloat16", "page_size": 0, "features": "causal", "batch": 1, "splits": 1,
+        "group": 4, "aligned": True,
     }  # fmt: skip
-    return Point(arch, (block_m, swapped), **(values | changes))
+    return Point(arch=arch, tile=(block_m, swapped), **(values | changes))
 
 
 @pytest.mark.slow
