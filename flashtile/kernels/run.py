@@ -86,11 +86,13 @@ def bind_split(
     pointer: Callable[[torch.Tensor], Any],
     launch_with_keys: Callable[[torch.Tensor, torch.Tensor], tuple[Launch, Any, Any]],
     own_numbers: tuple[int, ...] = (),
+    merges_parts: bool = False,
 ) -> DecodeRunner:
     """Runs calls of ``problem``: the split kernel and, where keys are split, combine.
 
     ``launch_with_keys(k_cache, v_cache)`` gives the split kernel's launch, and K and V as it is passed them;
-    ``own_numbers`` are what the kernel takes behind the parameters of ``split_args``.
+    ``own_numbers`` are what the kernel takes behind the parameters of ``split_args``. A kernel that ``merges_parts``
+    needs no combine where programs share a line.
     """
     group, heads_kv, page_size, head_dim_v = problem.group, problem.num_heads_kv, problem.page_size, problem.head_dim_v
     num_splits, split = plan.num_splits, splits_all(plan)
@@ -103,7 +105,9 @@ def bind_split(
     numbers = (heads_kv, problem.batch, row_blocks, min_keys, *own_numbers)
     max_seqlen_q, band = problem.seqlen_q, band_view(problem.band)
     rows_of_programs = 2 * plan.num_programs * plan.block_m
-    combine = bind_combine(problem, plan, device) if combines(plan) else None
+    leaves_parts = combines(plan)
+    combine = bind_combine(problem, plan, device) if leaves_parts and not (merges_parts and plan.num_programs) else None
+    floats_of_flags = 4 * plan.num_programs if merges_parts else 0
     no_lse, no_partials, no_pages = (None,) * 4, (None,) * 3, (None,) * 3
 
     def run(stream: int, call: DecodeCall) -> None:
@@ -133,9 +137,9 @@ def bind_split(
         sink = None if sinks is None else pointer(sinks)
         rows = total_q * heads_kv * group
         partials: tuple[Any, ...] = no_partials
-        if combine is not None:
+        if leaves_parts:
             num_partials = rows_of_programs or rows * num_splits
-            scratch = workspace(num_partials * (head_dim_v + 1), device)
+            scratch = workspace(num_partials * (head_dim_v + 1) + floats_of_flags, device)
             partials = (pointer(scratch), num_partials * head_dim_v, num_splits if split else None)
         elif rows_of_programs:
             partials = (0, 0, None)  # a lone program finishes every unit

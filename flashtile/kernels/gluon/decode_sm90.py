@@ -6,8 +6,8 @@ ahead of the products, and the warps share out either the keys of a tile (own_ke
 (own_rows.py: 64 and 128).
 
 A program walks units: a unit is a sequence, key head and block of rows. On a grid of splits that is one unit and its
-share of the keys. With stream-K all tiles of the batch form a line, of which each program takes an even share, and the
-ring runs on from one unit into the next.
+share of the keys. With stream-K all tiles of the batch form a line, of which each program takes an even share, the ring
+runs on from one unit into the next, and the last of the programs that share a unit merges their parts (parts.py).
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from flashtile.kernels.call import DecodeRunner
-from flashtile.kernels.combine import bind_combine, combines
+from flashtile.kernels.combine import bind_combine
 from flashtile.kernels.gluon.names import barrier
 from flashtile.kernels.gluon.own_keys import merge_warps, own_keys_layout, own_scores, own_values, repeated_rows
 from flashtile.kernels.gluon.own_rows import own_rows_layout, row_scores, row_values
+from flashtile.kernels.gluon.parts import leave_part, merged_parts, row_numbers, store_partial
 from flashtile.kernels.gluon.ring import box_pages, start_tile, tile_ring
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Descriptor, Launch, Spec, launcher
-from flashtile.kernels.run import bind_split, split_args, split_constants
+from flashtile.kernels.run import bind_split, split_args, split_constants, splits_all
 from flashtile.kernels.tile.band import keys_of, visible_keys
 from flashtile.kernels.tile.cache import page_of
 from flashtile.kernels.tile.schedule import (
@@ -46,7 +47,6 @@ from flashtile.kernels.tile.views import row_offsets
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem, length_bucket
 
-_FEW_PROGRAMS = 160  # for which a tile each is little traffic
 _COLUMNS = 64  # of a box where a tile has several: 128 bytes, as wide as shared memory is swizzled
 
 
@@ -55,22 +55,21 @@ def decode_sm90_kernel(
     q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, min_keys_per_split, planned_keys,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, SPLIT: gl.constexpr, SEQUENCES: gl.constexpr, ONE_STEP: gl.constexpr, UNIT_COST: gl.constexpr,
-    STAGES: gl.constexpr, NUM_WARPS: gl.constexpr, IN_TURN: gl.constexpr, GUESS: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, NUM_WARPS: gl.constexpr, IN_TURN: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid: (units, splits), the last splits first; with stream-K, where SEQUENCES > 0, programs."""
     D: gl.constexpr = held_dim(HEAD_DIM)
     DV: gl.constexpr = held_dim(HEAD_DIM_V)
     k_boxes, k_tiles = tile_ring(k, STAGES, BLOCK_N, D)
     v_boxes, v_tiles = tile_ring(v, STAGES, BLOCK_N, DV)
-    # one barrier for each stage, and one for the tile that is guessed
-    full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(STAGES + 1):
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
     ring = (k_boxes, k_tiles, v_boxes, v_tiles, full)
     if SEQUENCES > 0:
         _walk_line(
-            q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, planned_keys,
-            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SEQUENCES, ONE_STEP, UNIT_COST, STAGES, NUM_WARPS, GUESS, PDL,
+            q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch,
+            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SEQUENCES, ONE_STEP, UNIT_COST, STAGES, NUM_WARPS,
         )  # fmt: skip
     else:
         _walk_split(
@@ -105,7 +104,7 @@ def _walk_split(
     if EARLY:
         for i in gl.static_range(STAGES):
             key = (split + i * num_splits) * BLOCK_N
-            start_tile(k, v, k_boxes, v_boxes, full, i, i, (), b, h, key, key < planned_keys, STAGES, BLOCK_N, PAGE_SIZE)
+            start_tile(k, v, k_boxes, v_boxes, full, i, (), b, h, key, key < planned_keys, BLOCK_N, PAGE_SIZE)
     if PDL:
         gdc_launch_dependents()
     PACKED: gl.constexpr = lengths.cu_seqlens_q is not None
@@ -135,7 +134,7 @@ def _walk_split(
             if EARLY:
                 wanted = wanted & (ahead >= planned_keys)
             ids = box_pages(pages, b, ahead, first, last, BLOCK_N, k.block_type.shape[1], PAGE_SIZE)
-            start_tile(k, v, k_boxes, v_boxes, full, i, i, ids, b, h, ahead, wanted, STAGES, BLOCK_N, PAGE_SIZE)
+            start_tile(k, v, k_boxes, v_boxes, full, i, ids, b, h, ahead, wanted, BLOCK_N, PAGE_SIZE)
 
     if count > 0:
         no_unit = (b, h, row_block, b, b, b, b)
@@ -146,8 +145,8 @@ def _walk_split(
         )  # fmt: skip
         unit = (b, h, row_block, row_start, seqlen_q)
         if SPLIT:
-            at = _partials_of_split(_row_numbers(acc), unit, num_heads_kv, lengths, GROUP, BLOCK_M)
-            _store_partial(m, l, acc, partials, at, _real_rows(acc, unit, GROUP, BLOCK_M), HEAD_DIM_V)
+            at = _partials_of_split(row_numbers(acc), unit, num_heads_kv, lengths, GROUP, BLOCK_M)
+            store_partial(m, l, acc, partials, at, _real_rows(acc, unit, GROUP, BLOCK_M), HEAD_DIM_V)
         else:
             _store_out(m, l, acc, out, lse, lengths, sinks, unit, GROUP, BLOCK_M, HEAD_DIM_V)
     elif SPLIT:
@@ -161,70 +160,51 @@ def _walk_split(
 
 @gluon.jit
 def _walk_line(
-    q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, planned_keys,
+    q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, SEQUENCES: gl.constexpr, ONE_STEP: gl.constexpr, UNIT_COST: gl.constexpr, STAGES: gl.constexpr,
-    NUM_WARPS: gl.constexpr, GUESS: gl.constexpr, PDL: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Stream-K: this program's share of the line of all tiles, unit by unit.
-
-    GUESS: before the lengths are known it asks for what is its first tile if they all are as long as planned. A wrong
-    guess costs a tile of memory traffic while memory is idle.
-    """
+    """Stream-K: this program's share of the line of all tiles, unit by unit; and the merge of a unit that others began."""
     k_boxes, k_tiles, v_boxes, v_tiles, full = ring
     PACKED: gl.constexpr = lengths.cu_seqlens_q is not None
-    GUESSES: gl.constexpr = GUESS and PAGE_SIZE == 0 and band.left is None and not PACKED
+    DV: gl.constexpr = held_dim(HEAD_DIM_V)
     program, num_programs = gl.program_id(0), gl.num_programs(0)
-    if GUESSES:
-        guess_b, guess_h, guess_key = _guess(batch, num_heads_kv, row_blocks, planned_keys, program, num_programs, BLOCK_N, UNIT_COST)
-        start_tile(k, v, k_boxes, v_boxes, full, STAGES, 0, (), guess_b, guess_h, guess_key, True, STAGES, BLOCK_N, PAGE_SIZE)
-    _clear_unowned(out, lse, lengths, batch, num_heads_kv * GROUP, HEAD_DIM_V, held_dim(HEAD_DIM_V), NUM_WARPS)
+    _clear_unowned(out, lse, lengths, batch, num_heads_kv * GROUP, HEAD_DIM_V, DV, NUM_WARPS)
     # a layout in which every warp has all of it, so that sums need no exchange between warps
     n = gl.arange(0, SEQUENCES, gl.BlockedLayout([SEQUENCES // 32], [32], [NUM_WARPS], [0]))
     total = line_length(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP)
     begin, stop = share(total, program, num_programs)
     unit = unit_at(lengths, band, batch, num_heads_kv, n, begin, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP)
+    entered = unit
     position = gl.maximum(begin, unit[3])
-    right = False
-    if GUESSES:
-        key = (unit[5] + position - unit[3]) * BLOCK_N
-        right = (guess_b == unit[0]) & (guess_h == unit[1]) & (guess_key == key) & (position < stop)
-        if not right:
-            # its place in the ring is needed, and nothing may write to shared memory once the program is gone
-            mbarrier.wait(full.index(STAGES), 0)
     # the tile that is asked for next, STAGES tiles ahead of the one in use
     ahead, ahead_at = unit, position
     for stage in gl.static_range(STAGES):
         ids = _pages_ahead(lengths, band, pages, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, k.block_type.shape[1], PAGE_SIZE)
         key = (ahead[5] + ahead_at - ahead[3]) * BLOCK_N
-        wanted = ahead_at < stop
-        if GUESSES and stage == 0:
-            wanted = wanted & (not right)
-        start_tile(k, v, k_boxes, v_boxes, full, stage, stage, ids, ahead[0], ahead[1], key, wanted, STAGES, BLOCK_N, PAGE_SIZE)
+        start_tile(k, v, k_boxes, v_boxes, full, stage, ids, ahead[0], ahead[1], key, ahead_at < stop, BLOCK_N, PAGE_SIZE)
         ahead, ahead_at = _next_tile(lengths, band, batch, num_heads_kv, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
-    if PDL:
-        gdc_launch_dependents()
     row_start, seqlen_q = sequence_rows(lengths, unit[0])
     q_rows = _fetch_rows(q, unit[0], unit[1], unit[2], row_start, seqlen_q, position < stop, PACKED, GROUP, BLOCK_M, HEAD_DIM, NUM_WARPS)
-    if GUESSES:
-        if right:
-            mbarrier.wait(full.index(STAGES), 0)
-            mbarrier.arrive(full.index(0), count=1)
     done = program * 0
     while position < stop:
         b, h, row_block, start, blocks, first_tile, tiles = unit
         until = gl.minimum(start + tiles, stop)
         row_start, seqlen_q = sequence_rows(lengths, b)
         seqlen_k = sequence_keys(lengths, b)
+        if BLOCK_M >= 64:
+            q_rows = _fetch_rows(q, b, h, row_block, row_start, seqlen_q, True, PACKED, GROUP, BLOCK_M, HEAD_DIM, NUM_WARPS)
         q_shared = _share_rows(q_rows, scores, BLOCK_M)
-        # the next unit's rows come while this one's keys are at work
         unit = next_unit(
             lengths, band, batch, num_heads_kv, b, h, row_block, start, blocks, first_tile, tiles, GROUP, BLOCK_M, BLOCK_N, UNIT_COST
         )
-        next_start, next_seqlen_q = sequence_rows(lengths, unit[0])
-        q_rows = _fetch_rows(
-            q, unit[0], unit[1], unit[2], next_start, next_seqlen_q, unit[3] < stop, PACKED, GROUP, BLOCK_M, HEAD_DIM, NUM_WARPS
-        )
+        if BLOCK_M < 64:
+            # few rows: the next unit's come while this one's keys are at work
+            next_start, next_seqlen_q = sequence_rows(lengths, unit[0])
+            q_rows = _fetch_rows(
+                q, unit[0], unit[1], unit[2], next_start, next_seqlen_q, unit[3] < stop, PACKED, GROUP, BLOCK_M, HEAD_DIM, NUM_WARPS
+            )
         m, l, acc, ahead, ahead_at = _attend(
             k, v, ring, q_shared, lengths, pages, scores, band, num_heads_kv, batch, b, h, row_block, seqlen_q, seqlen_k,
             (first_tile + position - start) * BLOCK_N, BLOCK_N, until - position, done, ahead, ahead_at, stop,
@@ -234,20 +214,17 @@ def _walk_line(
         if (position == start) & (until == start + tiles):
             _store_out(m, l, acc, out, lse, lengths, sinks, rows, GROUP, BLOCK_M, HEAD_DIM_V)
         else:
-            at = slot_of(program, begin, start).to(gl.int64) * BLOCK_M + _row_numbers(acc)
-            _store_partial(m, l, acc, partials, at, _real_rows(acc, rows, GROUP, BLOCK_M), HEAD_DIM_V)
+            real = _real_rows(acc, rows, GROUP, BLOCK_M)
+            leave_part(m, l, acc, partials, slot_of(program, begin, start), num_programs, real, BLOCK_M, HEAD_DIM_V)
         done += until - position
         position = gl.maximum(until, unit[3])
 
-
-@gluon.jit
-def _guess(batch, num_heads_kv, row_blocks, planned_keys, program, num_programs, BLOCK_N: gl.constexpr, UNIT_COST: gl.constexpr):
-    """(b, h, first key) of the program's share of the line, were all sequences as long as planned."""
-    positions = gl.cdiv(planned_keys, BLOCK_N) + UNIT_COST
-    begin, _ = share(positions * batch * num_heads_kv * row_blocks, program, num_programs)
-    unit = begin // positions
-    tile = gl.maximum(begin % positions - UNIT_COST, 0)
-    return unit // row_blocks // num_heads_kv, (unit // row_blocks) % num_heads_kv, tile * BLOCK_N
+    b, h, row_block, start, blocks, first_tile, tiles = entered
+    if (begin < stop) & (start < begin) & (start + tiles <= stop):
+        row_start, seqlen_q = sequence_rows(lengths, b)
+        num_rows = seqlen_q * GROUP - row_block * BLOCK_M
+        m, l, acc = merged_parts(partials, total, program, num_programs, start, num_rows, BLOCK_M, HEAD_DIM_V, DV, NUM_WARPS)
+        _store_out(m, l, acc, out, lse, lengths, sinks, (b, h, row_block, row_start, seqlen_q), GROUP, BLOCK_M, HEAD_DIM_V)
 
 
 @gluon.constexpr_function
@@ -322,8 +299,8 @@ def _attend(
     DV: gl.constexpr = held_dim(HEAD_DIM_V)
     SHAPED: gl.constexpr = scores.softcap is not None or scores.slopes is not None
     BOX: gl.constexpr = k.block_type.shape[1]
-    # q's fragments stay in registers where they and the accumulator leave room
-    HOLD_Q: gl.constexpr = D + DV <= 384
+    # q's fragments stay in registers where the accumulator, and what a line is kept track of by, leave room
+    HOLD_Q: gl.constexpr = D + DV <= 384 and not ON_LINE
     factor = gl.maximum(gl.abs(scores.scale_log2), 1e-30)
 
     # a row's number and a key's within its tile: (ROWS,) and [1, BLOCK_N], or [1, ROWS] and [warps, 1, own keys]
@@ -399,9 +376,9 @@ def _attend(
             barrier()
             if ON_LINE:
                 ahead_key = (ahead[5] + ahead_at - ahead[3]) * BLOCK_N
-                start_tile(k, v, k_boxes, v_boxes, full, stage, stage, ids, ahead[0], ahead[1], ahead_key, True, STAGES, BLOCK_N, PAGE_SIZE)
+                start_tile(k, v, k_boxes, v_boxes, full, stage, ids, ahead[0], ahead[1], ahead_key, True, BLOCK_N, PAGE_SIZE)
             else:
-                start_tile(k, v, k_boxes, v_boxes, full, stage, stage, ids, b, h, key + STAGES * step, True, STAGES, BLOCK_N, PAGE_SIZE)
+                start_tile(k, v, k_boxes, v_boxes, full, stage, ids, b, h, key + STAGES * step, True, BLOCK_N, PAGE_SIZE)
         if ON_LINE:
             ahead, ahead_at = _next_tile(lengths, band, batch, num_heads_kv, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
         else:
@@ -446,15 +423,9 @@ def _share_rows(tile, scores, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def _row_numbers(acc):
-    """Numbers of the rows of a result [rows, dim] within their block."""
-    return gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
-
-
-@gluon.jit
 def _real_rows(acc, unit, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
     """Which rows of a result [rows, dim] the unit (b, h, row block, first token, queries) has."""
-    return unit[2] * BLOCK_M + _row_numbers(acc) < unit[4] * GROUP
+    return unit[2] * BLOCK_M + row_numbers(acc) < unit[4] * GROUP
 
 
 @gluon.jit
@@ -480,24 +451,13 @@ def _store_no_keys(partials, lengths, unit, num_heads_kv, GROUP: gl.constexpr, B
 
 
 @gluon.jit
-def _store_partial(m, l, acc, partials, at, real, HEAD_DIM_V: gl.constexpr):
-    """Rows ``at`` (int64) of the partial results: normalised, with their lse."""
-    R: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    d = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
-    m, l = gl.convert_layout(m, R), gl.convert_layout(l, R)
-    gl.store(partials.ptr + partials.lse_start + at, natural_lse(m, l), mask=real)
-    ptrs = partials.ptr + gl.expand_dims(at * HEAD_DIM_V, 1) + gl.expand_dims(d, 0)
-    gl.store(ptrs, acc * gl.expand_dims(normaliser(l), 1), mask=gl.expand_dims(real, 1) & gl.expand_dims(d < HEAD_DIM_V, 0))
-
-
-@gluon.jit
 def _store_out(m, l, acc, out, lse, lengths, sinks, unit, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM_V: gl.constexpr):
     """The unit's rows of out and lse, with the sink."""
     R: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
     d = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
     m, l = gl.convert_layout(m, R), gl.convert_layout(l, R)
     b, h, row_block, row_start, seqlen_q = unit
-    rows = row_block * BLOCK_M + _row_numbers(acc)
+    rows = row_block * BLOCK_M + row_numbers(acc)
     real = rows < seqlen_q * GROUP
     token = row_start + rows // GROUP
     head = h * GROUP + rows % GROUP
@@ -550,7 +510,6 @@ def decode_spec(problem: Problem, plan: DecodePlan) -> Spec:
             "STAGES": plan.num_stages,
             "NUM_WARPS": plan.num_warps,
             "IN_TURN": plan.min_keys_per_split <= plan.block_n,
-            "GUESS": 0 < plan.num_programs <= _FEW_PROGRAMS,
         },
         options={"num_warps": plan.num_warps, "num_stages": 1},
     )
@@ -559,7 +518,7 @@ def decode_spec(problem: Problem, plan: DecodePlan) -> Spec:
 def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
     """Compiles what ``bind`` will launch."""
     launcher(decode_spec(problem, plan), device)
-    if combines(plan):
+    if splits_all(plan):
         bind_combine(problem, plan, device)
 
 
@@ -570,4 +529,4 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
     def with_keys(k: torch.Tensor, v: torch.Tensor) -> tuple[Launch, torch.Tensor, torch.Tensor]:
         return launch, k, v
 
-    return bind_split(problem, plan, device, torch.Tensor.data_ptr, with_keys, (length_bucket(problem.seqlen_k),))
+    return bind_split(problem, plan, device, torch.Tensor.data_ptr, with_keys, (length_bucket(problem.seqlen_k),), merges_parts=True)

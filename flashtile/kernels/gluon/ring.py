@@ -34,16 +34,15 @@ def box_pages(pages, b, key, first, last, BLOCK_N: gl.constexpr, BOX: gl.constex
 
 
 @gluon.jit
-def start_tile(
-    k, v, k_boxes, v_boxes, full, bar, stage, ids, b, h, key, pred, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr
-):
-    """Asks for the K and V of BLOCK_N keys from ``key`` on; barrier number ``bar`` counts their bytes in."""
+def start_tile(k, v, k_boxes, v_boxes, full, stage, ids, b, h, key, pred, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """Asks for the K and V of BLOCK_N keys from ``key`` on; the stage's barrier counts their bytes in."""
     BOX: gl.constexpr = k.block_type.shape[1]
     BOXES: gl.constexpr = BLOCK_N // BOX
-    K_PARTS: gl.constexpr = k_boxes.shape[0] // STAGES // BOXES
-    V_PARTS: gl.constexpr = v_boxes.shape[0] // STAGES // BOXES
+    K_PARTS: gl.constexpr = k_boxes.shape[0] // full.shape[0] // BOXES
+    V_PARTS: gl.constexpr = v_boxes.shape[0] // full.shape[0] // BOXES
     BYTES: gl.constexpr = BOXES * (K_PARTS * k.block_type.nbytes + V_PARTS * v.block_type.nbytes)
-    mbarrier.expect(full.index(bar), BYTES, pred=pred)
+    bar = full.index(stage)
+    mbarrier.expect(bar, BYTES, pred=pred)
     for j in gl.static_range(BOXES):
         if PAGE_SIZE:
             block = ids[j]
@@ -53,7 +52,7 @@ def start_tile(
             slot = key + j * BOX
         for part in gl.static_range(K_PARTS):
             box = k_boxes.index((stage * K_PARTS + part) * BOXES + j)
-            tma.async_copy_global_to_shared(k, [block, slot, h, part * k.block_type.shape[3]], full.index(bar), box, pred=pred)
+            tma.async_copy_global_to_shared(k, [block, slot, h, part * k.block_type.shape[3]], bar, box, pred=pred)
         for part in gl.static_range(V_PARTS):
             box = v_boxes.index((stage * V_PARTS + part) * BOXES + j)
-            tma.async_copy_global_to_shared(v, [block, slot, h, part * v.block_type.shape[3]], full.index(bar), box, pred=pred)
+            tma.async_copy_global_to_shared(v, [block, slot, h, part * v.block_type.shape[3]], bar, box, pred=pred)
