@@ -52,8 +52,8 @@ _REGISTERS_OF_HALF_AN_SM = 32_768
 def decode_kernel(
     q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, min_keys_per_split,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOW: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, SEQUENCES: tl.constexpr, ONE_STEP: tl.constexpr, UNIT_COST: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, SEQUENCES: tl.constexpr, ONE_STEP: tl.constexpr, UNIT_COST: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (units, splits), or where SEQUENCES > 0 the programs that share the line of all units' key tiles.
 

@@ -113,7 +113,9 @@ def unit_at(
     b = batch * 0
     start = batch * 0
     if ONE_STEP:
-        b, start, _ = _sequences_before(lengths, band, batch, num_heads_kv, n, position, b, start, batch * 0, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
+        b, start, _ = _sequences_before(
+            lengths, band, batch, num_heads_kv, n, position, b, start, batch * 0, GROUP, BLOCK_M, BLOCK_N, UNIT_COST
+        )
     else:
         seen = batch * 0
         for base in tl.range(0, batch, n.shape[0], num_stages=1):

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from flashtile.band import Band
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
 import triton.language as tl
 
 from flashtile.kernels.tile.schedule import holder, line_length, next_unit, sequences_at_once, share, slot_of, unit_at, unit_span
@@ -20,6 +21,7 @@ from flashtile.kernels.tile.views import BandView, LengthsView
 pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array:DeprecationWarning")  # Triton 3.6 with NumPy 2
 
 COLUMNS = 10
+CAUSAL = Band(None, 0)
 
 
 @triton.jit
@@ -28,7 +30,9 @@ def walk(
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNIT_COST: tl.constexpr, BLOCK_B: tl.constexpr,
     ONE_STEP: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """notes (programs, most, COLUMNS) int32: b, h, row block, key tile from, to, tiles, slot, program of the first tile, of the last, whether unit_span agrees."""
+    """notes (programs, most, COLUMNS) int32: b, h, row block, key tile from, to, tiles, slot, program of the first tile, of
+    the last, whether unit_span agrees.
+    """
     program = tl.program_id(0)
     n = tl.arange(0, BLOCK_B)
     total = line_length(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP)
@@ -50,9 +54,7 @@ def walk(
         tl.store(at + 7, holder(total, start, tl.num_programs(0)))
         tl.store(at + 8, holder(total, start + tiles - 1, tl.num_programs(0)))
         at += COLUMNS
-        from_span, to_span = unit_span(
-            lengths, band, batch, num_heads_kv, n, b, h, row_block, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP
-        )
+        from_span, to_span = unit_span(lengths, band, batch, num_heads_kv, n, b, h, row_block, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP)
         tl.store(at - 1, ((from_span == start) & (to_span == start + tiles)).to(tl.int32))
         b, h, row_block, start, row_blocks, first_tile, tiles = next_unit(
             lengths, band, batch, num_heads_kv, b, h, row_block, start, row_blocks, first_tile, tiles, GROUP, BLOCK_M, BLOCK_N, UNIT_COST
@@ -71,7 +73,7 @@ class Batch:
     group: int = 3
     block_m: int = 8
     block_n: int = 16
-    band: Band = Band(None, 0)
+    band: Band = CAUSAL
 
 
 def notes_of(batch: Batch, num_programs: int, at_once: int = 0, unit_cost: int = 0) -> list[list[list[int]]]:
@@ -87,7 +89,8 @@ def notes_of(batch: Batch, num_programs: int, at_once: int = 0, unit_cost: int =
     at_once = at_once or sequences_at_once(size)
     walk[(num_programs,)](
         notes, lengths, BandView(batch.band.left, batch.band.right), size, batch.num_heads_kv, most,
-        GROUP=batch.group, BLOCK_M=batch.block_m, BLOCK_N=batch.block_n, UNIT_COST=unit_cost, BLOCK_B=at_once, ONE_STEP=at_once >= size, COLUMNS=COLUMNS,
+        GROUP=batch.group, BLOCK_M=batch.block_m, BLOCK_N=batch.block_n, UNIT_COST=unit_cost, BLOCK_B=at_once,
+        ONE_STEP=at_once >= size, COLUMNS=COLUMNS,
     )  # fmt: skip
     return [[note for note in program if note[0] >= 0] for program in notes.tolist()]
 
