@@ -17,9 +17,10 @@ _ELEMENTS_A_THREAD = gl.constexpr(64)  # of partial results that are read at a t
 
 
 @gluon.constexpr_function
-def parts_layout(num_warps):
+def parts_layout(dim, num_warps):
     """Of partial results [parts, rows, dim]: all parts of a row in the same threads."""
-    return gl.BlockedLayout([1, 1, 4], [1, 1, 32], [1, num_warps, 1], [2, 1, 0])
+    across = min(32, dim // 4)
+    return gl.BlockedLayout([1, 1, 4], [1, 32 // across, across], [1, num_warps, 1], [2, 1, 0])
 
 
 @gluon.constexpr_function
@@ -49,7 +50,7 @@ def merged_parts(
 ):  # fmt: skip
     """(m, l, acc), base 2, of a unit that begins at ``start`` on the line and ends with ``program``'s part."""
     PARTS: gl.constexpr = parts_at_once(BLOCK_M, DV, NUM_WARPS)
-    L: gl.constexpr = parts_layout(NUM_WARPS)
+    L: gl.constexpr = parts_layout(DV, NUM_WARPS)
     flags = flags_of(partials, num_programs, BLOCK_M)
     begun_by = holder(total, start, num_programs)
     its_start, _ = share(total, begun_by, num_programs)
