@@ -92,7 +92,7 @@ def bind_split(
 
     ``launch_with_keys(k_cache, v_cache)`` gives the split kernel's launch, and K and V as it is passed them;
     ``own_numbers`` are what the kernel takes behind the parameters of ``split_args``. A kernel that ``merges_parts``
-    needs no combine where programs share a line.
+    itself needs flags for them, and no combine.
     """
     group, heads_kv, page_size, head_dim_v = problem.group, problem.num_heads_kv, problem.page_size, problem.head_dim_v
     num_splits, split = plan.num_splits, splits_all(plan)
@@ -106,7 +106,7 @@ def bind_split(
     max_seqlen_q, band = problem.seqlen_q, band_view(problem.band)
     rows_of_programs = 2 * plan.num_programs * plan.block_m
     leaves_parts = combines(plan)
-    combine = bind_combine(problem, plan, device) if leaves_parts and not (merges_parts and plan.num_programs) else None
+    combine = bind_combine(problem, plan, device) if leaves_parts and not merges_parts else None
     floats_of_flags = 4 * plan.num_programs if merges_parts else 0
     no_lse, no_partials, no_pages = (None,) * 4, (None,) * 3, (None,) * 3
 

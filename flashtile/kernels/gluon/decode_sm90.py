@@ -7,12 +7,12 @@ ahead of the products, and the warps share out either the keys of a tile (own_ke
 
 A program walks units: a unit is a sequence, key head and block of rows. On a grid of splits that is one unit and its
 share of the keys. With stream-K all tiles of the batch form a line, of which each program takes an even share, the ring
-runs on from one unit into the next, and the last of the programs that share a unit merges their parts (parts.py).
+runs on from one unit into the next. Parts of a unit are merged by combine, or by the last program that has one (parts.py).
 """
 
 from __future__ import annotations
 
-from math import gcd
+from typing import Any
 
 import torch
 from triton.experimental import gluon
@@ -21,16 +21,16 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from flashtile.kernels.call import DecodeRunner
-from flashtile.kernels.combine import bind_combine
+from flashtile.kernels.combine import bind_combine, combines
 from flashtile.kernels.gluon.names import barrier
 from flashtile.kernels.gluon.own_keys import merge_warps, own_keys_layout, own_scores, own_values, repeated_rows
 from flashtile.kernels.gluon.own_rows import own_rows_layout, row_scores, row_values
 from flashtile.kernels.gluon.parts import leave_part, merged_parts, row_numbers, store_partial
-from flashtile.kernels.gluon.ring import box_pages, start_tile, tile_ring
+from flashtile.kernels.gluon.ring import gathers, place_of, start_tile, tile_ring, wait_for_tile
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Descriptor, Launch, Spec, launcher
-from flashtile.kernels.run import bind_split, split_args, split_constants, splits_all
+from flashtile.kernels.run import bind_split, split_args, split_constants
 from flashtile.kernels.tile.band import keys_of, visible_keys
-from flashtile.kernels.tile.cache import page_of
+from flashtile.kernels.tile.cache import is_page, page_of
 from flashtile.kernels.tile.schedule import (
     line_length,
     next_unit,
@@ -43,11 +43,10 @@ from flashtile.kernels.tile.schedule import (
     unit_at,
 )
 from flashtile.kernels.tile.softmax import LOG2E, join_sink, natural_lse, normaliser, online_step, softcapped
-from flashtile.kernels.tile.views import row_offsets
+from flashtile.kernels.tile.views import KeysView, row_offsets
 from flashtile.planner.plans import DecodePlan
-from flashtile.problem import Problem, length_bucket
+from flashtile.problem import DTYPE_BYTES, Problem, length_bucket
 
-_COLUMNS = 64  # of a box where a tile has several: 128 bytes, as wide as shared memory is swizzled
 
 
 @gluon.jit
@@ -55,21 +54,22 @@ def decode_sm90_kernel(
     q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, min_keys_per_split, planned_keys,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, SPLIT: gl.constexpr, SEQUENCES: gl.constexpr, ONE_STEP: gl.constexpr, UNIT_COST: gl.constexpr,
-    STAGES: gl.constexpr, NUM_WARPS: gl.constexpr, IN_TURN: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, NUM_WARPS: gl.constexpr, IN_TURN: gl.constexpr, MERGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid: (units, splits), the last splits first; with stream-K, where SEQUENCES > 0, programs."""
     D: gl.constexpr = held_dim(HEAD_DIM)
     DV: gl.constexpr = held_dim(HEAD_DIM_V)
-    k_boxes, k_tiles = tile_ring(k, STAGES, BLOCK_N, D)
-    v_boxes, v_tiles = tile_ring(v, STAGES, BLOCK_N, DV)
+    dtype: gl.constexpr = q.ptr.dtype.element_ty
+    k_ring, k_tiles = tile_ring(k, dtype, STAGES, BLOCK_N, D, gathers(PAGE_SIZE, BLOCK_N))
+    v_ring, v_tiles = tile_ring(v, dtype, STAGES, BLOCK_N, DV, gathers(PAGE_SIZE, BLOCK_N))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-    ring = (k_boxes, k_tiles, v_boxes, v_tiles, full)
+    ring = (k_ring, k_tiles, v_ring, v_tiles, full)
     if SEQUENCES > 0:
         _walk_line(
             q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch,
-            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SEQUENCES, ONE_STEP, UNIT_COST, STAGES, NUM_WARPS,
+            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SEQUENCES, ONE_STEP, UNIT_COST, STAGES, NUM_WARPS, MERGES, PDL,
         )  # fmt: skip
     else:
         _walk_split(
@@ -91,7 +91,7 @@ def _walk_split(
     IN_TURN: the splits take the tiles in turn, so that a program knows its first tiles before it knows the length. As
     far as the plan says that there are keys, it asks for them at once, and reads q and the length meanwhile.
     """
-    k_boxes, k_tiles, v_boxes, v_tiles, full = ring
+    k_ring, k_tiles, v_ring, v_tiles, full = ring
     EARLY: gl.constexpr = IN_TURN and PAGE_SIZE == 0 and band.left is None and lengths.cu_seqlens_q is None
     program = gl.program_id(0)
     num_splits = gl.num_programs(1)
@@ -104,7 +104,9 @@ def _walk_split(
     if EARLY:
         for i in gl.static_range(STAGES):
             key = (split + i * num_splits) * BLOCK_N
-            start_tile(k, v, k_boxes, v_boxes, full, i, (), b, h, key, key < planned_keys, BLOCK_N, PAGE_SIZE)
+            start_tile(
+                k, v, k_ring, v_ring, full, i, pages, b, h, key, key < planned_keys, HEAD_DIM, HEAD_DIM_V, BLOCK_N, PAGE_SIZE, NUM_WARPS
+            )
     if PDL:
         gdc_launch_dependents()
     PACKED: gl.constexpr = lengths.cu_seqlens_q is not None
@@ -133,8 +135,10 @@ def _walk_split(
             wanted = i < count
             if EARLY:
                 wanted = wanted & (ahead >= planned_keys)
-            ids = box_pages(pages, b, ahead, first, last, BLOCK_N, k.block_type.shape[1], PAGE_SIZE)
-            start_tile(k, v, k_boxes, v_boxes, full, i, ids, b, h, ahead, wanted, BLOCK_N, PAGE_SIZE)
+            place = place_of(pages, b, ahead, first, last, BLOCK_N, PAGE_SIZE, NUM_WARPS)
+            start_tile(
+                k, v, k_ring, v_ring, full, i, pages, place, h, ahead, wanted, HEAD_DIM, HEAD_DIM_V, BLOCK_N, PAGE_SIZE, NUM_WARPS
+            )
 
     if count > 0:
         no_unit = (b, h, row_block, b, b, b, b)
@@ -163,10 +167,10 @@ def _walk_line(
     q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, SEQUENCES: gl.constexpr, ONE_STEP: gl.constexpr, UNIT_COST: gl.constexpr, STAGES: gl.constexpr,
-    NUM_WARPS: gl.constexpr,
+    NUM_WARPS: gl.constexpr, MERGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """Stream-K: this program's share of the line of all tiles, unit by unit; and the merge of a unit that others began."""
-    k_boxes, k_tiles, v_boxes, v_tiles, full = ring
+    """Stream-K: this program's share of the line of all tiles, unit by unit; and if it MERGES, a unit that others began."""
+    k_ring, k_tiles, v_ring, v_tiles, full = ring
     PACKED: gl.constexpr = lengths.cu_seqlens_q is not None
     DV: gl.constexpr = held_dim(HEAD_DIM_V)
     program, num_programs = gl.program_id(0), gl.num_programs(0)
@@ -181,12 +185,17 @@ def _walk_line(
     # the tile that is asked for next, STAGES tiles ahead of the one in use
     ahead, ahead_at = unit, position
     for stage in gl.static_range(STAGES):
-        ids = _pages_ahead(lengths, band, pages, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, k.block_type.shape[1], PAGE_SIZE)
+        place = _place_ahead(lengths, band, pages, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE, NUM_WARPS)
         key = (ahead[5] + ahead_at - ahead[3]) * BLOCK_N
-        start_tile(k, v, k_boxes, v_boxes, full, stage, ids, ahead[0], ahead[1], key, ahead_at < stop, BLOCK_N, PAGE_SIZE)
+        start_tile(
+            k, v, k_ring, v_ring, full, stage, pages, place, ahead[1], key, ahead_at < stop,
+            HEAD_DIM, HEAD_DIM_V, BLOCK_N, PAGE_SIZE, NUM_WARPS,
+        )  # fmt: skip
         ahead, ahead_at = _next_tile(lengths, band, batch, num_heads_kv, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
     row_start, seqlen_q = sequence_rows(lengths, unit[0])
     q_rows = _fetch_rows(q, unit[0], unit[1], unit[2], row_start, seqlen_q, position < stop, PACKED, GROUP, BLOCK_M, HEAD_DIM, NUM_WARPS)
+    if PDL and not MERGES:
+        gdc_launch_dependents()
     done = program * 0
     while position < stop:
         b, h, row_block, start, blocks, first_tile, tiles = unit
@@ -215,12 +224,12 @@ def _walk_line(
             _store_out(m, l, acc, out, lse, lengths, sinks, rows, GROUP, BLOCK_M, HEAD_DIM_V)
         else:
             real = _real_rows(acc, rows, GROUP, BLOCK_M)
-            leave_part(m, l, acc, partials, slot_of(program, begin, start), num_programs, real, BLOCK_M, HEAD_DIM_V)
+            leave_part(m, l, acc, partials, slot_of(program, begin, start), num_programs, real, BLOCK_M, HEAD_DIM_V, MERGES)
         done += until - position
         position = gl.maximum(until, unit[3])
 
     b, h, row_block, start, blocks, first_tile, tiles = entered
-    if (begin < stop) & (start < begin) & (start + tiles <= stop):
+    if MERGES and (begin < stop) & (start < begin) & (start + tiles <= stop):
         row_start, seqlen_q = sequence_rows(lengths, b)
         num_rows = seqlen_q * GROUP - row_block * BLOCK_M
         m, l, acc = merged_parts(partials, total, program, num_programs, start, num_rows, BLOCK_M, HEAD_DIM_V, DV, NUM_WARPS)
@@ -267,17 +276,17 @@ def _next_tile(
 
 
 @gluon.jit
-def _pages_ahead(
+def _place_ahead(
     lengths, band, pages, unit, position,
-    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
-    """The pages of the boxes of a tile on the line."""
-    ids = ()
-    if PAGE_SIZE:
-        _, seqlen_q = sequence_rows(lengths, unit[0])
-        first, last = _visible_to_rows(band, unit[2], seqlen_q, sequence_keys(lengths, unit[0]), GROUP, BLOCK_M)
-        ids = box_pages(pages, unit[0], (unit[5] + position - unit[3]) * BLOCK_N, first, last, BLOCK_N, BOX, PAGE_SIZE)
-    return ids
+    """Where a tile of the line lies, as ``place_of`` has it."""
+    b, _, row_block, start, _, first_tile, _ = unit
+    first, last = b, b
+    if PAGE_SIZE > 0:
+        _, seqlen_q = sequence_rows(lengths, b)
+        first, last = _visible_to_rows(band, row_block, seqlen_q, sequence_keys(lengths, b), GROUP, BLOCK_M)
+    return place_of(pages, b, (first_tile + position - start) * BLOCK_N, first, last, BLOCK_N, PAGE_SIZE, NUM_WARPS)
 
 
 @gluon.jit
@@ -292,13 +301,13 @@ def _attend(
     The tiles are the program's number ``done`` and on. What is ahead is asked for until it reaches ``stop``: the number of
     tiles, or on a line a position, where it may be another unit's, so that it is returned too.
     """
-    k_boxes, k_tiles, v_boxes, v_tiles, full = ring
+    k_ring, k_tiles, v_ring, v_tiles, full = ring
     OWN_ROWS: gl.constexpr = BLOCK_M >= 64
     ROWS: gl.constexpr = max(16, BLOCK_M)
     D: gl.constexpr = held_dim(HEAD_DIM)
     DV: gl.constexpr = held_dim(HEAD_DIM_V)
     SHAPED: gl.constexpr = scores.softcap is not None or scores.slopes is not None
-    BOX: gl.constexpr = k.block_type.shape[1]
+    GATHERED: gl.constexpr = gathers(PAGE_SIZE, BLOCK_N)
     # q's fragments stay in registers where the accumulator, and what a line is kept track of by, leave room
     HOLD_Q: gl.constexpr = D + DV <= 384 and not ON_LINE
     factor = gl.maximum(gl.abs(scores.scale_log2), 1e-30)
@@ -342,13 +351,16 @@ def _attend(
 
     for i in range(count):
         stage = (done + i) % STAGES
+        # page ids are asked for before the wait, so that they come meanwhile
         if ON_LINE:
-            ids = _pages_ahead(lengths, band, pages, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, BOX, PAGE_SIZE)
+            place = _place_ahead(lengths, band, pages, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE, NUM_WARPS)
         else:
-            ids = box_pages(pages, b, key + STAGES * step, first, last, BLOCK_N, BOX, PAGE_SIZE)
-        if PAGE_SIZE:
-            page, known = page_of(pages, b, key + n, (key + n >= first) & (key + n < last), PAGE_SIZE)
-        mbarrier.wait(full.index(stage), (done + i) // STAGES & 1)
+            place = place_of(pages, b, key + STAGES * step, first, last, BLOCK_N, PAGE_SIZE, NUM_WARPS)
+        if GATHERED:
+            page = page_of(pages, b, key + n, (key + n >= first) & (key + n < last), PAGE_SIZE)
+        elif PAGE_SIZE > 0:
+            page = page_of(pages, b, key, (key + BLOCK_N > first) & (key < last), PAGE_SIZE)
+        wait_for_tile(full, stage, (done + i) // STAGES, OWN_ROWS, STAGES, GATHERED)
         if OWN_ROWS:
             s = row_scores(q_shared, k_tiles.index(stage), ROWS, BLOCK_N, NUM_WARPS)
         else:
@@ -361,24 +373,26 @@ def _attend(
                 s = softcapped(s, scores.softcap * LOG2E)
             if scores.slopes is not None:
                 s = s - gl.expand_dims(slope, KEY_AXIS) * gl.abs(key + n - gl.expand_dims(at, KEY_AXIS)).to(gl.float32)
-        if PAGE_SIZE:
-            s = gl.where(known, s, float("-inf"))
+        if PAGE_SIZE > 0:
+            s = gl.where(is_page(pages, page), s, float("-inf"))
         if (key < lowest_of_all) | (key + BLOCK_N - 1 > highest_of_all):
             s = gl.where((key + n >= gl.expand_dims(lowest, KEY_AXIS)) & (key + n <= gl.expand_dims(highest, KEY_AXIS)), s, float("-inf"))
         m, l, p, alpha = online_step(m, l, s, 1.0 if SHAPED else factor, KEY_AXIS)
         acc = acc * gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(KEY_AXIS, A)), KEY_AXIS)
-        unseen = (key < first) | (key + BLOCK_N > last)
+        unseen = False if GATHERED else (key < first) | (key + BLOCK_N > last)
         if OWN_ROWS:
             acc = row_values(p, v_tiles.index(stage), acc, unseen, first, last, key, BLOCK_N, DV, NUM_WARPS)
         else:
             acc = own_values(p, v_tiles.index(stage), acc, unseen, first, last, key, BLOCK_N, DV, NUM_WARPS)
-        if ahead_at < stop:
+        if GATHERED or ahead_at < stop:
             barrier()
+            ahead_h, ahead_key = h, key + STAGES * step
             if ON_LINE:
-                ahead_key = (ahead[5] + ahead_at - ahead[3]) * BLOCK_N
-                start_tile(k, v, k_boxes, v_boxes, full, stage, ids, ahead[0], ahead[1], ahead_key, True, BLOCK_N, PAGE_SIZE)
-            else:
-                start_tile(k, v, k_boxes, v_boxes, full, stage, ids, b, h, key + STAGES * step, True, BLOCK_N, PAGE_SIZE)
+                ahead_h, ahead_key = ahead[1], (ahead[5] + ahead_at - ahead[3]) * BLOCK_N
+            start_tile(
+                k, v, k_ring, v_ring, full, stage, pages, place, ahead_h, ahead_key, ahead_at < stop,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_N, PAGE_SIZE, NUM_WARPS,
+            )  # fmt: skip
         if ON_LINE:
             ahead, ahead_at = _next_tile(lengths, band, batch, num_heads_kv, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
         else:
@@ -490,12 +504,13 @@ def _clear_unowned(out, lse, lengths, batch, num_heads, HEAD_DIM_V: gl.constexpr
 
 def decode_spec(problem: Problem, plan: DecodePlan) -> Spec:
     """The split kernel's specialisation."""
-    box = gcd(problem.page_size, plan.block_n) if problem.page_size else plan.block_n
+    gathered = gathers(problem.page_size, plan.block_n)
 
-    def keys(dtype: str, dim: int) -> Descriptor:
-        padded = held_dim(dim)
-        columns = padded if box == plan.block_n else min(padded, _COLUMNS)
-        return Descriptor(TRITON_DTYPES[dtype], (1, box, 1, columns))
+    def keys(dtype: str, dim: int) -> KeysView | Descriptor:
+        if gathered:
+            stride = Arg("i64", max(1, problem.alignment // DTYPE_BYTES[dtype]))
+            return KeysView(Arg("*" + TRITON_DTYPES[dtype], problem.alignment), stride, stride, stride)
+        return Descriptor(TRITON_DTYPES[dtype], (1, plan.block_n, 1, held_dim(dim)))
 
     return Spec(
         decode_sm90_kernel,
@@ -510,23 +525,38 @@ def decode_spec(problem: Problem, plan: DecodePlan) -> Spec:
             "STAGES": plan.num_stages,
             "NUM_WARPS": plan.num_warps,
             "IN_TURN": plan.min_keys_per_split <= plan.block_n,
+            "MERGES": merges_parts(plan),
         },
         options={"num_warps": plan.num_warps, "num_stages": 1},
     )
 
 
+def merges_parts(plan: DecodePlan) -> bool:
+    """Whether the programs of a line merge the parts of a unit themselves.
+
+    So they do where only unlike lengths make them share units at all: then most have nothing to merge, and a combine would
+    cost its launch. Where every unit is shared, a combine has more programs to merge with.
+    """
+    return plan.num_programs > 0 and plan.num_splits == 1
+
+
 def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
     """Compiles what ``bind`` will launch."""
     launcher(decode_spec(problem, plan), device)
-    if splits_all(plan):
+    if combines(plan) and not merges_parts(plan):
         bind_combine(problem, plan, device)
 
 
 def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunner:
     """What runs calls of ``problem`` as ``plan`` says: the split kernel and, where keys are split, combine."""
     launch = launcher(decode_spec(problem, plan), device)
+    gathered = gathers(problem.page_size, plan.block_n)
 
-    def with_keys(k: torch.Tensor, v: torch.Tensor) -> tuple[Launch, torch.Tensor, torch.Tensor]:
+    def with_keys(k: torch.Tensor, v: torch.Tensor) -> tuple[Launch, Any, Any]:
+        if gathered:
+            return launch, (k.data_ptr(), *k.stride()[:3]), (v.data_ptr(), *v.stride()[:3])
         return launch, k, v
 
-    return bind_split(problem, plan, device, torch.Tensor.data_ptr, with_keys, (length_bucket(problem.seqlen_k),), merges_parts=True)
+    return bind_split(
+        problem, plan, device, torch.Tensor.data_ptr, with_keys, (length_bucket(problem.seqlen_k),), merges_parts(plan)
+    )

@@ -1,4 +1,4 @@
-"""Units that several programs of the line share: each leaves its part in memory, the last one merges them.
+"""Units that several programs of the line share: each leaves its part in memory, and the last one may merge them.
 
 A part's flag says that it is there. Flags lie in scratch memory that nobody has cleared, so the sign is a number that
 memory does not hold by chance; who has seen it takes it away, and the memory's next user finds none. A program waits
@@ -36,11 +36,14 @@ def flags_of(partials, num_programs, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def leave_part(m, l, acc, partials, slot, num_programs, real, BLOCK_M: gl.constexpr, HEAD_DIM_V: gl.constexpr):
-    """Stores a part, normalised, with its lse, and raises its flag."""
+def leave_part(
+    m, l, acc, partials, slot, num_programs, real, BLOCK_M: gl.constexpr, HEAD_DIM_V: gl.constexpr, MERGES: gl.constexpr
+):
+    """Stores a part, normalised, with its lse; raises its flag where a program waits for it."""
     store_partial(m, l, acc, partials, slot.to(gl.int64) * BLOCK_M + row_numbers(acc), real, HEAD_DIM_V)
-    barrier()
-    gl.atomic_xchg(flags_of(partials, num_programs, BLOCK_M) + slot, _THERE, sem="release", scope="gpu")
+    if MERGES:
+        barrier()
+        gl.atomic_xchg(flags_of(partials, num_programs, BLOCK_M) + slot, _THERE, sem="release", scope="gpu")
 
 
 @gluon.jit

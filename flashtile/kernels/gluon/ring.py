@@ -1,58 +1,95 @@
-"""The ring: key tiles in shared memory that the copy engine (TMA) fills some tiles ahead of the products.
+"""The ring: key tiles in shared memory that are read some tiles ahead of the products.
 
-A tile of BLOCK_N keys is read in boxes of BOX keys: one box from a contiguous cache or a long page, else one for each
-page. Boxes of several pages are cut into columns of 64 dims too (128 bytes, as wide as shared memory is swizzled), so
-that together they lie as one tile does. What a box reaches beyond the cache, and a page that does not exist, reads as zeros.
+A contiguous cache, and pages that hold whole tiles, are read by the copy engine (TMA), a tile in one box: one thread asks,
+and a barrier in shared memory counts the bytes in. What a box reaches beyond the cache, and a page that does not exist,
+reads as zeros. Keys of smaller pages are gathered by asynchronous copies of 16 bytes a thread, in one group a tile; keys
+that nobody may see are zeros there.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from flashtile.kernels.gluon.names import barrier
+from flashtile.kernels.tile.cache import is_page, page_of
+
+
+@gluon.constexpr_function
+def gathers(page_size, block_n):
+    """Whether a tile's keys lie in several pages, or not at the start of one."""
+    return page_size > 0 and page_size % block_n != 0
+
+
+@gluon.constexpr_function
+def copies_layout(num_warps):
+    """Who copies what of a gathered tile: 8 threads the 128 bytes of 64 dims, whatever the head dim."""
+    return gl.BlockedLayout([1, 8], [4, 8], [num_warps, 1], [1, 0])
 
 
 @gluon.jit
-def tile_ring(desc, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr):
-    """A ring for the tiles of ``desc``, twice: as boxes to fill, and as [STAGES, BLOCK_N, DIM] to use."""
-    BOX: gl.constexpr = desc.block_type.shape[1]
-    COLUMNS: gl.constexpr = desc.block_type.shape[3]
-    BOXES: gl.constexpr = BLOCK_N // BOX * (DIM // COLUMNS)
-    boxes = gl.allocate_shared_memory(desc.dtype, [STAGES * BOXES, 1, BOX, 1, COLUMNS], desc.layout)
-    TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, DIM], desc.dtype)
-    return boxes, boxes._reinterpret(desc.dtype, [STAGES, BLOCK_N, DIM], TILE)
+def tile_ring(view, dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr, GATHERED: gl.constexpr):
+    """A ring for tiles of K or V, twice: as what is written, and as [STAGES, BLOCK_N, DIM] to compute with."""
+    TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, DIM], dtype)
+    if GATHERED:
+        tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], TILE)
+        return tiles, tiles
+    else:
+        boxes = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, DIM], view.layout)
+        return boxes, boxes._reinterpret(dtype, [STAGES, BLOCK_N, DIM], TILE)
 
 
 @gluon.jit
-def box_pages(pages, b, key, first, last, BLOCK_N: gl.constexpr, BOX: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """The pages of a tile's boxes, a scalar each; -1, which reads as zeros, where a box has no key in [first, last)."""
-    ids = ()
-    if PAGE_SIZE:
-        row = pages.table + b.to(gl.int64) * pages.stride_b
-        for j in gl.static_range(BLOCK_N // BOX):
-            start = key + j * BOX
-            ids = ids + (gl.load(row + start // PAGE_SIZE, mask=(start + BOX > first) & (start < last), other=-1),)
-    return ids
+def place_of(pages, b, key, first, last, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """Where the tile from ``key`` on lies: its sequence or page, or each key's page.
+
+    Table entries of pages without a key in [first, last) are not read; -1 stands there. Nothing is done with an entry
+    here, so that it may be on its way for a while.
+    """
+    if gathers(PAGE_SIZE, BLOCK_N):
+        at = key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, copies_layout(NUM_WARPS)))
+        return page_of(pages, b, at, (at >= first) & (at < last), PAGE_SIZE)
+    elif PAGE_SIZE > 0:
+        return page_of(pages, b, key, (key + BLOCK_N > first) & (key < last), PAGE_SIZE)
+    else:
+        return b
 
 
 @gluon.jit
-def start_tile(k, v, k_boxes, v_boxes, full, stage, ids, b, h, key, pred, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """Asks for the K and V of BLOCK_N keys from ``key`` on; the stage's barrier counts their bytes in."""
-    BOX: gl.constexpr = k.block_type.shape[1]
-    BOXES: gl.constexpr = BLOCK_N // BOX
-    K_PARTS: gl.constexpr = k_boxes.shape[0] // full.shape[0] // BOXES
-    V_PARTS: gl.constexpr = v_boxes.shape[0] // full.shape[0] // BOXES
-    BYTES: gl.constexpr = BOXES * (K_PARTS * k.block_type.nbytes + V_PARTS * v.block_type.nbytes)
-    bar = full.index(stage)
-    mbarrier.expect(bar, BYTES, pred=pred)
-    for j in gl.static_range(BOXES):
-        if PAGE_SIZE:
-            block = ids[j]
-            slot = (key + j * BOX) % PAGE_SIZE
-        else:
-            block = b
-            slot = key + j * BOX
-        for part in gl.static_range(K_PARTS):
-            box = k_boxes.index((stage * K_PARTS + part) * BOXES + j)
-            tma.async_copy_global_to_shared(k, [block, slot, h, part * k.block_type.shape[3]], bar, box, pred=pred)
-        for part in gl.static_range(V_PARTS):
-            box = v_boxes.index((stage * V_PARTS + part) * BOXES + j)
-            tma.async_copy_global_to_shared(v, [block, slot, h, part * v.block_type.shape[3]], bar, box, pred=pred)
+def start_tile(
+    k, v, k_ring, v_ring, full, stage, pages, place, h, key, pred,
+    HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, NUM_WARPS: gl.constexpr,
+):  # fmt: skip
+    """Asks for the K and V of BLOCK_N keys from ``key`` on. Where keys are gathered, every call is a group, wanted or not."""
+    if gathers(PAGE_SIZE, BLOCK_N):
+        known = is_page(pages, place) & pred
+        slot = (key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, copies_layout(NUM_WARPS)))).to(gl.uint32) % PAGE_SIZE
+        page = gl.where(known, place, 0).to(gl.int64)
+        _gather(k, k_ring.index(stage), h, page, slot.to(gl.int64), known, HEAD_DIM, NUM_WARPS)
+        _gather(v, v_ring.index(stage), h, page, slot.to(gl.int64), known, HEAD_DIM_V, NUM_WARPS)
+        async_copy.commit_group()
+    else:
+        slot = key % PAGE_SIZE if PAGE_SIZE > 0 else key
+        mbarrier.expect(full.index(stage), k.block_type.nbytes + v.block_type.nbytes, pred=pred)
+        tma.async_copy_global_to_shared(k, [place, slot, h, 0], full.index(stage), k_ring.index(stage), pred=pred)
+        tma.async_copy_global_to_shared(v, [place, slot, h, 0], full.index(stage), v_ring.index(stage), pred=pred)
+
+
+@gluon.jit
+def _gather(view, tile, h, page, slot, known, HEAD_DIM: gl.constexpr, NUM_WARPS: gl.constexpr):
+    d = gl.arange(0, tile.shape[1], gl.SliceLayout(0, copies_layout(NUM_WARPS)))
+    rows = page * view.stride_b + slot * view.stride_n + h.to(gl.int64) * view.stride_h
+    mask = gl.expand_dims(known, 1) & gl.expand_dims(d < HEAD_DIM, 0)
+    async_copy.async_copy_global_to_shared(tile, view.ptr + gl.expand_dims(rows, 1) + gl.expand_dims(d, 0), mask=mask)
+
+
+@gluon.jit
+def wait_for_tile(full, stage, turn, BY_WGMMA: gl.constexpr, STAGES: gl.constexpr, GATHERED: gl.constexpr):
+    """Returns when the stage's tile of that turn through the ring is there, for all threads."""
+    if GATHERED:
+        async_copy.wait_group(STAGES - 1)
+        if BY_WGMMA:
+            fence_async_shared()
+        barrier()
+    else:
+        mbarrier.wait(full.index(stage), turn & 1)

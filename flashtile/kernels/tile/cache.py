@@ -22,17 +22,23 @@ def locate(pages, b, start, n, first, last, BLOCK_N: tl.constexpr, PAGE_SIZE: tl
         known = (page >= 0) & (page < pages.num_pages)
         return tl.where(known, page, 0).to(tl.int64), tl.full([], 0, tl.int64) + start % PAGE_SIZE, inside & known
     else:
-        page, known = page_of(pages, b, key, inside, PAGE_SIZE)
+        page = page_of(pages, b, key, inside, PAGE_SIZE)
+        known = is_page(pages, page)
         return tl.where(known, page, 0).to(tl.int64), (key.to(tl.uint32) % PAGE_SIZE).to(tl.int32), inside & known
 
 
 @triton.jit
 def page_of(pages, b, key, inside, PAGE_SIZE: tl.constexpr):
-    """The page of each key that is ``inside``, and whether the cache has such a page."""
+    """The table's entry for each key that is ``inside``, else -1."""
     # keys are not negative: unsigned division is a shift where the page size is a power of two
     index = (key.to(tl.uint32) // PAGE_SIZE).to(tl.int32)
-    page = tl.load(pages.table + b.to(tl.int64) * pages.stride_b + index, mask=inside, other=-1)
-    return page, page.to(tl.uint32) < pages.num_pages.to(tl.uint32)
+    return tl.load(pages.table + b.to(tl.int64) * pages.stride_b + index, mask=inside, other=-1)
+
+
+@triton.jit
+def is_page(pages, page):
+    """Whether the cache has a page of that number."""
+    return page.to(tl.uint32) < pages.num_pages.to(tl.uint32)
 
 
 @triton.jit
