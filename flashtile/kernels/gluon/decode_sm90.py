@@ -48,7 +48,6 @@ from flashtile.planner.plans import DecodePlan
 from flashtile.problem import DTYPE_BYTES, Problem, length_bucket
 
 
-
 @gluon.jit
 def decode_sm90_kernel(
     q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, min_keys_per_split, planned_keys,
@@ -136,9 +135,7 @@ def _walk_split(
             if EARLY:
                 wanted = wanted & (ahead >= planned_keys)
             place = place_of(pages, b, ahead, first, last, BLOCK_N, PAGE_SIZE, NUM_WARPS)
-            start_tile(
-                k, v, k_ring, v_ring, full, i, pages, place, h, ahead, wanted, HEAD_DIM, HEAD_DIM_V, BLOCK_N, PAGE_SIZE, NUM_WARPS
-            )
+            start_tile(k, v, k_ring, v_ring, full, i, pages, place, h, ahead, wanted, HEAD_DIM, HEAD_DIM_V, BLOCK_N, PAGE_SIZE, NUM_WARPS)
 
     if count > 0:
         no_unit = (b, h, row_block, b, b, b, b)
@@ -557,6 +554,4 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
             return launch, (k.data_ptr(), *k.stride()[:3]), (v.data_ptr(), *v.stride()[:3])
         return launch, k, v
 
-    return bind_split(
-        problem, plan, device, torch.Tensor.data_ptr, with_keys, (length_bucket(problem.seqlen_k),), merges_parts(plan)
-    )
+    return bind_split(problem, plan, device, torch.Tensor.data_ptr, with_keys, (length_bucket(problem.seqlen_k),), merges_parts(plan))

@@ -36,9 +36,7 @@ def flags_of(partials, num_programs, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def leave_part(
-    m, l, acc, partials, slot, num_programs, real, BLOCK_M: gl.constexpr, HEAD_DIM_V: gl.constexpr, MERGES: gl.constexpr
-):
+def leave_part(m, l, acc, partials, slot, num_programs, real, BLOCK_M: gl.constexpr, HEAD_DIM_V: gl.constexpr, MERGES: gl.constexpr):
     """Stores a part, normalised, with its lse; raises its flag where a program waits for it."""
     store_partial(m, l, acc, partials, slot.to(gl.int64) * BLOCK_M + row_numbers(acc), real, HEAD_DIM_V)
     if MERGES:
