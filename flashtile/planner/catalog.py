@@ -21,7 +21,6 @@ class Kernel:
     dtypes_out: tuple[str, ...]
     architectures: tuple[str, ...] = ()  # empty: every architecture of its backends
     min_alignment: int = 1  # bytes, of every address and stride
-    page_multiple: int = 1  # keys
     max_head_dim: int = MAX_HEAD_DIM
     head_dim_multiple: int = 8
     kv_scales: tuple[str, ...] = ("none",)
@@ -50,8 +49,6 @@ class Kernel:
                 f"addresses and strides of q, k, v or out are multiples of {problem.alignment} bytes, "
                 f"and it needs multiples of {self.min_alignment}"
             )
-        if problem.page_size % self.page_multiple:
-            reasons.append(f"pages of {problem.page_size} keys are no multiple of {self.page_multiple} keys")
         if problem.kv_scales not in self.kv_scales:
             reasons.append(f"scales a {problem.kv_scales} are none of {', '.join(self.kv_scales)}")
         return reasons
@@ -69,7 +66,6 @@ CATALOG: tuple[Kernel, ...] = (
         GLUON_SM90, "flashtile.kernels.gluon.decode_sm90", "decode", ("cuda",), _HALVES, _FLOATS,
         architectures=("sm_90",),
         min_alignment=16,  # what tensor maps take
-        page_multiple=8,  # a box of the copy engine holds keys of one page, and shared memory is swizzled in groups of 8
     ),
     Kernel(TRITON, "flashtile.kernels.decode", "decode", ("cuda", "hip"), _FLOATS, _FLOATS),
     Kernel(CPU, "flashtile.kernels.cpu", "decode", ("cpu",), _FLOATS, _FLOATS),

@@ -82,7 +82,7 @@ def plan_for_tile(problem: Problem, device: Device, tile: Tile, source: Source =
 
 
 def _plan(problem: Problem, device: Device, tile: Tile, splits: Splits, source: Source) -> DecodePlan:
-    combine_block_d, combine_warps = combine_shape(problem, device, tile.block_m, splits)
+    combine_block_d, combine_warps = combine_shape(problem, device, splits)
     return DecodePlan(
         kernel=tile.kernel,
         block_m=tile.block_m,
@@ -104,7 +104,7 @@ def _plan(problem: Problem, device: Device, tile: Tile, splits: Splits, source: 
 def with_splits(plan: DecodePlan, problem: Problem, device: Device, num_splits: int) -> DecodePlan:
     """The plan with a grid of that many splits; each sequence uses all of them that it has key tiles for."""
     splits = even_splits(problem, plan.block_n, num_splits)._replace(num_splits=num_splits)
-    combine_block_d, combine_warps = combine_shape(problem, device, plan.block_m, splits)
+    combine_block_d, combine_warps = combine_shape(problem, device, splits)
     return plan.with_(
         num_splits=num_splits,
         num_programs=0,

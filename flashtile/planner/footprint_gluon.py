@@ -6,8 +6,6 @@ accumulator of 16 rows, the matrix instruction's; with 64 and 128 rows each warp
 
 from __future__ import annotations
 
-from math import gcd
-
 from flashtile.planner.figures import Architecture, Mma
 from flashtile.planner.tiles import TileShape
 from flashtile.problem import Problem
@@ -20,7 +18,8 @@ LONG_HEAD = 128
 DEEP_LONG_RING = 12  # registers for a ring of more than two stages beside a head dim beyond LONG_HEAD
 SHARED_SCRATCH = 1024  # barriers and alignment of the ring
 MERGE_KEPT_ROWS = 8  # rows of the warps' accumulators that stay in registers while they merge
-REGISTERS_PER_BOX = 5  # paging: the place of each box of a tile, for this tile and those ahead
+REGISTERS_PER_GATHERED_ROW = 2  # page and place of a key that a thread copies a part of
+ROWS_COPIED_AT_ONCE = 4  # by a warp
 # Where warps own keys:
 OWN_KEYS_BASE = 32  # addresses, barriers' phases, row statistics
 REGISTERS_PER_OWN_KEY = 1.9  # scores, probabilities and fragments, a key that a warp owns
@@ -74,7 +73,7 @@ def gluon_registers(problem: Problem, tile: TileShape, features: int) -> int:
     """
     dim, dim_v = box_dim(problem.head_dim), box_dim(problem.head_dim_v)
     accumulator = INSTRUCTION_ROWS * dim_v / WARP
-    boxes = tile.block_n // gcd(problem.page_size, tile.block_n) if problem.page_size else 0
+    gathered = tile.block_n / (ROWS_COPIED_AT_ONCE * tile.num_warps) if problem.page_size and problem.page_size % tile.block_n else 0.0
     shares = shares_tiles(problem)
     if owns_keys(tile):
         q = INSTRUCTION_ROWS * dim * INPUT_BYTES / 4 / WARP
@@ -86,4 +85,4 @@ def gluon_registers(problem: Problem, tile: TileShape, features: int) -> int:
         work += OWN_ROWS_LONG_HEAD_PER_KEY * tile.block_n if max(dim, dim_v) > LONG_HEAD else 0.0
         shared_tiles = OWN_ROWS_SHARED_TILES + OWN_ROWS_SHARED_TILES_PER_KEY * tile.block_n
     work += DEEP_LONG_RING if max(dim, dim_v) > LONG_HEAD and tile.num_stages > 2 else 0
-    return int(accumulator + work + REGISTERS_PER_BOX * boxes + (shared_tiles if shares else 0.0))
+    return int(accumulator + work + REGISTERS_PER_GATHERED_ROW * gathered + (shared_tiles if shares else 0.0))

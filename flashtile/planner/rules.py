@@ -16,6 +16,7 @@ from flashtile.planner.device import Device
 from flashtile.planner.footprint import (
     Footprint,
     footprint_of,
+    gathers,
     mma_of,
     registers_limit,
     registers_per_thread,
@@ -30,7 +31,18 @@ from flashtile.planner.splits import (
     split_count,
     stream_programs,
 )
-from flashtile.planner.tiles import CANDIDATES, LIMITS, SHAPES, Limits, Tile, TileShape, Variant, variant_name, variants_in_words
+from flashtile.planner.tiles import (
+    CANDIDATES,
+    LIMITS,
+    MOST_GATHERED_KEYS,
+    SHAPES,
+    Limits,
+    Tile,
+    TileShape,
+    Variant,
+    variant_name,
+    variants_in_words,
+)
 from flashtile.problem import Problem
 
 Fit = tuple[Tile, Footprint]
@@ -94,7 +106,7 @@ def _malformed(plan: DecodePlan, device: Device) -> list[str]:
         reasons.append(f"block_m {plan.block_m} is not one of {BLOCK_MS}")
     if not 1 <= plan.num_splits <= MAX_SPLITS:
         reasons.append(f"num_splits {plan.num_splits} is not within 1 and {MAX_SPLITS}")
-    most_programs = MAX_GRID_X if device.is_gpu else 0
+    most_programs = MAX_SPLITS if device.is_gpu else 0  # the device shares out tiles in 32 bits
     if not 0 <= plan.num_programs <= most_programs:
         reasons.append(f"num_programs {plan.num_programs} is not within 0 and {most_programs}")
     if plan.keys_per_split < 0 or plan.min_keys_per_split < 0:
@@ -271,7 +283,9 @@ def _fitting_tiles(
     )  # fmt: skip
 
     def first(variant: Variant, shapes: tuple[tuple[int, int, int], ...]) -> Fit | None:
-        tiles = (Tile(*variant, *shape, kernel) for shape in shapes)
+        tiles: Iterable[Tile] = (Tile(*variant, *shape, kernel) for shape in shapes)
+        if kernel == GLUON_SM90:
+            tiles = (tile for tile in tiles if tile.block_n <= MOST_GATHERED_KEYS or not gathers(problem, tile))
         tile = next((tile for tile in tiles if not misfits(problem, tile, device)), None)
         return tile and (tile, footprint_of(problem, tile, device))
 

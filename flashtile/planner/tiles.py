@@ -15,7 +15,10 @@ Shape = tuple[int, int, int]
 
 SPLIT_UNITS_PERCENT = 34  # units (sequences x key heads x row blocks) in percent of the SMs up to which splits fill SMs that are free
 DEEP_UNITS_PERCENT = 61  # up to here a unit to an SM with a deep ring reads as fast as two splits do, and needs no combine
-WAVE_UNITS_PERCENT = 100  # beyond, several programs share an SM: small rings, so that all are resident
+WAVE_UNITS_PERCENT = 100  # up to here a unit to an SM; beyond, several programs share one
+RESIDENT_UNITS_PERCENT = 220  # up to here small rings let as good as all units be resident at once
+MANY_UNITS_PERCENT = 600  # beyond, a program for each unit: small rings, so that more of them start while others end
+MOST_GATHERED_KEYS = 64  # keys of a tile that are looked up one by one: all threads ask for them, so that small programs overlap better
 ANY_UNITS = 2**62
 
 
@@ -96,24 +99,24 @@ _TRITON: dict[Variant, tuple[Shape, ...]] = {
 # Hopper's kernel. The first shape of each regime measured best for head dim 128 on one H200; the later ones are for longer heads.
 _OWN_KEYS_SMALL = ((64, 4, 3), (64, 4, 2), (32, 2, 3), (32, 2, 2))
 _OWN_KEYS_CROWDED = ((64, 2, 2), (32, 2, 3), (64, 4, 2), (32, 2, 2))
+_OWN_KEYS = (
+    Regime(SPLIT_UNITS_PERCENT, _OWN_KEYS_SMALL),
+    Regime(DEEP_UNITS_PERCENT, ((128, 4, 3), *_OWN_KEYS_SMALL)),
+    Regime(WAVE_UNITS_PERCENT, _OWN_KEYS_SMALL),
+    Regime(RESIDENT_UNITS_PERCENT, _OWN_KEYS_CROWDED),
+    Regime(MANY_UNITS_PERCENT, _OWN_KEYS_SMALL),
+    Regime(ANY_UNITS, _OWN_KEYS_CROWDED),
+)
 _OWN_ROWS = (
-    Regime(DEEP_UNITS_PERCENT, ((128, 4, 2), (64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2))),
     Regime(WAVE_UNITS_PERCENT, ((64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2))),
     Regime(ANY_UNITS, ((64, 4, 2), (32, 4, 2))),
 )
 _GLUON: dict[Variant, tuple[Regime, ...]] = {
-    (8, False): (
-        Regime(SPLIT_UNITS_PERCENT, ((128, 4, 2), *_OWN_KEYS_SMALL)),
-        Regime(DEEP_UNITS_PERCENT, ((128, 4, 3), *_OWN_KEYS_SMALL)),
-        Regime(WAVE_UNITS_PERCENT, _OWN_KEYS_SMALL),
-        Regime(ANY_UNITS, _OWN_KEYS_CROWDED),
-    ),
+    (8, False): _OWN_KEYS,
     (16, False): (
-        # 64 keys leave room for the registers of 16 rows
         Regime(SPLIT_UNITS_PERCENT, _OWN_KEYS_SMALL),
-        Regime(DEEP_UNITS_PERCENT, ((128, 4, 3), *_OWN_KEYS_SMALL)),
-        Regime(WAVE_UNITS_PERCENT, _OWN_KEYS_SMALL),
-        Regime(ANY_UNITS, _OWN_KEYS_CROWDED),
+        Regime(WAVE_UNITS_PERCENT, ((128, 4, 2), *_OWN_KEYS_SMALL)),
+        *_OWN_KEYS[3:],
     ),
     (64, False): _OWN_ROWS,
     (128, False): tuple(Regime(most, tuple((keys, 8, stages) for keys, _, stages in shapes)) for most, shapes in _OWN_ROWS),

@@ -86,7 +86,7 @@ def shared_out(plan: DecodePlan, problem: Problem, device: Device, share: Share)
     if not share.num_programs:
         return plan
     splits = Splits(plan.keys_per_split, plan.min_keys_per_split, plan.num_splits, share.num_programs)
-    combine_block_d, combine_warps = combine_shape(problem, device, plan.block_m, splits)
+    combine_block_d, combine_warps = combine_shape(problem, device, splits)
     return plan.with_(num_programs=share.num_programs, combine_block_d=combine_block_d, combine_warps=combine_warps)
 
 

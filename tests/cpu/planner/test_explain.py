@@ -106,7 +106,7 @@ def test_both_kernels_tiles_are_explained() -> None:
     ("changes", "device", "reason"),
     [
         ({}, B200, "it is made for sm_90, and B200 is sm_100"),
-        ({"page_size": 4}, H200, "pages of 4 keys"),
+        ({"alignment": 8}, H200, "multiples of 8 bytes"),
         ({"dtype_q": "float32", "dtype_k": "float32", "dtype_v": "float32"}, H200, "float32 is none of"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_cpu_has_one_kernel() -> None:
 
 @pytest.mark.parametrize(
     ("batch", "wish", "schedule"),
-    [(1, None, "16 splits"), (128, None, "stream-K over 396 programs"), (128, 1, "no split"), (4, None, "stream-K over 128 programs")],
+    [(1, None, "16 splits"), (64, None, "stream-K over 264 programs"), (128, 1, "no split"), (4, None, "stream-K over 128 programs")],
 )
 def test_the_schedule_is_named(batch: int, wish: int | None, schedule: str) -> None:
     problem = LLAMA.with_(batch=batch, total_q=batch)
