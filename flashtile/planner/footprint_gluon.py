@@ -24,7 +24,11 @@ ROWS_COPIED_AT_ONCE = 4  # by a warp
 OWN_KEYS_BASE = 32  # addresses, barriers' phases, row statistics
 REGISTERS_PER_OWN_KEY = 1.9  # scores, probabilities and fragments, a key that a warp owns
 OWN_KEYS_SHARED_TILES = 36  # a batch's tiles shared by programs: the next unit while this one ends
-OWN_KEYS_FEATURE = {False: 1, True: 12}  # each of softcap, ALiBi, paging and packed queries, without and with shared tiles
+REGISTERS_PER_LONG_KEY = 2.4  # head dims beyond LONG_HEAD: more for each own key beyond KEYS_A_STEP
+KEYS_A_STEP = 16  # the second product's inner dimension
+PAGED_REGISTERS_PER_KEY = 1.25  # the same where a batch's tiles are shared and lie in pages
+OWN_KEYS_ALL_ROWS = 8  # all 16 rows of the instruction, with shared tiles
+OWN_KEYS_FEATURE = {False: 2, True: 6}  # each of softcap, ALiBi, paging and packed queries, without and with shared tiles
 # Where warps own rows:
 OWN_ROWS_BASE = 48
 REGISTERS_PER_SCORE = 1.5  # a score and its packed probability
@@ -32,6 +36,8 @@ OWN_ROWS_LONG_HEAD_PER_KEY = 3 / 8  # head dims beyond 128: tiles that span seve
 OWN_ROWS_SHARED_TILES = 16
 OWN_ROWS_SHARED_TILES_PER_KEY = 3 / 8
 OWN_ROWS_FEATURE_PER_KEY = 3 / 32
+OWN_ROWS_LONG_HEAD_FEATURE = 8  # with shared tiles
+PARTS_BASE = 100  # addresses of the parts that a program merges, beside one of them and what is merged so far; not of long heads
 
 
 def box_dim(dim: int) -> int:
@@ -74,15 +80,22 @@ def gluon_registers(problem: Problem, tile: TileShape, features: int) -> int:
     dim, dim_v = box_dim(problem.head_dim), box_dim(problem.head_dim_v)
     accumulator = INSTRUCTION_ROWS * dim_v / WARP
     gathered = tile.block_n / (ROWS_COPIED_AT_ONCE * tile.num_warps) if problem.page_size and problem.page_size % tile.block_n else 0.0
-    shares = shares_tiles(problem)
+    shares, long_head = shares_tiles(problem), max(dim, dim_v) > LONG_HEAD
     if owns_keys(tile):
         q = INSTRUCTION_ROWS * dim * INPUT_BYTES / 4 / WARP
         work = OWN_KEYS_BASE + q + REGISTERS_PER_OWN_KEY * tile.block_n / tile.num_warps + OWN_KEYS_FEATURE[shares] * features
-        shared_tiles = float(OWN_KEYS_SHARED_TILES)
+        more_keys = max(0.0, tile.block_n / tile.num_warps - KEYS_A_STEP)
+        work += REGISTERS_PER_LONG_KEY * more_keys if long_head else 0.0
+        shared_tiles, parts = float(OWN_KEYS_SHARED_TILES), 0.0
+        shared_tiles += OWN_KEYS_ALL_ROWS if tile.block_m == INSTRUCTION_ROWS else 0.0
+        shared_tiles += PAGED_REGISTERS_PER_KEY * more_keys if problem.page_size else 0.0
     else:
         scores = REGISTERS_PER_SCORE * INSTRUCTION_ROWS * tile.block_n / WARP
         work = OWN_ROWS_BASE + scores + OWN_ROWS_FEATURE_PER_KEY * tile.block_n * features
-        work += OWN_ROWS_LONG_HEAD_PER_KEY * tile.block_n if max(dim, dim_v) > LONG_HEAD else 0.0
+        work += OWN_ROWS_LONG_HEAD_PER_KEY * tile.block_n if long_head else 0.0
         shared_tiles = OWN_ROWS_SHARED_TILES + OWN_ROWS_SHARED_TILES_PER_KEY * tile.block_n
-    work += DEEP_LONG_RING if max(dim, dim_v) > LONG_HEAD and tile.num_stages > 2 else 0
-    return int(accumulator + work + REGISTERS_PER_GATHERED_ROW * gathered + (shared_tiles if shares else 0.0))
+        shared_tiles += OWN_ROWS_LONG_HEAD_FEATURE * features if long_head else 0.0
+        parts = 0.0 if long_head else PARTS_BASE + 2 * accumulator
+    work += DEEP_LONG_RING if long_head and tile.num_stages > 2 else 0
+    alone = accumulator + work + REGISTERS_PER_GATHERED_ROW * gathered
+    return int(max(alone + shared_tiles, parts) if shares else alone)

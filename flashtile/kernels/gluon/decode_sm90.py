@@ -522,25 +522,27 @@ def decode_spec(problem: Problem, plan: DecodePlan) -> Spec:
             "STAGES": plan.num_stages,
             "NUM_WARPS": plan.num_warps,
             "IN_TURN": plan.min_keys_per_split <= plan.block_n,
-            "MERGES": merges_parts(plan),
+            "MERGES": merges_parts(problem, plan),
         },
         options={"num_warps": plan.num_warps, "num_stages": 1},
     )
 
 
-def merges_parts(plan: DecodePlan) -> bool:
+def merges_parts(problem: Problem, plan: DecodePlan) -> bool:
     """Whether the programs of a line merge the parts of a unit themselves.
 
     So they do where only unlike lengths make them share units at all: then most have nothing to merge, and a combine would
-    cost its launch. Where every unit is shared, a combine has more programs to merge with.
+    cost its launch. Where every unit is shared, a combine has more programs to merge with. Many rows of long heads fill
+    the registers by themselves, and are left to combine too.
     """
-    return plan.num_programs > 0 and plan.num_splits == 1
+    fits = plan.block_m < 64 or max(problem.head_dim, problem.head_dim_v) <= 128
+    return fits and plan.num_programs > 0 and plan.num_splits == 1
 
 
 def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
     """Compiles what ``bind`` will launch."""
     launcher(decode_spec(problem, plan), device)
-    if combines(plan) and not merges_parts(plan):
+    if combines(plan) and not merges_parts(problem, plan):
         bind_combine(problem, plan, device)
 
 
@@ -554,4 +556,6 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
             return launch, (k.data_ptr(), *k.stride()[:3]), (v.data_ptr(), *v.stride()[:3])
         return launch, k, v
 
-    return bind_split(problem, plan, device, torch.Tensor.data_ptr, with_keys, (length_bucket(problem.seqlen_k),), merges_parts(plan))
+    return bind_split(
+        problem, plan, device, torch.Tensor.data_ptr, with_keys, (length_bucket(problem.seqlen_k),), merges_parts(problem, plan)
+    )
