@@ -35,8 +35,8 @@ REGISTERS_PER_SCORE = 1.5  # a score and its packed probability
 OWN_ROWS_LONG_HEAD_PER_KEY = 3 / 8  # head dims beyond 128: tiles that span several swizzled columns
 OWN_ROWS_SHARED_TILES = 16
 OWN_ROWS_SHARED_TILES_PER_KEY = 3 / 8
-OWN_ROWS_FEATURE_PER_KEY = 3 / 32
-OWN_ROWS_LONG_HEAD_FEATURE = 8  # with shared tiles
+OWN_ROWS_FEATURE_PER_KEY = {False: 3 / 32, True: 7 / 32}  # without and with shared tiles
+OWN_ROWS_LONG_HEAD_SHARED_TILES = 16  # more of them beside long heads
 PARTS_BASE = 100  # addresses of the parts that a program merges, beside one of them and what is merged so far; not of long heads
 
 
@@ -91,10 +91,10 @@ def gluon_registers(problem: Problem, tile: TileShape, features: int) -> int:
         shared_tiles += PAGED_REGISTERS_PER_KEY * more_keys if problem.page_size else 0.0
     else:
         scores = REGISTERS_PER_SCORE * INSTRUCTION_ROWS * tile.block_n / WARP
-        work = OWN_ROWS_BASE + scores + OWN_ROWS_FEATURE_PER_KEY * tile.block_n * features
+        work = OWN_ROWS_BASE + scores + OWN_ROWS_FEATURE_PER_KEY[shares] * tile.block_n * features
         work += OWN_ROWS_LONG_HEAD_PER_KEY * tile.block_n if long_head else 0.0
         shared_tiles = OWN_ROWS_SHARED_TILES + OWN_ROWS_SHARED_TILES_PER_KEY * tile.block_n
-        shared_tiles += OWN_ROWS_LONG_HEAD_FEATURE * features if long_head else 0.0
+        shared_tiles += OWN_ROWS_LONG_HEAD_SHARED_TILES if long_head else 0.0
         parts = 0.0 if long_head else PARTS_BASE + 2 * accumulator
     work += DEEP_LONG_RING if long_head and tile.num_stages > 2 else 0
     alone = accumulator + work + REGISTERS_PER_GATHERED_ROW * gathered
