@@ -38,6 +38,8 @@ OWN_ROWS_SHARED_TILES_PER_KEY = 3 / 8
 OWN_ROWS_FEATURE_PER_KEY = {False: 3 / 32, True: 7 / 32}  # without and with shared tiles
 OWN_ROWS_LONG_HEAD_SHARED_TILES = 16  # more of them beside long heads
 PARTS_BASE = 100  # addresses of the parts that a program merges, beside one of them and what is merged so far; not of long heads
+PARTS_FEATURE = 5  # and what stays alive meanwhile: for each feature,
+PARTS_GATHERED = 8  # and where keys are gathered
 
 
 def box_dim(dim: int) -> int:
@@ -95,7 +97,8 @@ def gluon_registers(problem: Problem, tile: TileShape, features: int) -> int:
         work += OWN_ROWS_LONG_HEAD_PER_KEY * tile.block_n if long_head else 0.0
         shared_tiles = OWN_ROWS_SHARED_TILES + OWN_ROWS_SHARED_TILES_PER_KEY * tile.block_n
         shared_tiles += OWN_ROWS_LONG_HEAD_SHARED_TILES if long_head else 0.0
-        parts = 0.0 if long_head else PARTS_BASE + 2 * accumulator
+        parts = PARTS_BASE + 2 * accumulator + PARTS_FEATURE * features + (PARTS_GATHERED if gathered else 0)
+        parts = 0.0 if long_head else parts
     work += DEEP_LONG_RING if long_head and tile.num_stages > 2 else 0
     alone = accumulator + work + REGISTERS_PER_GATHERED_ROW * gathered
     return int(max(alone + shared_tiles, parts) if shares else alone)
