@@ -144,19 +144,41 @@ def _walk_split(
             key, step, count, count * 0, no_unit, count * 0 + STAGES, count,
             GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, False, 0, STAGES, NUM_WARPS,
         )  # fmt: skip
+        if EARLY:
+            _drain(full, count, split, num_splits, planned_keys, BLOCK_N, STAGES)
+        m, l, acc = _merged(m, l, acc, BLOCK_M, held_dim(HEAD_DIM_V), NUM_WARPS)
         unit = (b, h, row_block, row_start, seqlen_q)
         if SPLIT:
             at = _partials_of_split(row_numbers(acc), unit, num_heads_kv, lengths, GROUP, BLOCK_M)
             store_partial(m, l, acc, partials, at, _real_rows(acc, unit, GROUP, BLOCK_M), HEAD_DIM_V)
         else:
             _store_out(m, l, acc, out, lse, lengths, sinks, unit, GROUP, BLOCK_M, HEAD_DIM_V)
-    elif SPLIT:
-        # most programs of a batch of unlike lengths; combine sees lse -inf and does not read their rows
-        _store_no_keys(partials, lengths, (b, h, row_block, row_start, seqlen_q), num_heads_kv, GROUP, BLOCK_M, NUM_WARPS)
-    if EARLY and count < STAGES:
-        # nothing may write to shared memory once the program is gone
+    else:
+        if EARLY:
+            _drain(full, count, split, num_splits, planned_keys, BLOCK_N, STAGES)
+        if SPLIT:
+            # most programs of a batch of unlike lengths; combine sees lse -inf and does not read their rows
+            _store_no_keys(partials, lengths, (b, h, row_block, row_start, seqlen_q), num_heads_kv, GROUP, BLOCK_M, NUM_WARPS)
+
+
+@gluon.jit
+def _drain(full, count, split, num_splits, planned_keys, BLOCK_N: gl.constexpr, STAGES: gl.constexpr):
+    """Waits for tiles that were asked for early and are not needed.
+
+    The ring's memory serves other ends once the products are done, and other programs once this one is: nothing may be
+    on its way there.
+    """
+    if count < STAGES:
         for i in gl.static_range(STAGES):
             mbarrier.wait(full.index(i), 0, pred=(i >= count) & ((split + i * num_splits) * BLOCK_N < planned_keys))
+
+
+@gluon.jit
+def _merged(m, l, acc, BLOCK_M: gl.constexpr, DV: gl.constexpr, NUM_WARPS: gl.constexpr):
+    """The rows' (m, l, acc), whichever way the warps shared the work."""
+    if BLOCK_M < 64:
+        m, l, acc = merge_warps(m, l, acc, BLOCK_M, DV, NUM_WARPS)
+    return m, l, acc
 
 
 @gluon.jit
@@ -216,6 +238,7 @@ def _walk_line(
             (first_tile + position - start) * BLOCK_N, BLOCK_N, until - position, done, ahead, ahead_at, stop,
             GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, True, UNIT_COST, STAGES, NUM_WARPS,
         )  # fmt: skip
+        m, l, acc = _merged(m, l, acc, BLOCK_M, DV, NUM_WARPS)
         rows = (b, h, row_block, row_start, seqlen_q)
         if (position == start) & (until == start + tiles):
             _store_out(m, l, acc, out, lse, lengths, sinks, rows, GROUP, BLOCK_M, HEAD_DIM_V)
@@ -293,7 +316,7 @@ def _attend(
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, ON_LINE: gl.constexpr, UNIT_COST: gl.constexpr, STAGES: gl.constexpr, NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
-    """A unit's rows over ``count`` tiles of keys, ``step`` keys apart: (m, l, acc), base 2, not normalised.
+    """A unit's rows over ``count`` tiles of keys, ``step`` keys apart: (m, l, acc), base 2, not normalised, as the warps have them.
 
     The tiles are the program's number ``done`` and on. What is ahead is asked for until it reaches ``stop``: the number of
     tiles, or on a line a position, where it may be another unit's, so that it is returned too.
@@ -396,8 +419,6 @@ def _attend(
             ahead_at += 1
         key += step
 
-    if not OWN_ROWS:
-        m, l, acc = merge_warps(m, l, acc, BLOCK_M, DV, NUM_WARPS)
     return m, l, acc, ahead, ahead_at
 
 

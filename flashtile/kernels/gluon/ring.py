@@ -60,13 +60,15 @@ def start_tile(
     k, v, k_ring, v_ring, full, stage, pages, place, h, key, pred,
     HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Asks for the K and V of BLOCK_N keys from ``key`` on. Where keys are gathered, every call is a group, wanted or not."""
+    """Asks for the K and V of BLOCK_N keys from ``key`` on, if ``pred``. Where keys are gathered, every call is a group, wanted or not."""
     if gathers(PAGE_SIZE, BLOCK_N):
-        known = is_page(pages, place) & pred
-        slot = (key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, copies_layout(NUM_WARPS)))).to(gl.uint32) % PAGE_SIZE
-        page = gl.where(known, place, 0).to(gl.int64)
-        _gather(k, k_ring.index(stage), h, page, slot.to(gl.int64), known, HEAD_DIM, NUM_WARPS)
-        _gather(v, v_ring.index(stage), h, page, slot.to(gl.int64), known, HEAD_DIM_V, NUM_WARPS)
+        # what is masked is written, as zeros: a tile that is not wanted must not be touched
+        if pred:
+            known = is_page(pages, place)
+            slot = (key + gl.arange(0, BLOCK_N, gl.SliceLayout(1, copies_layout(NUM_WARPS)))).to(gl.uint32) % PAGE_SIZE
+            page = gl.where(known, place, 0).to(gl.int64)
+            _gather(k, k_ring.index(stage), h, page, slot.to(gl.int64), known, HEAD_DIM, NUM_WARPS)
+            _gather(v, v_ring.index(stage), h, page, slot.to(gl.int64), known, HEAD_DIM_V, NUM_WARPS)
         async_copy.commit_group()
     else:
         slot = key % PAGE_SIZE if PAGE_SIZE > 0 else key
