@@ -69,8 +69,10 @@ def of_cudnn(row: Row) -> float | None:
 
 
 def kernels_launched(row: Row) -> int:
-    """2 where the plan wants partial results combined, else 1."""
+    """2 where the plan wants partial results combined, else 1: Hopper's kernel merges what only unlike lengths split itself."""
     plan = row["plan"]
+    if plan.get("num_programs", 0) and plan["num_splits"] == 1 and plan.get("kernel") == "gluon.decode_sm90":
+        return 1
     return 2 if (plan.get("num_programs", 0) or plan["num_splits"]) > 1 else 1
 
 
