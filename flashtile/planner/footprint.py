@@ -41,7 +41,9 @@ VECTOR_SLACK = 1.3  # the vector kernel's registers scatter more than the others
 WIDE_REGISTERS = 25  # four-byte inputs of a matrix instruction
 WIDE_WGMMA_REGISTERS = 100  # wgmma takes four-byte values in one order only: they are turned around on the way
 GATHERED_REGISTERS = 60  # places of gathered keys, kept over the loop,
-GATHERED_FEW_REGISTERS = 20  # fewer of them beside 16-bit fragments
+GATHERED_FEW_REGISTERS = 20  # fewer of them beside 16-bit fragments,
+GATHERED_LONG_HEAD_REGISTERS = 24  # but more of them beside head dims beyond 128,
+GATHERED_LOADED_REGISTERS = {"cuda": 0, "hip": 100}  # and where no asynchronous copy brings the keys
 LOADED_REGISTERS = {"cuda": 1.9, "hip": 3.0}  # an element of a key tile that no asynchronous copy can bring
 SMALL_COPY_REGISTERS = 0.7  # a copy of less than 16 bytes
 FMA_FEATURE_REGISTERS = 5  # what a feature takes beside for 32 keys of an FMA dot, which fills the registers by itself
@@ -177,6 +179,8 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
     if gathered:
         few = k_bytes == 2 and mma.warps == 1 and device.backend == "cuda" and not (tile.swapped and tile.block_m >= 16)
         fragments += GATHERED_FEW_REGISTERS if few else GATHERED_REGISTERS
+        fragments += GATHERED_LONG_HEAD_REGISTERS if few and max(dim, dim_v) > 128 else 0
+        fragments += GATHERED_LOADED_REGISTERS[device.backend] if misaligned else 0
     if mma.warps > 1:
         if mma.name.startswith("tcgen05"):
             fragments += TENSOR_MEMORY_REGISTERS
