@@ -9,8 +9,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from flashtile.kernels.gluon.names import barrier
+from flashtile.kernels.gluon.results import row_numbers, store_partial
 from flashtile.kernels.tile.schedule import holder, share, slot_of
-from flashtile.kernels.tile.softmax import LOG2E, finite, natural_lse, normaliser
+from flashtile.kernels.tile.softmax import LOG2E, finite
 
 _THERE = gl.constexpr(0x5D1C_83F6_A94E_27B7)
 _ELEMENTS_A_THREAD = gl.constexpr(64)  # of partial results that are read at a time
@@ -100,20 +101,3 @@ def _wait_for(flags, first_slot, begun_by, done, num_parts, PARTS: gl.constexpr,
     gl.inline_asm_elementwise("fence.acq_rel.gpu; mov.u32 $0, $1;", "=r,r", [part], dtype=gl.int32, is_pure=False, pack=1)
     barrier()
     gl.store(flags + slot, (slot * 0).to(gl.int64), mask=known)
-
-
-@gluon.jit
-def row_numbers(acc):
-    """Numbers of the rows of a result [rows, dim] within their block."""
-    return gl.arange(0, acc.shape[0], gl.SliceLayout(1, acc.type.layout))
-
-
-@gluon.jit
-def store_partial(m, l, acc, partials, at, real, HEAD_DIM_V: gl.constexpr):
-    """Rows ``at`` (int64) of the partial results: normalised, with their lse."""
-    R: gl.constexpr = gl.SliceLayout(1, acc.type.layout)
-    d = gl.arange(0, acc.shape[1], gl.SliceLayout(0, acc.type.layout))
-    m, l = gl.convert_layout(m, R), gl.convert_layout(l, R)
-    gl.store(partials.ptr + partials.lse_start + at, natural_lse(m, l), mask=real)
-    ptrs = partials.ptr + gl.expand_dims(at * HEAD_DIM_V, 1) + gl.expand_dims(d, 0)
-    gl.store(ptrs, acc * gl.expand_dims(normaliser(l), 1), mask=gl.expand_dims(real, 1) & gl.expand_dims(d < HEAD_DIM_V, 0))
