@@ -1,23 +1,23 @@
-"""Compiling ahead: worker processes that run one small call of each plan, so that its kernels lie in Triton's cache on disk."""
+"""Compiling ahead: worker processes compile the kernels of each plan without the GPU, so that they lie in Triton's cache on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
 from multiprocessing import active_children, get_context
 from typing import Any
 
 import torch
+from triton.backends.compiler import GPUTarget
 
-import flashtile
-from benchmarks.grids import Entry, shrunk
-from benchmarks.sets import InputSets
+from benchmarks.grids import Entry
+from flashtile.kernels.launch import compile_spec
 from flashtile.kernels.tile.schedule import sequences_at_once
+from flashtile.ops import kernel_module
 from flashtile.planner.plans import DecodePlan
+from flashtile.problem import Problem
 
 SECONDS_A_BATCH = 150
-SMALL_KEYS = 64  # of each sequence that a worker allocates: kernels do not depend on lengths
 
 
 class Compilers:
@@ -27,6 +27,8 @@ class Compilers:
         self._pool: ProcessPoolExecutor | None = None
         self._compiled: set[Any] = set()
         if device.type == "cuda" and workers > 1:
+            major, minor = torch.cuda.get_device_capability(device)
+            self._target = GPUTarget("cuda", 10 * major + minor, 32)
             self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
     def compile(self, wanted: Iterable[tuple[Entry, DecodePlan]], seconds: float = SECONDS_A_BATCH) -> int:
@@ -39,7 +41,8 @@ class Compilers:
         self._compiled |= set(new)
         entries, plans = zip(*new.values())
         try:
-            list(self._pool.map(_run_once, entries, plans, timeout=seconds))
+            problems = [entry.problem() for entry in entries]
+            list(self._pool.map(_compile, problems, plans, [self._target] * len(plans), timeout=seconds))
         except Exception as error:  # a broken worker costs time alone: the plans are compiled where they are timed
             print(f"compiling ahead ends: {type(error).__name__} {error}", flush=True)
             self.close()
@@ -63,15 +66,10 @@ def _kind(entry: Entry, plan: DecodePlan) -> Any:
     return problem, tile, counts, plan.num_programs > 0
 
 
-@cache
-def _inputs_of(entry: Entry) -> InputSets:
-    return InputSets(entry, torch.device("cuda"), 1)
-
-
-def _run_once(entry: Entry, plan: DecodePlan) -> None:
-    """In a worker: one call; what refuses the plan says so where it is timed."""
+def _compile(problem: Problem, plan: DecodePlan, target: GPUTarget) -> None:
+    """In a worker; what does not compile says so where it is timed."""
     try:
-        flashtile.decode(**_inputs_of(shrunk(entry, SMALL_KEYS, entry.batch)).args(0), plan=plan)
-        torch.cuda.synchronize()
+        for spec in kernel_module(plan).specs(problem, plan):
+            compile_spec(spec, target)
     except Exception:
         return

@@ -81,6 +81,7 @@ def main(
     options = Options(where, wanted, rounds)
     with closing(Compilers(where, compilers)) as pool:
         runner = _Runner(options, out, commit, missing, resume, dry_run, full_search, warm_peers, pool)
+        runner.prepare(names, only, 0.3 * budget)
         for position, name in enumerate(names):
             share = SHARES.get(name, 1) / sum(SHARES.get(later, 1) for later in names[position:])
             runner.run(name, only, Budget(time.monotonic() + share * (end - time.monotonic())))
@@ -110,7 +111,6 @@ class _Runner:
         print(f"{name}: {len(entries)} problems, {budget.left:.0f} s; {head['device']}, commit {head['commit']}", flush=True)
         entries = [entry for entry in entries if not record.has(entry.name)]
         options = replace(self.options, peers=()) if name in PEERLESS and len(self.options.peers) > 1 else self.options
-        self._prepare(name, entries, budget, options)
         for position, entry in enumerate(entries):
             if not budget.allows_another():
                 record.add({"name": entry.name, "skipped": "no time left"})
@@ -124,17 +124,20 @@ class _Runner:
         entries = grids.grid(name)
         return [grids.shrunk(entry) for entry in entries] if self.dry_run else entries
 
-    def _prepare(self, name: str, entries: list[grids.Entry], budget: Budget, options: Options) -> None:
-        """What only the first call of a kind takes, outside of any entry's time: an entry that seems slow would cut others."""
+    def prepare(self, names: list[str], only: str, seconds: float) -> None:
+        """What only the first call of a kind takes, before any entry's time: an entry that seems slow would cut others."""
         began = time.monotonic()
-        device = options.device
-        if name != "search" and device.type == "cuda":
+        device = self.options.device
+        chosen = {name: [entry for entry in self._entries(name) if only in entry.name] for name in names}
+        if device.type == "cuda":
             known = Device.of(device)
-            problems = [one for entry in entries for one in (entry, entry.beside) if one is not None]
-            self.compilers.compile([(one, plan_decode(one.problem(), known)) for one in problems], 0.4 * budget.left)
-        if self.warm_peers and options.peers and entries:
-            warm(entries, options)
-        print(f"{name}: prepared in {time.monotonic() - began:.0f} s", flush=True)
+            timed = [entry for name, entries in chosen.items() if name != "search" for entry in entries]
+            problems = [one for entry in timed for one in (entry, entry.beside) if one is not None]
+            self.compilers.compile([(one, plan_decode(one.problem(), known)) for one in problems], seconds)
+        beside_peers = [entry for name, entries in chosen.items() if name not in PEERLESS for entry in entries]
+        if self.warm_peers and self.options.peers and beside_peers:
+            warm(beside_peers, self.options)
+        print(f"prepared in {time.monotonic() - began:.0f} s", flush=True)
 
     def _measure(self, name: str, entry: grids.Entry, seconds: float, options: Options) -> dict[str, Any]:
         if name == "search":

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from flashtile.kernels.call import DecodeRunner
-from flashtile.kernels.combine import bind_combine, combines
+from flashtile.kernels.combine import combine_spec, combines
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch, Spec, launcher, pointer_of
 from flashtile.kernels.run import bind_split, split_args, split_constants
 from flashtile.kernels.tile.band import keys_of, visible_keys
@@ -351,11 +351,17 @@ def _register_limit(plan: DecodePlan) -> dict[str, int]:
     return {"maxnreg": _REGISTERS_OF_HALF_AN_SM // (32 * plan.num_warps)} if told else {}
 
 
+def specs(problem: Problem, plan: DecodePlan) -> tuple[Spec, ...]:
+    """What ``bind`` will launch, for caches as they are commonly allocated."""
+    far_keys, same_strides = _usual_layout(problem)
+    split = decode_spec(problem, plan, far_keys=far_keys, same_strides=same_strides)
+    return (split, combine_spec(problem, plan)) if combines(plan) else (split,)
+
+
 def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
     """Compiles what ``bind`` will launch."""
-    _split_launch(problem, plan, device, *_usual_layout(problem))
-    if combines(plan):
-        bind_combine(problem, plan, device)
+    for spec in specs(problem, plan):
+        launcher(spec, device)
 
 
 def _pipeline_stages(problem: Problem, plan: DecodePlan) -> int:

@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.kernels.call import DecodeRunner
-from flashtile.kernels.combine import bind_combine, combines
+from flashtile.kernels.combine import combine_spec, combines
 from flashtile.kernels.gluon.attend import held_dim
 from flashtile.kernels.gluon.ring import gathers, tile_ring
 from flashtile.kernels.gluon.walk import walk_line, walk_split
@@ -101,11 +101,16 @@ def merges_parts(problem: Problem, plan: DecodePlan) -> bool:
     return fits and plan.num_programs > 0 and plan.num_splits == 1
 
 
+def specs(problem: Problem, plan: DecodePlan) -> tuple[Spec, ...]:
+    """What ``bind`` will launch."""
+    split = decode_spec(problem, plan)
+    return (split, combine_spec(problem, plan)) if combines(plan) and not merges_parts(problem, plan) else (split,)
+
+
 def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
     """Compiles what ``bind`` will launch."""
-    launcher(decode_spec(problem, plan), device)
-    if combines(plan) and not merges_parts(problem, plan):
-        bind_combine(problem, plan, device)
+    for spec in specs(problem, plan):
+        launcher(spec, device)
 
 
 def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunner:
