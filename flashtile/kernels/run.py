@@ -5,6 +5,7 @@ The kernels have the same parameters but for K and V, which one reads by pointer
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,7 @@ from flashtile.problem import DTYPE_BYTES, Problem
 _LOG2E: float = LOG2E.value
 _MAX_GRID_X = 2**31 - 1
 _MAX_GRID_Y = 65_535
+_MAX_LINE = 2**31 - 1  # positions, which the device counts in 32 bits
 
 
 def split_args(problem: Problem, plan: DecodePlan) -> dict[str, Any]:
@@ -108,6 +110,8 @@ def bind_split(
     leaves_parts = combines(plan)
     combine = bind_combine(problem, plan, device) if leaves_parts and not merges_parts else None
     floats_of_flags = 4 * plan.num_programs if merges_parts else 0
+    units = max(1, problem.batch * heads_kv * row_blocks)
+    longest = (_MAX_LINE // units - unit_cost(plan)) * plan.block_n if plan.num_programs else math.inf
     no_lse, no_partials, no_pages = (None,) * 4, (None,) * 3, (None,) * 3
 
     def run(stream: int, call: DecodeCall) -> None:
@@ -118,6 +122,10 @@ def bind_split(
             capacity = k.shape[1]
         else:
             capacity, pages = page_table.shape[1] * page_size, (pointer(page_table), page_table.stride(0), k.shape[0])
+        if capacity > longest:
+            # the plan was made for max_seqlen_k, which is a hint; a line too long to count would be shared out wrongly
+            limit = f"{units} units of up to {capacity} keys are more than {_MAX_LINE} key tiles: ask for a grid by num_splits"
+            raise UnsupportedError("The cache is too large for programs to share its tiles.", {plan.kernel: [limit]})
         lse_view: tuple[Any, ...] = no_lse
         if cu_seqlens_q is not None:
             total_q = q.shape[0]

@@ -96,7 +96,9 @@ _TRITON: dict[Variant, tuple[Shape, ...]] = {
     (128, False): ((64, 8, 3), (64, 8, 2), (32, 8, 3), (32, 8, 2), (32, 8, 1)),
 }
 
-# Hopper's kernel. The first shape of each regime measured best for head dim 128 on one H200; the later ones are for longer heads.
+# Hopper's kernel, for head dim 128 on one H200. The first shape of a regime is the best that benchmarks/results/hopper_tuning.json
+# has for it; where that has none (16 rows at less than 128 units, 64 and more rows beyond 132) it is taken over from its neighbours.
+# The later shapes are for longer heads.
 _OWN_KEYS_SMALL = ((64, 4, 3), (64, 4, 2), (32, 2, 3), (32, 2, 2))
 _OWN_KEYS_CROWDED = ((64, 2, 2), (32, 2, 3), (64, 4, 2), (32, 2, 2))
 _OWN_KEYS = (

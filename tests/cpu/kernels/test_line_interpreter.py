@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashtile import reference
+from flashtile import UnsupportedError, reference
 from flashtile.planner.plans import DecodePlan
 from flashtile.testing.bound import run_plan
 from flashtile.testing.cases import SMALL_CASES, Case
@@ -139,3 +139,16 @@ def test_freed_pages_left_of_a_window_are_never_read(page_size: int) -> None:
     again, lse_again = run_plan(inputs.args, plan_of(5))
     assert torch.equal(again, out)
     assert torch.equal(lse_again, lse)
+
+
+def test_a_line_too_long_to_count_is_refused_and_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner counts by max_seqlen_k, which is a hint; what the device counts by is the capacity."""
+    inputs = make_inputs(Case("long", (40, 20), 1, 4, 2, head_dim=16, dtype="float16", capacity=64), seed=1)
+    out = torch.full_like(inputs.args["q"], 7.0)
+    monkeypatch.setattr("flashtile.kernels.run._MAX_LINE", 12)
+    with pytest.raises(UnsupportedError, match="num_splits"):
+        run_plan(inputs.args, plan_of(3), out=out)
+    assert (out == 7.0).all()
+    monkeypatch.setattr("flashtile.kernels.run._MAX_LINE", 20)
+    run_plan(inputs.args, plan_of(3), out=out)
+    assert not (out == 7.0).any()
