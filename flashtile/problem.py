@@ -34,7 +34,10 @@ MAX_HEAD_DIM = 256
 
 @dataclass(frozen=True)
 class Problem:
-    """One decode call's shapes, dtypes and features (lengths are maxima; real lengths stay on the device).
+    """One call's shapes, dtypes and features (lengths are maxima; real lengths stay on the device).
+
+    ``operation`` is "decode" or "forward". ``ragged_q`` says that q is packed, ``ragged_k`` that k and v are (forward alone),
+    ``seqused_k`` that a forward call's numbers of keys are on the device (a decode call's always are).
 
     ``seqlen_k`` is the most keys that a sequence may have; ``page_size`` is 0 for a contiguous cache; ``alignment`` is
     the largest power of two, at most 16, that divides every pointer and stride of q, k, v and a given out, in bytes.
@@ -62,6 +65,8 @@ class Problem:
     lse: bool = False
     page_size: int = 0
     ragged_q: bool = False
+    ragged_k: bool = False
+    seqused_k: bool = False
     alignment: int = 16
     kv_scales: str = "none"
     allow_tf32: bool = False

@@ -1,4 +1,4 @@
-"""What every decode kernel is handed: one call's tensors and run-time numbers, already validated."""
+"""What every kernel is handed: one call's tensors and run-time numbers, already validated."""
 
 from __future__ import annotations
 
@@ -41,3 +41,42 @@ class DecodeCall(NamedTuple):
 
 DecodeRunner = Callable[[DecodeCall], None]
 """What a kernel module's ``bind(problem, plan, device)`` returns: runs a call of that problem, on its device's current stream."""
+
+
+class ForwardCall(NamedTuple):
+    """Tensors of one forward call (``b`` sequences, ``hq`` query heads, ``hk`` key heads).
+
+    q            (b, seqlen_q, hq, d), or (total_q, hq, d) where cu_seqlens_q is given
+    k            (b, seqlen_k, hk, d), or (total_k, hk, d) where cu_seqlens_k is given, or (pages, page_size, hk, d) where
+                 page_table is given
+    v            the same with dv
+    cu_seqlens_q (b + 1,) int32 or None
+    cu_seqlens_k (b + 1,) int32 or None
+    seqused_k    (b,) int32 or None: how many of each sequence's keys count, clamped on the device to what there are
+    page_table   (b, max_pages) int32 or None; ids outside [0, pages) are masked
+    max_seqlen_q the most queries of one sequence
+    sinks        (hq,) float32 or None
+    alibi_slopes (hq,) or (b, hq) float32 or None
+    out          like q with dv, written
+    lse          float32 (b, hq, seqlen_q), or (hq, total_q) where q is packed; written; None if not wanted
+    scale        multiplies q.k
+    softcap      0.0 where off
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    seqused_k: torch.Tensor | None
+    page_table: torch.Tensor | None
+    max_seqlen_q: int
+    sinks: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    scale: float
+    softcap: float
+
+
+ForwardRunner = Callable[[ForwardCall], None]

@@ -45,21 +45,59 @@ class DecodePlan:
         return replace(self, **changes)
 
     def to_json(self) -> str:
-        return json.dumps({"operation": "decode", **asdict(self)}, sort_keys=True)
+        return _to_json("decode", self)
 
     @classmethod
     def from_json(cls, text: str) -> DecodePlan:
-        data: dict[str, Any] = json.loads(text)
-        operation = data.pop("operation", "decode")
-        known = {f.name for f in fields(cls)}
-        unknown = sorted(set(data) - known)
-        if operation != "decode" or unknown:
-            raise ArgumentError(
-                message(
-                    "plan",
-                    f"a decode plan with fields {sorted(known)}",
-                    operation if operation != "decode" else unknown,
-                    "Use DecodePlan.to_json().",
-                )
-            )
-        return cls(**data)
+        return cls(**_fields_of("decode", cls, text))
+
+
+@dataclass(frozen=True)
+class ForwardPlan:
+    """How one forward call (prefill, or the forward half of training) runs.
+
+    A program holds ``block_m`` query rows of one sequence and query head and walks their keys, ``block_n`` at a time, through a
+    ring of ``num_stages`` tiles. ``num_programs``, where it is not 0, is a number of programs that stay on the device and take
+    tiles of rows until none is left; with 0 there is a program for each tile.
+    ``rescale_log2`` keeps a row's old maximum until a new one is 2**rescale_log2 times as large in probability (0 always takes
+    the new one); the result is exact either way. ``q_in_registers`` keeps q as an operand in registers.
+    """
+
+    kernel: str
+    block_m: int = 128
+    block_n: int = 64
+    num_warps: int = 8
+    num_stages: int = 2
+    num_programs: int = 0
+    rescale_log2: int = 0
+    q_in_registers: bool = False
+    source: Source = "rule"
+
+    def with_(self, **changes: Any) -> ForwardPlan:
+        return replace(self, **changes)
+
+    def to_json(self) -> str:
+        return _to_json("forward", self)
+
+    @classmethod
+    def from_json(cls, text: str) -> ForwardPlan:
+        return cls(**_fields_of("forward", cls, text))
+
+
+Plan = DecodePlan | ForwardPlan
+
+
+def _to_json(operation: str, plan: Plan) -> str:
+    return json.dumps({"operation": operation, **asdict(plan)}, sort_keys=True)
+
+
+def _fields_of(operation: str, plan: type[Plan], text: str) -> dict[str, Any]:
+    """The fields in a plan's JSON text; ArgumentError where it is another operation's, or has fields unknown here."""
+    data: dict[str, Any] = json.loads(text)
+    came = data.pop("operation", operation)
+    known = {field.name for field in fields(plan)}
+    unknown = sorted(set(data) - known)
+    if came != operation or unknown:
+        expected = f"a {operation} plan with fields {sorted(known)}"
+        raise ArgumentError(message("plan", expected, came if came != operation else unknown, f"Use {plan.__name__}.to_json()."))
+    return data

@@ -46,6 +46,19 @@ def sequence_keys(lengths, b):
 
 
 @triton.jit
+def stored_keys(tokens, b):
+    """(first key of sequence b within its view of k, its number of keys), of a TokensView."""
+    start = b * 0
+    seqlen_k = tokens.seqlen_k
+    if tokens.cu_seqlens_k is not None:
+        start = tl.minimum(tl.maximum(tl.load(tokens.cu_seqlens_k + b), 0), tokens.total_k)
+        seqlen_k = tl.minimum(tl.maximum(tl.load(tokens.cu_seqlens_k + b + 1), start), tokens.total_k) - start
+    if tokens.seqused_k is not None:
+        seqlen_k = tl.minimum(tl.maximum(tl.load(tokens.seqused_k + b), 0), seqlen_k)
+    return start, seqlen_k
+
+
+@triton.jit
 def split_keys(first, last, split, num_splits, min_keys_per_split, BLOCK_N: tl.constexpr):
     """[start, end): the split's share of [first, last), cut at multiples of BLOCK_N counted from key 0.
 

@@ -61,6 +61,23 @@ class LengthsView(NamedTuple):
     total_q: Any
 
 
+class TokensView(NamedTuple):
+    """What a forward call knows of its sequences: cu_seqlens_q and cu_seqlens_k (batch + 1,) or None, seqused_k (batch,) or
+    None, all on the device; and what they are clamped to: queries and keys of a sequence, and of a packed q and k.
+
+    ``seqlen_k`` is a sequence's room for keys: k's length, or that of all pages of a row of the page table. It is not used
+    where cu_seqlens_k is given.
+    """
+
+    cu_seqlens_q: Any
+    cu_seqlens_k: Any
+    seqused_k: Any
+    seqlen_q: Any
+    seqlen_k: Any
+    total_q: Any
+    total_k: Any
+
+
 class PagesView(NamedTuple):
     """The page table (batch, max_pages) int32, or None; ids outside [0, num_pages) are masked."""
 
