@@ -194,7 +194,22 @@ def by_row_blocks(problem: Problem, device: Device, kernel: str, block_m: int | 
     fewest = min(row_blocks_of(work, tile.block_m) for tile, _ in usual)
     first = next(fit for fit in usual if 100 * row_blocks_of(work, fit[0].block_m) <= ROW_BLOCKS_PERCENT * fewest)
     taller = [fit for fit in tiles if fit[0].block_m > TALL_BLOCK_M and row_blocks_of(work, fit[0].block_m) < fewest]
-    return least_time(work, device, [first, *taller])
+    best = least_time(work, device, [first, *taller])
+    return best and with_short_ring(problem, *best)
+
+
+def with_short_ring(problem: Problem, tile: Tile, num_splits: int) -> tuple[Tile, int]:
+    """A ring no deeper than the tiles that a lone sequence's programs have: stages cost a program's start.
+
+    On an H200, 1 x 512 keys with 8 key heads take 4.65 us with 2 stages instead of 4.82 with 3.
+    """
+    work = work_of(problem)
+    tiles = -(-work.keys // tile.block_n)
+    tiles_each = -(-tiles // num_splits)
+    fewest, _ = LIMITS[tile.kernel].stages
+    if work.batch == 1:
+        tile = tile._replace(num_stages=min(tile.num_stages, max(fewest, tiles_each)))
+    return tile, num_splits
 
 
 def least_time(work: Work, device: Device, tiles: Iterable[Fit]) -> tuple[Tile, int] | None:
