@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flashtile.band import Band
@@ -64,17 +66,18 @@ def attention(
     return out, lse
 
 
-def decode(
+def forward(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    seqlens_k: torch.Tensor,
-    *,
-    page_table: torch.Tensor | None = None,
+    k: torch.Tensor,
+    v: torch.Tensor,
     cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
-    causal: bool = True,
+    *,
+    page_table: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
+    causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
     softcap: float = 0.0,
     scale: float | None = None,
@@ -82,34 +85,66 @@ def decode(
     alibi_slopes: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``flashtile.decode`` as a loop over sequences around ``attention``; same arguments, same contracts.
+    """``flashtile.attention`` and ``flashtile.attention_varlen`` as a loop over sequences around ``attention``.
 
-    ``max_seqlen_q`` and ``max_seqlen_k`` are what a planner needs to know; they change no result here or there.
+    Takes the arguments of either, and any mixture: q is packed where ``cu_seqlens_q`` is given, k and v where
+    ``cu_seqlens_k`` is, and they are pages where ``page_table`` is. ``max_seqlen_q`` and ``max_seqlen_k`` are what a planner
+    needs to know; they change no result here or there.
     Returns out (like q, with the value's head_dim) and lse (b, hq, seqlen_q) or (hq, total_q), both in ``dtype``.
     """
-    batch, heads_q = seqlens_k.shape[0], q.shape[-2]
+    heads_q = q.shape[-2]
     if cu_seqlens_q is None:
+        batch = q.shape[0]
         starts = [i * q.shape[1] for i in range(batch + 1)]
     else:
-        starts = [min(max(start, 0), q.shape[0]) for start in cu_seqlens_q.tolist()]
+        batch = cu_seqlens_q.shape[0] - 1
+        starts = [_clamped(start, 0, q.shape[0]) for start in cu_seqlens_q.tolist()]
     rows = q.flatten(0, 1) if cu_seqlens_q is None else q
-    out = q.new_zeros((rows.shape[0], heads_q, v_cache.shape[-1]), dtype=dtype)
+    out = q.new_zeros((rows.shape[0], heads_q, v.shape[-1]), dtype=dtype)
     lse = q.new_full((heads_q, rows.shape[0]), float("-inf"), dtype=dtype)
     band = Band.of(causal, window)
-    for i, seqlen_k in enumerate(seqlens_k.tolist()):
+    for i in range(batch):
         here = slice(starts[i], max(starts[i], starts[i + 1]))
-        k, v, key_mask = _keys_of(i, seqlen_k, k_cache, v_cache, page_table)
+        k_i, v_i, key_mask = _keys_of(i, k, v, cu_seqlens_k, page_table, seqused_k)
         slopes = alibi_slopes[i] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes
-        for kv_heads, q_heads in _head_slices(heads_q, k, here.stop - here.start):
+        for kv_heads, q_heads in _head_slices(heads_q, k_i, here.stop - here.start):
             out_i, lse_i = attention(
-                rows[None, here, q_heads], k[:, :, kv_heads], v[:, :, kv_heads],
+                rows[None, here, q_heads], k_i[:, :, kv_heads], v_i[:, :, kv_heads],
                 band=band, softcap=softcap, scale=scale, key_mask=key_mask, dtype=dtype,
                 sinks=None if sinks is None else sinks[q_heads], alibi_slopes=None if slopes is None else slopes[q_heads],
             )  # fmt: skip
             out[here, q_heads], lse[q_heads, here] = out_i[0], lse_i[0]
     if cu_seqlens_q is None:
-        return out.view(*q.shape[:-1], v_cache.shape[-1]), lse.view(heads_q, batch, q.shape[1]).transpose(0, 1)
+        return out.view(*q.shape[:-1], v.shape[-1]), lse.view(heads_q, batch, q.shape[1]).transpose(0, 1)
     return out, lse
+
+
+def attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    max_seqlen_k: int | None = None,
+    **features: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``flashtile.attention_varlen``: ``forward`` with the arguments that it requires; the rest are ``forward``'s."""
+    return forward(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, **features)
+
+
+def decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    seqlens_k: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    causal: bool = True,
+    **features: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``flashtile.decode``, the same loop: a cache whose lengths are on the device. Features are ``forward``'s."""
+    return forward(q, k_cache, v_cache, cu_seqlens_q, seqused_k=seqlens_k, causal=causal, **features)
 
 
 def _distance(seqlen_q: int, seqlen_k: int, device: torch.device) -> torch.Tensor:
@@ -119,24 +154,39 @@ def _distance(seqlen_q: int, seqlen_k: int, device: torch.device) -> torch.Tenso
 
 
 def _keys_of(
-    i: int, seqlen_k: int, k_cache: torch.Tensor, v_cache: torch.Tensor, page_table: torch.Tensor | None
+    i: int,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_k: torch.Tensor | None,
+    page_table: torch.Tensor | None,
+    seqused_k: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Sequence i's keys and values, (1, seqlen_k, hk, d) and dv, and which of them lie on a page that exists."""
+    if cu_seqlens_k is not None:
+        start = _clamped(int(cu_seqlens_k[i]), 0, k.shape[0])
+        room = _clamped(int(cu_seqlens_k[i + 1]), start, k.shape[0]) - start
+    else:
+        start, room = 0, k.shape[1] if page_table is None else page_table.shape[1] * k.shape[1]
+    seqlen_k = room if seqused_k is None else _clamped(int(seqused_k[i]), 0, room)
     if page_table is None:
-        seqlen_k = min(max(seqlen_k, 0), k_cache.shape[1])
-        return k_cache[i : i + 1, :seqlen_k], v_cache[i : i + 1, :seqlen_k], None
-    num_pages, page_size = k_cache.shape[:2]
-    seqlen_k = min(max(seqlen_k, 0), page_table.shape[1] * page_size)
+        tensors = (k, v) if cu_seqlens_k is not None else (k[i], v[i])
+        k_i, v_i = (tensor[None, start : start + seqlen_k] for tensor in tensors)
+        return k_i, v_i, None
+    num_pages, page_size = k.shape[:2]
     ids = page_table[i, : -(-seqlen_k // page_size)].long()
     exists = (ids >= 0) & (ids < num_pages)
     key_mask = exists.repeat_interleave(page_size)[:seqlen_k]
 
-    def gather(cache: torch.Tensor) -> torch.Tensor:
-        found = cache.new_zeros((len(ids), *cache.shape[1:]))
-        found[exists] = cache[ids[exists]]
+    def gather(pages: torch.Tensor) -> torch.Tensor:
+        found = pages.new_zeros((len(ids), *pages.shape[1:]))
+        found[exists] = pages[ids[exists]]
         return found.flatten(0, 1)[None, :seqlen_k]
 
-    return gather(k_cache), gather(v_cache), key_mask[None]
+    return gather(k), gather(v), key_mask[None]
+
+
+def _clamped(value: int, least: int, most: int) -> int:
+    return min(max(value, least), most)
 
 
 def _head_slices(heads_q: int, k: torch.Tensor, seqlen_q: int) -> list[tuple[slice, slice]]:
