@@ -9,9 +9,7 @@ import torch
 
 from flashtile.band import Band
 from flashtile.testing.cases import Case
-
-_SPARE_PAGES = 3
-_ABSURD_IDS = (2**30, -7)
+from flashtile.testing.tensors import NAN, alibi_slopes, in_blocks, laid_out, on_device, place_pages, starts_of
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,11 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         "v_cache": _cache(case, case.head_dim_v, v_rows, slots, num_blocks),
         "seqlens_k": torch.tensor(case.seqlens_k, dtype=torch.int32),
         "page_table": page_table,
-        "cu_seqlens_q": _starts(case.query_lengths) if case.ragged_q else None,
+        "cu_seqlens_q": starts_of(case.query_lengths) if case.ragged_q else None,
         "sinks": torch.randn(case.num_heads_q, generator=rng) if case.sinks else None,
-        "alibi_slopes": _slopes(case, rng),
+        "alibi_slopes": alibi_slopes(case.batch, case.num_heads_q, case.alibi_per_sequence, rng) if case.alibi else None,
     }
-    args = {name: None if tensor is None else _on_device(tensor, device) for name, tensor in args.items()}
+    args = {name: None if tensor is None else on_device(tensor, device) for name, tensor in args.items()}
     args |= {
         "max_seqlen_q": max(case.query_lengths, default=0) if case.ragged_q else None,
         "causal": case.causal,
@@ -73,8 +71,8 @@ def hide_unseen(inputs: Inputs) -> Inputs:
             if case.page_size:
                 block, slot = int(args["page_table"][i, key // case.page_size]), key % case.page_size
             if 0 <= block < len(args["k_cache"]):
-                args["k_cache"][block, slot] = float("nan")
-                args["v_cache"][block, slot] = float("nan")
+                args["k_cache"][block, slot] = NAN
+                args["v_cache"][block, slot] = NAN
     return inputs
 
 
@@ -84,66 +82,17 @@ def _queries(case: Case, rng: torch.Generator) -> torch.Tensor:
     else:
         rows = (sum(case.query_lengths) + case.spare_rows,)
     q = torch.randn(*rows, case.num_heads_q, case.head_dim, generator=rng) * case.logit_scale
-    return _view(q.to(getattr(torch, case.dtype)), case.offset_elements)
+    return laid_out(q, getattr(torch, case.dtype), offset=case.offset_elements)
 
 
 def _place(case: Case, lengths: list[int], rng: torch.Generator) -> tuple[list[torch.Tensor], torch.Tensor | None, int]:
     """Where each sequence's keys lie: its blocks (pages, or its own row of a contiguous cache); the table; how many blocks there are."""
     if not case.page_size:
         return [torch.tensor([i]) for i in range(case.batch)], None, case.batch
-    counts = [-(-n // case.page_size) for n in lengths]
-    num_pages = sum(counts) + _SPARE_PAGES
-    shuffled = torch.randperm(num_pages, generator=rng)
-    table = torch.empty(case.batch, case.room // case.page_size, dtype=torch.int32)
-    absurd = torch.tensor(_ABSURD_IDS, dtype=torch.int32)
-    table[:] = absurd[torch.arange(table.shape[1]) % len(absurd)]
-    slots = []
-    for i, count in enumerate(counts):
-        pages, shuffled = shuffled[:count], shuffled[count:]
-        table[i, :count] = pages.to(torch.int32)
-        lost = torch.randperm(count, generator=rng)[: case.missing_pages]
-        table[i, lost] = absurd[lost % len(absurd)]
-        slots.append(pages)
-    return slots, table, num_pages
+    return place_pages(lengths, case.page_size, case.room // case.page_size, case.missing_pages, rng)
 
 
 def _cache(case: Case, dim: int, rows: list[torch.Tensor], slots: list[torch.Tensor], num_blocks: int) -> torch.Tensor:
     """A cache (blocks, block size, hk, dim) of NaN but for the rows of the sequences; in HND a transposed view."""
-    block_size = case.page_size or case.room
-    cache = torch.full((num_blocks, block_size, case.num_heads_kv, dim), float("nan"))
-    for keys, blocks in zip(rows, slots):
-        padded = torch.full((len(blocks) * block_size, *keys.shape[1:]), float("nan"))
-        padded[: len(keys)] = keys
-        cache[blocks] = padded.view(len(blocks), block_size, *keys.shape[1:])
-    if case.layout == "HND":
-        cache = cache.transpose(1, 2).contiguous()
-    cache = _view(cache.to(getattr(torch, case.dtype)), case.offset_elements)
-    return cache.transpose(1, 2) if case.layout == "HND" else cache
-
-
-def _view(tensor: torch.Tensor, offset: int) -> torch.Tensor:
-    """The same values as a view that starts ``offset`` elements into a larger buffer."""
-    if not offset:
-        return tensor
-    buffer = torch.full((tensor.numel() + offset,), float("nan"), dtype=tensor.dtype)
-    view = buffer[offset:].view(tensor.shape)
-    return view.copy_(tensor)
-
-
-def _on_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """Moves a tensor with its strides and its offset into its buffer."""
-    if torch.device(device).type == "cpu":
-        return tensor
-    buffer = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0).to(device)
-    return torch.as_strided(buffer, tensor.shape, tensor.stride(), tensor.storage_offset())
-
-
-def _starts(lengths: tuple[int, ...]) -> torch.Tensor:
-    return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
-
-
-def _slopes(case: Case, rng: torch.Generator) -> torch.Tensor | None:
-    if not case.alibi:
-        return None
-    shape = (case.batch, case.num_heads_q) if case.alibi_per_sequence else (case.num_heads_q,)
-    return torch.rand(shape, generator=rng) * 0.5
+    cache = in_blocks(rows, slots, (num_blocks, case.page_size or case.room, case.num_heads_kv, dim))
+    return laid_out(cache, getattr(torch, case.dtype), case.layout, case.offset_elements)
