@@ -98,7 +98,7 @@ def _device_facts(device: torch.device) -> dict[str, Any]:
         "name": device_name(device),
         "driver": _driver() if device.type == "cuda" else None,
         "figures": asdict(planned),
-        "kernels": {kernel.name: list(kernel.reasons_against(SAMPLE, planned)) for kernel in CATALOG},
+        "kernels": {kernel.name: list(kernel.reasons_against(SAMPLE.with_(operation=kernel.operation), planned)) for kernel in CATALOG},
     }
 
 

@@ -57,6 +57,9 @@ class Kernel:
 GLUON_SM90 = "gluon.decode_sm90"
 TRITON = "triton.decode"
 CPU = "cpu.decode"
+GLUON_FORWARD_SM90 = "gluon.forward_sm90"
+TRITON_FORWARD = "triton.forward"
+CPU_FORWARD = "cpu.forward"
 
 _FLOATS = ("float16", "bfloat16", "float32")
 _HALVES = ("float16", "bfloat16")
@@ -69,7 +72,19 @@ CATALOG: tuple[Kernel, ...] = (
     ),
     Kernel(TRITON, "flashtile.kernels.decode", "decode", ("cuda", "hip"), _FLOATS, _FLOATS),
     Kernel(CPU, "flashtile.kernels.cpu", "decode", ("cpu",), _FLOATS, _FLOATS),
+    Kernel(
+        GLUON_FORWARD_SM90, "flashtile.kernels.gluon.forward_sm90", "forward", ("cuda",), _HALVES, _FLOATS,
+        architectures=("sm_90",),
+        min_alignment=16,  # what tensor maps take
+    ),
+    Kernel(TRITON_FORWARD, "flashtile.kernels.forward", "forward", ("cuda", "hip"), _FLOATS, _FLOATS),
+    Kernel(CPU_FORWARD, "flashtile.kernels.cpu_forward", "forward", ("cpu",), _FLOATS, _FLOATS),
 )  # fmt: skip
+
+
+def kernels_of(operation: str) -> tuple[Kernel, ...]:
+    """The rows of one operation, in order of preference: no other row has a say in it."""
+    return tuple(kernel for kernel in CATALOG if kernel.operation == operation)
 
 
 def kernel_named(name: str) -> Kernel:

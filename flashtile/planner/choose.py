@@ -1,21 +1,32 @@
-"""plan_decode: the one way to a plan. Catalog order, then a tuned tile, else the rule; an explicit wish is obeyed or refused."""
+"""plan_decode and plan_forward: the one way to a plan.
+
+A tuned tile comes first, else the first kernel of the catalog that can run the problem, by its rule; an explicit wish is
+obeyed or refused.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import TypeVar
 
 from flashtile.errors import ArgumentError, UnsupportedError, message
-from flashtile.planner.catalog import CATALOG, kernel_named
+from flashtile.planner.catalog import GLUON_FORWARD_SM90, kernel_named, kernels_of
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import footprint_of
-from flashtile.planner.plans import BLOCK_MS, DecodePlan, Source
+from flashtile.planner.forward_rules import choose_forward_tile, forward_infeasible
+from flashtile.planner.forward_tiles import ForwardTile
+from flashtile.planner.plans import BLOCK_MS, DecodePlan, ForwardPlan, Plan, Source
 from flashtile.planner.rules import choose_tile_and_splits, infeasible, why_none_fits
 from flashtile.planner.splits import Splits, choose_splits, combine_shape, even_splits, schedule
 from flashtile.planner.table import TILE_FIELDS, tuned_tile
 from flashtile.planner.tiles import LIMITS, Tile, variants_in_words
+from flashtile.planner.work import row_tiles
 from flashtile.problem import Problem
 
 CACHED_PLANS = 8192
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
 
 @lru_cache(maxsize=CACHED_PLANS)
@@ -37,32 +48,20 @@ def plan_decode(
     contradicts itself.
     """
     if plan is not None:
-        return _obeyed(problem, device, plan, block_m, num_splits)
+        against = infeasible(problem, plan, device) if _known(problem, plan) else []
+        return _obeyed(problem, device, plan, against, block_m=block_m, num_splits=num_splits)
     if num_splits is not None and num_splits < 1:
         raise ArgumentError(message("num_splits", "at least 1", num_splits, "Leave it out to have it planned."))
     if block_m is not None and block_m not in BLOCK_MS:
-        against = [f"block_m {block_m} is not one of {BLOCK_MS}"]
+        lacking = [f"block_m {block_m} is not one of {BLOCK_MS}"]
         raise UnsupportedError(
-            "block_m cannot be obeyed:", {kernel.name: against for kernel in CATALOG if device.backend in kernel.backends}
+            "block_m cannot be obeyed:", {kernel.name: lacking for kernel in kernels_of("decode") if device.backend in kernel.backends}
         )
     tuned = _tuned_plan(problem, device) if block_m is None else None
     if tuned is not None:
         return tuned if num_splits is None else with_splits(tuned, problem, device, num_splits).with_(source="explicit")
-    reasons: dict[str, list[str]] = {}
-    able = False
-    for kernel in CATALOG:
-        reasons[kernel.name] = kernel.reasons_against(problem, device)
-        if reasons[kernel.name]:
-            continue
-        able = True
-        found = _plan_of(problem, device, kernel.name, block_m, num_splits)
-        if isinstance(found, DecodePlan):
-            return found
-        reasons[kernel.name] = found
-    if not able:
-        raise UnsupportedError(f"No kernel can run this {problem.operation} on {device.name}:", reasons)
-    asked = "" if block_m is None and num_splits is None else " as asked"
-    raise UnsupportedError(f"No plan{asked} can run this {problem.operation} on {device.name}:", reasons)
+    wished = block_m is not None or num_splits is not None
+    return _first_able(problem, device, lambda kernel: _plan_of(problem, device, kernel, block_m, num_splits), wished)
 
 
 def _plan_of(problem: Problem, device: Device, kernel: str, block_m: int | None, num_splits: int | None) -> DecodePlan | list[str]:
@@ -149,14 +148,76 @@ def _cpu_plan(problem: Problem, kernel: str, block_m: int | None) -> DecodePlan:
     return DecodePlan(kernel=kernel, block_m=rows, block_n=1, num_warps=1, num_stages=1, keys_per_split=keys, min_keys_per_split=1)
 
 
-def _obeyed(problem: Problem, device: Device, plan: DecodePlan, block_m: int | None, num_splits: int | None) -> DecodePlan:
-    for name, wanted, has in (("block_m", block_m, plan.block_m), ("num_splits", num_splits, plan.num_splits)):
+@lru_cache(maxsize=CACHED_PLANS)
+def plan_forward(problem: Problem, device: Device, *, block_m: int | None = None, plan: ForwardPlan | None = None) -> ForwardPlan:
+    """The plan for a forward problem on a device, as ``plan_decode`` finds it: ``plan`` is returned or refused, ``block_m`` obeyed."""
+    if plan is not None:
+        against = forward_infeasible(problem, plan, device) if _known(problem, plan) else []
+        return _obeyed(problem, device, plan, against, block_m=block_m)
+    return _first_able(problem, device, lambda kernel: _forward_plan_of(problem, device, kernel, block_m), block_m is not None)
+
+
+def _forward_plan_of(problem: Problem, device: Device, kernel: str, block_m: int | None) -> ForwardPlan | list[str]:
+    """One kernel's forward plan, or why it has none as wished."""
+    source: Source = "rule" if block_m is None else "explicit"
+    if not device.is_gpu:
+        rows = max(1, problem.seqlen_q) if block_m is None else block_m
+        return ForwardPlan(kernel, block_m=rows, block_n=1, num_warps=1, num_stages=1, source=source)
+    tile = choose_forward_tile(problem, device, kernel, block_m)
+    if not isinstance(tile, ForwardTile):
+        return tile
+    plan = forward_plan_for_tile(problem, device, tile, source)
+    return forward_infeasible(problem, plan, device) or plan
+
+
+def forward_plan_for_tile(problem: Problem, device: Device, tile: ForwardTile, source: Source = "rule") -> ForwardPlan:
+    """The plan of a tile; Hopper's kernel has as many programs as SMs, which take tiles until none is left."""
+    stays = tile.kernel == GLUON_FORWARD_SM90
+    return ForwardPlan(
+        kernel=tile.kernel,
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        num_programs=max(1, min(row_tiles(problem, tile.block_m), device.num_sms)) if stays else 0,
+        rescale_log2=tile.rescale_log2,
+        q_in_registers=tile.q_in_registers,
+        source=source,
+    )
+
+
+def _first_able(problem: Problem, device: Device, plan_of: Callable[[str], AnyPlan | list[str]], wished: bool) -> AnyPlan:
+    """The plan of the first kernel of the catalog that has one; UnsupportedError with each kernel's reasons if none has."""
+    reasons: dict[str, list[str]] = {}
+    able = False
+    for kernel in kernels_of(problem.operation):
+        reasons[kernel.name] = kernel.reasons_against(problem, device)
+        if reasons[kernel.name]:
+            continue
+        able = True
+        found = plan_of(kernel.name)
+        if not isinstance(found, list):
+            return found
+        reasons[kernel.name] = found
+    if not able:
+        raise UnsupportedError(f"No kernel can run this {problem.operation} on {device.name}:", reasons)
+    raise UnsupportedError(f"No plan{' as asked' if wished else ''} can run this {problem.operation} on {device.name}:", reasons)
+
+
+def _known(problem: Problem, plan: Plan) -> bool:
+    return any(kernel.name == plan.kernel for kernel in kernels_of(problem.operation))
+
+
+def _obeyed(problem: Problem, device: Device, plan: AnyPlan, against: list[str], **wishes: int | None) -> AnyPlan:
+    """The caller's plan as it is, unless it contradicts another wish, names no kernel of this operation, or has something against it."""
+    for name, wanted in wishes.items():
+        has = getattr(plan, name)
         if wanted is not None and wanted != has:
             raise ArgumentError(message(name, f"the plan's own, {has}", wanted, f"Leave {name} out beside a plan, or use plan.with_()."))
-    names = [kernel.name for kernel in CATALOG]
-    if plan.kernel not in names:
-        raise UnsupportedError("The plan cannot be obeyed:", {plan.kernel: [f"there is no such kernel; there are {', '.join(names)}"]})
-    reasons = kernel_named(plan.kernel).reasons_against(problem, device) + infeasible(problem, plan, device)
+    if not _known(problem, plan):
+        names = ", ".join(kernel.name for kernel in kernels_of(problem.operation))
+        raise UnsupportedError("The plan cannot be obeyed:", {plan.kernel: [f"there is no such kernel; there are {names}"]})
+    reasons = kernel_named(plan.kernel).reasons_against(problem, device) + against
     if reasons:
         raise UnsupportedError(f"The plan cannot be obeyed on {device.name}:", {plan.kernel: reasons})
     return plan

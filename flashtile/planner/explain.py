@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from flashtile.planner.catalog import CATALOG, CPU
+from flashtile.planner.catalog import CPU, kernels_of
 from flashtile.planner.choose import plan_decode, plan_for_tile
 from flashtile.planner.cost import Cost, Work, cost_of, iteration_us, row_blocks_of, work_of
 from flashtile.planner.device import Device
@@ -147,7 +147,7 @@ def schedule_name(plan: DecodePlan) -> str:
 def _other_kernels(problem: Problem, device: Device, plan: DecodePlan) -> Iterator[OtherKernel]:
     """Kernels of the device's backend that cannot run the problem, or that come first and lack the plan's tile."""
     before = True
-    for kernel in CATALOG:
+    for kernel in kernels_of(problem.operation):
         if kernel.name == plan.kernel:
             before = False
         elif device.backend in kernel.backends:
@@ -188,7 +188,7 @@ def _tiles(problem: Problem, device: Device) -> Iterator[tuple[str, Variant, Til
         for block_m in BLOCK_MS:
             yield CPU, (block_m, False), Tile(block_m, False, 1, 1, 1, CPU)
         return
-    for kernel in CATALOG:
+    for kernel in kernels_of(problem.operation):
         if kernel.reasons_against(problem, device):
             continue
         fitting = {(tile.block_m, tile.swapped): tile for tile, _ in fitting_tiles(problem, device, kernel.name)}

@@ -67,7 +67,7 @@ def mma_of(problem: Problem, tile: TileShape, device: Device) -> Mma | None:
     if tile.kernel == GLUON_SM90:
         return gluon_mma(tile, device.architecture)
     sides = (tile.block_n, tile.block_m) if tile.swapped else (tile.block_m, tile.block_n)
-    return _mma(device.architecture, problem.dtype_k == "float32", problem.allow_tf32, *sides, tile.num_warps)
+    return instruction_for(device.architecture, problem.dtype_k == "float32", problem.allow_tf32, *sides, tile.num_warps)
 
 
 def mma_name(problem: Problem, tile: TileShape, device: Device) -> str:
@@ -84,7 +84,8 @@ def mma_name(problem: Problem, tile: TileShape, device: Device) -> str:
 
 
 @lru_cache(maxsize=4096)
-def _mma(arch: Architecture, float32: bool, allow_tf32: bool, m: int, n: int, num_warps: int) -> Mma | None:
+def instruction_for(arch: Architecture, float32: bool, allow_tf32: bool, m: int, n: int, num_warps: int) -> Mma | None:
+    """The matrix instruction that Triton emits for a product with sides m and n on so many warps; None where it takes FMA."""
     if float32 and not (allow_tf32 or arch.ieee_float32_mma):
         return None
     for mma in arch.mmas:
@@ -130,7 +131,7 @@ def shared_memory_bytes(problem: Problem, tile: TileShape, device: Device) -> in
         padding = (dim, dim_v) != (problem.head_dim, problem.head_dim_v)
         return max(total, 2 * tile_bytes + q_bytes + scratch) if padding else total
     if tile.swapped and not reads_shared:
-        second = _mma(device.architecture, v_bytes == 4, problem.allow_tf32, dim_v, tile.block_m, tile.num_warps)
+        second = instruction_for(device.architecture, v_bytes == 4, problem.allow_tf32, dim_v, tile.block_m, tile.num_warps)
         total += tile.block_n * dim_v * v_bytes if second is not None and second.warps > 1 else 0
     return max(total, tile.block_m * dim_v * 4)
 
