@@ -11,7 +11,8 @@ from flashtile.errors import ArgumentError
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
-from flashtile.problem import Problem, length_bucket
+from flashtile.problem import Problem
+from flashtile.rounding import length_bucket
 from flashtile.testing.variants import PORTABLE, kernels_choice
 
 CAPACITY_STEP = 16  # as benchmarks.sets rounds capacities up

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, replace
 from math import ceil, exp, log
 from typing import Any
 
-from flashtile.problem import Problem, length_bucket
+from flashtile.problem import Problem
+from flashtile.rounding import length_bucket
 from flashtile.testing import traffic
 
 CAPACITY_STEP = 16

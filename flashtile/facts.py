@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from flashtile.planner.plans import DecodePlan
-from flashtile.problem import alignment_of, length_bucket, query_bucket
+from flashtile.rounding import alignment_of, length_bucket, query_bucket
 
 Key = tuple[object, ...]
 

@@ -10,20 +10,22 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from flashtile.arguments import (
-    check_bool,
     check_cache,
-    check_dtypes,
     check_heads,
     check_hint,
+    check_keys,
     check_lengths,
-    check_number,
     check_out,
-    check_per_head,
+    check_out_dtype,
     check_queries,
+    check_same_dtype,
+    check_scores,
     check_tensors,
+    check_varlen,
 )
 from flashtile.band import Band
 from flashtile.errors import ArgumentError, DtypeError, ShapeError, message
+from flashtile.rounding import alignment_of, length_bucket, query_bucket
 
 if TYPE_CHECKING:
     import torch
@@ -41,8 +43,8 @@ class Problem:
 
     ``seqlen_k`` is the most keys that a sequence may have; ``page_size`` is 0 for a contiguous cache; ``alignment`` is
     the largest power of two, at most 16, that divides every pointer and stride of q, k, v and a given out, in bytes.
-    ``Problem.decode`` rounds ``seqlen_k`` up, and with ``ragged_q`` also ``seqlen_q`` and ``total_q``, so that neighbouring
-    calls share one plan: kernels take the real sizes from the call's tensors.
+    ``Problem.decode`` rounds ``seqlen_k`` up, and with ``ragged_q`` also ``seqlen_q`` and ``total_q``; ``Problem.forward``
+    rounds all three. So neighbouring calls share one plan: kernels take the real sizes from the call's tensors.
     """
 
     operation: str = "decode"
@@ -158,70 +160,76 @@ class Problem:
                        cu_seqlens_q=cu_seqlens_q, sinks=sinks, alibi_slopes=alibi_slopes, out=out)  # fmt: skip
         ragged = cu_seqlens_q is not None
         batch = check_lengths(seqlens_k)
-        total_q, seqlen_q, heads_q, head_dim = check_queries(q, cu_seqlens_q, max_seqlen_q, batch)
+        _, total_q, seqlen_q, heads_q, head_dim = check_queries(q, cu_seqlens_q, max_seqlen_q, batch)
         heads_kv, head_dim_v, page_size, capacity = check_cache(k_cache, v_cache, page_table, batch)
-        check_heads(heads_q, heads_kv, head_dim, k_cache)
-        dtypes = check_dtypes(q, k_cache, v_cache, out, out_dtype)
-        check_out(out, (*q.shape[:-1], head_dim_v))
-        for name, vector in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-            check_per_head(name, vector, heads_q, batch if name == "alibi_slopes" else None)
-        check_number("softcap", softcap, minimum=0.0)
-        if scale is not None:
-            check_number("scale", scale)
-        check_bool("causal", causal)
-        check_bool("allow_tf32", allow_tf32)
+        check_heads(heads_q, heads_kv, head_dim, k_cache=k_cache)
+        check_same_dtype(q, k_cache=k_cache, v_cache=v_cache)
+        dtype_out = check_out_dtype(q, out, out_dtype)
+        check_out(out, (*q.shape[:-1], head_dim_v), dtype_out)
+        check_scores(heads_q, batch, causal, softcap, scale, sinks, alibi_slopes, allow_tf32)
         planned = check_hint(max_seqlen_k, capacity)
-        dtype_q, dtype_k, dtype_v, dtype_out = (str(dtype).removeprefix("torch.") for dtype in dtypes)
         return cls(
             operation="decode", batch=batch,
             seqlen_q=query_bucket(seqlen_q) if ragged else seqlen_q, total_q=query_bucket(total_q) if ragged else total_q,
             seqlen_k=length_bucket(planned),
             num_heads_q=heads_q, num_heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v,
-            dtype_q=dtype_q, dtype_k=dtype_k, dtype_v=dtype_v, dtype_out=dtype_out,
+            dtype_q=_name_of(q.dtype), dtype_out=_name_of(dtype_out),
             band=Band.of(causal, window), softcap=softcap != 0.0, alibi=alibi_slopes is not None,
             sinks=sinks is not None, lse=lse, page_size=page_size, ragged_q=ragged,
             alignment=alignment_of(q, k_cache, v_cache, out), allow_tf32=allow_tf32 and q.dtype == torch.float32,
         )  # fmt: skip
 
+    @classmethod
+    def forward(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cu_seqlens_q: torch.Tensor | None = None,
+        cu_seqlens_k: torch.Tensor | None = None,
+        max_seqlen_q: int | None = None,
+        max_seqlen_k: int | None = None,
+        *,
+        page_table: torch.Tensor | None = None,
+        seqused_k: torch.Tensor | None = None,
+        causal: bool = False,
+        window: tuple[int | None, int | None] | None = None,
+        softcap: float = 0.0,
+        scale: float | None = None,
+        sinks: torch.Tensor | None = None,
+        alibi_slopes: torch.Tensor | None = None,
+        out: torch.Tensor | None = None,
+        lse: bool = False,
+        allow_tf32: bool = False,
+    ) -> Problem:
+        """The problem of one ``attention`` or ``attention_varlen`` call; raises for every wrong argument and reads no tensor's values."""
+        import torch
 
-def length_bucket(length: int) -> int:
-    """Rounds a number of keys up to one of eight steps an octave (at least 64 keys a step), so that growth rarely replans."""
-    if length <= 0:
-        return 0
-    shift = (length - 1).bit_length() - 4
-    if shift < 6:
-        shift = 6
-    return ((length - 1 >> shift) + 1) << shift
+        check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, page_table=page_table,
+                      seqused_k=seqused_k, sinks=sinks, alibi_slopes=alibi_slopes, out=out)  # fmt: skip
+        check_varlen(cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+                     page_table=page_table, seqused_k=seqused_k)  # fmt: skip
+        packed = cu_seqlens_q is not None
+        batch, total_q, seqlen_q, heads_q, head_dim = check_queries(q, cu_seqlens_q, max_seqlen_q)
+        heads_kv, head_dim_v, page_size, room = check_keys(k, v, cu_seqlens_k, page_table, seqused_k, batch, packed)
+        check_heads(heads_q, heads_kv, head_dim, k=k)
+        check_same_dtype(q, k=k, v=v)
+        check_out(out, (*q.shape[:-1], head_dim_v), q.dtype)
+        check_scores(heads_q, batch, causal, softcap, scale, sinks, alibi_slopes, allow_tf32)
+        planned = check_hint(max_seqlen_k, room, "all keys of k" if page_table is None else "all pages of a sequence")
+        rounded = query_bucket(seqlen_q)
+        return cls(
+            operation="forward", batch=batch,
+            seqlen_q=rounded, total_q=query_bucket(total_q) if packed else batch * rounded, seqlen_k=length_bucket(planned),
+            num_heads_q=heads_q, num_heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v, dtype_q=_name_of(q.dtype),
+            band=Band.of(causal, window), softcap=softcap != 0.0, alibi=alibi_slopes is not None, sinks=sinks is not None, lse=lse,
+            page_size=page_size, ragged_q=packed, ragged_k=cu_seqlens_k is not None, seqused_k=seqused_k is not None,
+            alignment=alignment_of(q, k, v, out), allow_tf32=allow_tf32 and q.dtype == torch.float32,
+        )  # fmt: skip
 
 
-def query_bucket(length: int) -> int:
-    """Rounds a number of packed queries up to one of eight steps an octave; up to 16 every number is its own step."""
-    shift = (length - 1).bit_length() - 4
-    return length if shift <= 0 else ((length - 1 >> shift) + 1) << shift
-
-
-def alignment_of(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, out: torch.Tensor | None = None) -> int:
-    """The largest power of two, at most 16, that divides every address and outer stride in bytes.
-
-    0 where a last dimension is not contiguous: such tensors have no kernel. The caches have rank 4 and q's dtype.
-    """
-    strides_q = q.stride()
-    k0, k1, k2, k3 = k_cache.stride()
-    v0, v1, v2, v3 = v_cache.stride()
-    if not strides_q[-1] == k3 == v3 == 1:
-        return 0
-    strides = k0 | k1 | k2 | v0 | v1 | v2 | strides_q[0] | strides_q[1]
-    if len(strides_q) == 4:
-        strides |= strides_q[2]
-    bits = strides * q.element_size() | q.data_ptr() | k_cache.data_ptr() | v_cache.data_ptr() | 16
-    if out is not None:
-        *outer, last = out.stride()
-        if last != 1:
-            return 0
-        for stride in outer:
-            bits |= stride * out.element_size()
-        bits |= out.data_ptr()
-    return bits & -bits
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check_numbers(p: Problem) -> None:

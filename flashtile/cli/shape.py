@@ -10,7 +10,8 @@ import typer
 
 from flashtile.band import Band
 from flashtile.planner.device import Device
-from flashtile.problem import Problem, length_bucket
+from flashtile.problem import Problem
+from flashtile.rounding import length_bucket
 
 
 class Dtype(str, Enum):

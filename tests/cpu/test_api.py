@@ -13,7 +13,8 @@ from flashtile import ops, reference
 from flashtile.errors import ArgumentError, DtypeError, ShapeError
 from flashtile.facts import decode_key
 from flashtile.planner.plans import DecodePlan
-from flashtile.problem import Problem, length_bucket, query_bucket
+from flashtile.problem import Problem
+from flashtile.rounding import length_bucket, query_bucket
 from flashtile.testing.cases import SMALL_CASES, Case
 from flashtile.testing.inputs import make_inputs
 from flashtile.testing.tolerance import assert_close

@@ -18,14 +18,15 @@ MODULES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 
-GROUND = ("flashtile.errors", "flashtile.band", "flashtile.arguments", "flashtile.problem")
+GROUND = ("flashtile.errors", "flashtile.band", "flashtile.arguments", "flashtile.rounding", "flashtile.problem")
 PLANNER = (*GROUND, "flashtile.planner")
 ENGINE = (*PLANNER, "flashtile.kernels.call", "flashtile.checking", "flashtile.facts", "flashtile.ops")
 # What each part may import at module level or later, by longest matching prefix; whatever is not listed may not be imported.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flashtile.errors": (),
     "flashtile.band": ("flashtile.errors",),
-    "flashtile.arguments": ("flashtile.errors",),
+    "flashtile.arguments": ("flashtile.errors", "flashtile.arguments"),
+    "flashtile.rounding": (),
     "flashtile.problem": GROUND,
     "flashtile.reference": GROUND,
     "flashtile.planner": PLANNER,

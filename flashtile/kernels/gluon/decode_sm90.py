@@ -28,7 +28,8 @@ from flashtile.kernels.launch import TRITON_DTYPES, Arg, Descriptor, Launch, Spe
 from flashtile.kernels.run import bind_split, split_args, split_constants
 from flashtile.kernels.tile.views import KeysView
 from flashtile.planner.plans import DecodePlan
-from flashtile.problem import DTYPE_BYTES, Problem, length_bucket
+from flashtile.problem import DTYPE_BYTES, Problem
+from flashtile.rounding import length_bucket
 
 
 @gluon.jit
