@@ -317,8 +317,16 @@ def tensor_maps(metas: Any, positions: tuple[int, ...]) -> Callable[[tuple[Any, 
 
 
 def _encoded(meta: Any, tensor: torch.Tensor) -> tuple[Any, ...]:
-    """What Triton passes for a tensor descriptor: the tensor map, then shape and strides."""
-    return tuple(make_tensordesc_arg(_described(tensor), meta))
+    """What Triton passes for a tensor descriptor: the tensor map, then shape and strides.
+
+    The driver encodes nothing in a thread that has not touched the GPU yet: then any call of CUDA's runtime makes the
+    device's context the thread's own.
+    """
+    try:
+        return tuple(make_tensordesc_arg(_described(tensor), meta))
+    except RuntimeError:
+        torch.cuda.mem_get_info(tensor.device)
+        return tuple(make_tensordesc_arg(_described(tensor), meta))
 
 
 def _described(tensor: torch.Tensor) -> SimpleNamespace:
