@@ -14,14 +14,14 @@ from flashtile.errors import ArgumentError, UnsupportedError, message
 from flashtile.planner.catalog import GLUON_FORWARD_SM90, kernel_named, kernels_of
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import footprint_of
-from flashtile.planner.forward_rules import choose_forward_tile, forward_infeasible
+from flashtile.planner.forward_rules import choose_forward_tile, forward_infeasible, leaves_to_portable
 from flashtile.planner.forward_tiles import ForwardTile
+from flashtile.planner.forward_work import row_tiles
 from flashtile.planner.plans import BLOCK_MS, DecodePlan, ForwardPlan, Plan, Source
 from flashtile.planner.rules import choose_tile_and_splits, infeasible, why_none_fits
 from flashtile.planner.splits import Splits, choose_splits, combine_shape, even_splits, schedule
 from flashtile.planner.table import TILE_FIELDS, tuned_tile
 from flashtile.planner.tiles import LIMITS, Tile, variants_in_words
-from flashtile.planner.work import row_tiles
 from flashtile.problem import Problem
 
 CACHED_PLANS = 8192
@@ -166,6 +166,9 @@ def _forward_plan_of(problem: Problem, device: Device, kernel: str, block_m: int
     tile = choose_forward_tile(problem, device, kernel, block_m)
     if not isinstance(tile, ForwardTile):
         return tile
+    left = leaves_to_portable(problem, device, tile) if block_m is None else []
+    if left:
+        return left
     plan = forward_plan_for_tile(problem, device, tile, source)
     return forward_infeasible(problem, plan, device) or plan
 

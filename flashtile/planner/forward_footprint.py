@@ -15,6 +15,7 @@ from flashtile.planner.forward_tiles import ForwardTileShape
 from flashtile.problem import DTYPE_BYTES, Problem
 
 LONG_HEAD = 128  # beyond, Hopper's kernel leaves its rows in the place of q on their way out
+SMALLEST_REST = 32  # a second part of a head dim below this is padded instead
 SHARED_SCRATCH = 1024  # reductions over warps, barriers
 REGISTERS_BASE = 48  # addresses, loop counters, row statistics
 REGISTERS_PER_SCORE = 1.5  # a score and its probability before packing
@@ -25,6 +26,13 @@ FMA_OPERANDS_LIVE = 0.25  # share of both FMA dots' operand elements that live i
 PRODUCER_WARPS = 4  # of Hopper's kernel, on top of a plan's consumers
 CONSUMER_REGISTERS = {8: 240, 12: 160}  # what setmaxnreg leaves the consumers of Hopper's kernel, by their number of warps
 WARP = 32
+
+
+def held_dim(dim: int) -> int:
+    """A head dim as the kernels hold it: a sum of two powers of two (96, 160, 192) as it is, others as the next power of two."""
+    whole = 1 << dim.bit_length() - 1
+    rest = dim - whole
+    return dim if rest >= SMALLEST_REST and rest & rest - 1 == 0 else padded(dim)
 
 
 def forward_mma(problem: Problem, tile: ForwardTileShape, device: Device) -> Mma | None:
@@ -53,7 +61,7 @@ def forward_shared_memory(problem: Problem, tile: ForwardTileShape, device: Devi
         ring = tile.num_stages * tile.block_n * (dim * size + dim_v * size_v)
         q_bytes, out_bytes = tile.block_m * dim * size, tile.block_m * dim_v * size
         return ring + SHARED_SCRATCH + (max(q_bytes, out_bytes) if max(dim, dim_v) > LONG_HEAD else q_bytes + out_bytes)
-    dim, dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
+    dim, dim_v = held_dim(problem.head_dim), held_dim(problem.head_dim_v)
     mma = forward_mma(problem, tile, device)
     wide = mma is not None and mma.warps > 1
     buffers = tile.num_stages if wide else max(1, tile.num_stages - 1)
@@ -67,7 +75,7 @@ def forward_registers(problem: Problem, tile: ForwardTileShape, device: Device) 
     features = problem.softcap + problem.alibi + problem.ragged_q + (problem.page_size > 0)
     base = REGISTERS_BASE + REGISTERS_PER_FEATURE * features
     threads = tile.num_warps * device.warp_size
-    dim, dim_v = padded(problem.head_dim), padded(problem.head_dim_v)
+    dim, dim_v = held_dim(problem.head_dim), held_dim(problem.head_dim_v)
     accumulator = tile.block_m * dim_v / threads
     scores = REGISTERS_PER_SCORE * tile.block_m * tile.block_n / threads
     mma = forward_mma(problem, tile, device)

@@ -1,24 +1,37 @@
 """The rules of forward plans: what cannot run and why, and which tile a kernel takes.
 
-Hopper's kernel takes what measured best for the heads and the mean number of keys that a row sees; the portable kernel the
-tallest tile of rows that the queries fill, for each tile reads all of its keys once.
+Hopper's kernel takes what measured best for the heads and the mean number of keys that a query sees; the portable kernel the
+tile of the least predicted time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 from flashtile.planner.catalog import GLUON_FORWARD_SM90, TRITON_FORWARD
 from flashtile.planner.device import Device
-from flashtile.planner.forward_footprint import forward_mma, forward_registers, forward_registers_limit, forward_shared_memory
-from flashtile.planner.forward_tiles import FORWARD_LIMITS, ForwardTile, ForwardTileShape, hopper_tiles, portable_tiles
+from flashtile.planner.footprint import Footprint
+from flashtile.planner.forward_cost import forward_cost
+from flashtile.planner.forward_footprint import (
+    forward_footprint,
+    forward_mma,
+    forward_registers,
+    forward_registers_limit,
+    forward_shared_memory,
+)
+from flashtile.planner.forward_tiles import FORWARD_LIMITS, LONG_WALK, SHORT_HEAD, ForwardTile, ForwardTileShape, forward_candidates
+from flashtile.planner.forward_work import mean_keys, row_tiles
 from flashtile.planner.plans import ForwardPlan
-from flashtile.planner.work import row_tiles
 from flashtile.problem import Problem
+
+Fit = tuple[ForwardTile, Footprint]
 
 MAX_GRID_X = 2**31 - 1
 MAX_THREADS = 1024
+ROWS_GAIN_PERCENT = 4  # what a tile of fewer rows must gain: less is within the model's error
+PORTABLE_GAIN_PERCENT = 10  # what the portable kernel must gain over Hopper's
 
 
 def forward_infeasible(problem: Problem, plan: ForwardPlan, device: Device) -> list[str]:
@@ -78,53 +91,97 @@ def forward_misfits(problem: Problem, tile: ForwardTileShape, device: Device) ->
 
 def choose_forward_tile(problem: Problem, device: Device, kernel: str, block_m: int | None = None) -> ForwardTile | list[str]:
     """A kernel's tile by its own rule, or why it has none; ``block_m`` confines the choice to one."""
-    fitting, against = forward_fits(problem, device, kernel)
-    candidates = [tile for tile in fitting if block_m in (None, tile.block_m)]
-    if not candidates:
-        if block_m is not None and block_m not in FORWARD_LIMITS[kernel].block_ms:
-            return [f"it has no block_m {block_m}, only {FORWARD_LIMITS[kernel].block_ms}"]
-        return [reason for tile, reasons in against if block_m in (None, tile.block_m) for reason in reasons]
-    return FORWARD_RULES[kernel](problem, candidates)
+    fits = forward_fits(problem, device, kernel)
+    able = [fit for fit in fits.able if block_m in (None, fit[0].block_m)]
+    if able:
+        return FORWARD_RULES[kernel](problem, device, able)
+    block_ms = FORWARD_LIMITS[kernel].block_ms
+    if block_m is not None and block_m not in block_ms:
+        return [f"it has no block_m {block_m}, only {', '.join(map(str, block_ms))}"]
+    return [reason for tile, reasons in fits.unable if block_m in (None, tile.block_m) for reason in reasons]
 
 
-def _first(problem: Problem, tiles: list[ForwardTile]) -> ForwardTile:
-    return tiles[0]
+def by_table(problem: Problem, device: Device, able: Sequence[Fit]) -> ForwardTile:
+    """What measured best for the heads and the mean number of keys that a query sees: ``hopper_tiles`` has it first."""
+    return able[0][0]
 
 
-def _filled(problem: Problem, tiles: list[ForwardTile]) -> ForwardTile:
-    """The smallest tile that holds all queries of a sequence, else the tallest."""
-    return next((tile for tile in reversed(tiles) if tile.block_m >= problem.seqlen_q), tiles[0])
+def by_forward_time(problem: Problem, device: Device, able: Sequence[Fit]) -> ForwardTile:
+    """Minimises the predicted time; a tile of fewer rows than those before it has to gain ROWS_GAIN_PERCENT.
+
+    Tall tiles read the keys less often; small ones leave fewer rows and SMs empty, and fewer masked scores at a diagonal.
+    """
+    best, best_us = able[0][0], float("inf")
+    for tile, footprint in able:
+        us = forward_cost(problem, tile, footprint, device).total_us
+        if us * 100 < best_us * (100 - ROWS_GAIN_PERCENT):
+            best, best_us = tile, us
+    return best
 
 
-FORWARD_RULES: dict[str, Callable[[Problem, list[ForwardTile]], ForwardTile]] = {
-    GLUON_FORWARD_SM90: _first,
-    TRITON_FORWARD: _filled,
-}
-
-Against = tuple[tuple[ForwardTile, tuple[str, ...]], ...]
+ForwardRule = Callable[[Problem, Device, Sequence[Fit]], ForwardTile]
+FORWARD_RULES: dict[str, ForwardRule] = {GLUON_FORWARD_SM90: by_table, TRITON_FORWARD: by_forward_time}
 
 
-def forward_fits(problem: Problem, device: Device, kernel: str) -> tuple[tuple[ForwardTile, ...], Against]:
-    """Of each block_m of a kernel the preferred shape that fits the device; and those that have none, each with its reasons."""
+def leaves_to_portable(problem: Problem, device: Device, tile: ForwardTile) -> list[str]:
+    """Why Hopper's kernel leaves a problem that it can run to the portable one: most of its smallest tile's rows would be empty.
+
+    That has smaller tiles; it has to gain PORTABLE_GAIN_PERCENT of the predicted time.
+    """
+    if tile.kernel != GLUON_FORWARD_SM90 or 2 * problem.seqlen_q > tile.block_m:
+        return []
+    able = forward_fits(problem, device, TRITON_FORWARD).able
+    if not able:
+        return []
+    other = by_forward_time(problem, device, able)
+    us = forward_cost(problem, tile, forward_footprint(problem, tile, device), device).total_us
+    its_us = forward_cost(problem, other, forward_footprint(problem, other, device), device).total_us
+    if its_us * 100 >= us * (100 - PORTABLE_GAIN_PERCENT):
+        return []
+    return [f"{problem.seqlen_q} queries fill few of its {tile.block_m} rows: {us:.1f} us against {its_us:.1f} with {other.block_m} rows"]
+
+
+class Fits(NamedTuple):
+    """Of each block_m of a kernel the preferred tile that fits the device; and the last of those of which none does, with its reasons."""
+
+    able: tuple[Fit, ...]
+    unable: tuple[tuple[ForwardTile, tuple[str, ...]], ...]
+
+
+def forward_fits(problem: Problem, device: Device, kernel: str) -> Fits:
+    """What fits of a kernel's tiles for problems of this kind, best first."""
     head_dim = max(problem.head_dim, problem.head_dim_v)
-    mean_keys = problem.keys_read / (2 if problem.band.right is not None else 1)
-    kind = problem.with_(batch=1, seqlen_q=1, total_q=1, seqlen_k=1, num_heads_q=1, num_heads_kv=1)
-    shapes: Iterable[tuple[ForwardTile, ...]] = (
-        [(tile,) for tile in hopper_tiles(head_dim, mean_keys)] if kernel == GLUON_FORWARD_SM90 else portable_tiles(head_dim).values()
-    )
-    return _fits(kind, device, tuple(shapes))
+    long_walk = kernel == GLUON_FORWARD_SM90 and head_dim <= SHORT_HEAD and mean_keys(problem) >= LONG_WALK
+    heads = (problem.head_dim, problem.head_dim_v, problem.dtype_q, problem.dtype_k, problem.dtype_v, problem.dtype_out)
+    features = (problem.softcap, problem.alibi, problem.ragged_q, problem.page_size > 0, problem.allow_tf32)
+    return _fits(device, kernel, long_walk, heads, features, problem.page_size, problem.alignment)
 
 
 @lru_cache(maxsize=1024)
-def _fits(kind: Problem, device: Device, shapes: tuple[tuple[ForwardTile, ...], ...]) -> tuple[tuple[ForwardTile, ...], Against]:
-    fitting, against = [], []
-    for tiles in shapes:
+def _fits(
+    device: Device,
+    kernel: str,
+    long_walk: bool,
+    heads: tuple[int, int, str, str, str, str],
+    features: tuple[bool, bool, bool, bool, bool],
+    page_size: int,
+    alignment: int,
+) -> Fits:
+    head_dim, head_dim_v, dtype_q, dtype_k, dtype_v, dtype_out = heads
+    softcap, alibi, ragged_q, _, allow_tf32 = features
+    kind = Problem(
+        operation="forward", head_dim=head_dim, head_dim_v=head_dim_v, dtype_q=dtype_q, dtype_k=dtype_k, dtype_v=dtype_v,
+        dtype_out=dtype_out, softcap=softcap, alibi=alibi, ragged_q=ragged_q, page_size=page_size, alignment=alignment,
+        allow_tf32=allow_tf32,
+    )  # fmt: skip
+    able, unable = [], []
+    for tiles in forward_candidates(kernel, max(head_dim, head_dim_v), long_walk):
         tile = next((tile for tile in tiles if not forward_misfits(kind, tile, device)), None)
-        if tile is not None:
-            fitting.append(tile)
+        if tile is None:
+            unable.append((tiles[-1], tuple(forward_misfits(kind, tiles[-1], device))))
         else:
-            against.append((tiles[-1], tuple(forward_misfits(kind, tiles[-1], device))))
-    return tuple(fitting), tuple(against)
+            able.append((tile, forward_footprint(kind, tile, device)))
+    return Fits(tuple(able), tuple(unable))
 
 
 def _power_of_two(value: int) -> bool:

@@ -69,10 +69,10 @@ _LONG = ForwardTile(128, 64, 8, 2, GLUON_FORWARD_SM90, rescale_log2=8)
 HOPPER_TILES = (_SHORT_LONG_WALK, _SHORT, _USUAL, _LONG)
 
 
-def hopper_tiles(head_dim: int, mean_keys: float) -> tuple[ForwardTile, ...]:
-    """The tiles of Hopper's kernel for heads of ``head_dim`` (the larger one) whose rows see so many keys on average, best first."""
+def hopper_tiles(head_dim: int, long_walk: bool) -> tuple[ForwardTile, ...]:
+    """The tiles of Hopper's kernel for heads of ``head_dim`` (the larger one), best first; ``long_walk``: rows see LONG_WALK keys."""
     if head_dim <= SHORT_HEAD:
-        return (_SHORT_LONG_WALK, _SHORT) if mean_keys >= LONG_WALK else (_SHORT, _SHORT_LONG_WALK)
+        return (_SHORT_LONG_WALK, _SHORT) if long_walk else (_SHORT, _SHORT_LONG_WALK)
     return (_USUAL,) if head_dim <= USUAL_HEAD else (_LONG,)
 
 
@@ -89,7 +89,14 @@ _LONG_SHAPES: dict[int, tuple[tuple[int, int, int], ...]] = _SHORT_SHAPES | {
 }
 
 
-def portable_tiles(head_dim: int) -> dict[int, tuple[ForwardTile, ...]]:
-    """The portable kernel's tiles for heads of ``head_dim`` by block_m, best first."""
+def portable_tiles(head_dim: int) -> tuple[tuple[ForwardTile, ...], ...]:
+    """The portable kernel's tiles for heads of ``head_dim``: for each block_m its shapes, best first."""
     shapes = _SHORT_SHAPES if head_dim <= SHORT_HEAD else _LONG_SHAPES
-    return {block_m: tuple(ForwardTile(block_m, *shape) for shape in shapes[block_m]) for block_m in shapes}
+    return tuple(tuple(ForwardTile(block_m, *shape) for shape in shapes[block_m]) for block_m in shapes)
+
+
+def forward_candidates(kernel: str, head_dim: int, long_walk: bool) -> tuple[tuple[ForwardTile, ...], ...]:
+    """All tiles that a kernel's rule may choose, best first: a tuple for each of which the first that fits counts."""
+    if kernel == TRITON_FORWARD:
+        return portable_tiles(head_dim)
+    return tuple((tile,) for tile in hopper_tiles(head_dim, long_walk))
