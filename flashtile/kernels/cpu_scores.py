@@ -5,11 +5,29 @@ from __future__ import annotations
 import torch
 
 from flashtile.kernels.cpu_mask import MaskBlock
+from flashtile.problem import Problem
 
 _MIN_SPLIT_KEYS = 512
 _FOLD_ELEMENTS = 1 << 22
 # (q, k, v, *, attn_mask, scale) -> (out in q's dtype, lse float32); scores, softmax and sums in float32
 flash = torch._scaled_dot_product_flash_attention_for_cpu
+
+
+def needs_products(softcap: float, head_dim: int, head_dim_v: int) -> bool:
+    """Whether scores go through two matrix products: torch's flash kernel knows neither softcap nor a value dim of its own."""
+    return softcap != 0.0 or head_dim != head_dim_v
+
+
+def computes_natively(problem: Problem, rows: int) -> bool:
+    """Whether torch's flash kernel should get the inputs as they are, not converted to float32.
+
+    It is fast for bfloat16 with two or more rows; one row and float16 take a path that is slower than converting. A float32
+    result must not be rounded to 16 bits on its way.
+    """
+    if problem.dtype_q == "float32":
+        return True
+    fast = problem.dtype_q == "bfloat16" and rows >= 2 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return fast and problem.dtype_out != "float32"
 
 
 class Partials:
@@ -54,7 +72,7 @@ def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: MaskBlock | None, scale: float, softcap: float, partials: Partials
 ) -> None:
     """Adds the result of rows q (batch, hk, rows, d) over keys k (batch, hk, keys, d), v (batch, hk, keys, dv)."""
-    if softcap or q.shape[-1] != v.shape[-1]:
+    if needs_products(softcap, q.shape[-1], v.shape[-1]):
         out, lse = _by_products(q, k, v, mask, scale, softcap)
     elif mask is not None:
         out, lse = flash(q, k, v, attn_mask=mask.bias, scale=scale)

@@ -1,0 +1,120 @@
+"""The CPU engine's forward: prefill by torch's own CPU kernels and matrix products, in memory linear in the lengths.
+
+Full and causal attention goes to torch's flash kernel with all rows at once: it knows the triangle that begins at the first query
+and key, so that keys left of it are a part of their own. Everything else (windows, ALiBi, softcap, missing pages, few rows of
+many heads) takes the way of decode, some packed rows at a time; ``block_m`` bounds the query positions of one pass there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from flashtile.band import Band
+from flashtile.kernels.call import ForwardCall, ForwardRunner
+from flashtile.kernels.cpu_keys import KeyReader
+from flashtile.kernels.cpu_run import Run, Tokens, clear, join_sinks, packed_tokens, run_packed, runs_of, tensors_of
+from flashtile.kernels.cpu_scores import Partials, computes_natively, flash, needs_products
+from flashtile.planner.plans import ForwardPlan
+from flashtile.problem import Problem
+
+_ROWS_AT_ONCE = 512  # packed rows whose masks, or scores, are in memory together
+_WORTH_UNPACKED = 64  # query positions from which reading the keys once a query head beats packing the heads of a group
+
+
+def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRunner:
+    """A runner for calls of ``problem`` on the CPU; every choice that does not hang on lengths is made here."""
+    band, group = problem.band, problem.group
+    positions = max(1, min(plan.block_m, _ROWS_AT_ONCE // group))
+    in_one_piece = not (problem.softcap or problem.alibi or band.left is not None) and plan.block_m >= problem.seqlen_q
+    products = needs_products(problem.softcap, problem.head_dim, problem.head_dim_v)
+    always_unpacked = group == 1 or products
+    # Decode's way takes products in float32, and a missing page sends a call that way.
+    by_products = products and not (in_one_piece and not problem.page_size)
+    through_float32 = not computes_natively(problem, problem.rows) or (by_products and problem.dtype_q != "float32")
+
+    def run(call: ForwardCall) -> None:
+        if call.cu_seqlens_q is not None:
+            clear(call)
+        if call.q.numel() == 0:
+            return
+        reader = KeyReader(call.k, call.v, call.page_table, through_float32)
+        queries, keys = _tokens(call, reader)
+        for part in runs_of(queries, keys, reader, most=1 if group > 1 else len(keys)):
+            unpacked = always_unpacked or part.seqlen_q >= _WORTH_UNPACKED
+            if in_one_piece and unpacked and reader.key_mask is None:
+                _run_whole(call, part, reader, band)
+            else:
+                run_packed(call, part, reader, band, positions)
+
+    return run
+
+
+def _tokens(call: ForwardCall, reader: KeyReader) -> tuple[list[Tokens], list[Tokens]]:
+    """Each sequence's queries and keys, clamped to what there is."""
+    batch = call.q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
+    if call.cu_seqlens_q is None:
+        queries = [Tokens(0, call.q.shape[1])] * batch
+    else:
+        queries = packed_tokens(call.cu_seqlens_q, call.q.shape[0])
+    if call.cu_seqlens_k is None:
+        keys = [Tokens(0, reader.capacity)] * batch
+    else:
+        keys = packed_tokens(call.cu_seqlens_k, call.k.shape[0])
+    if call.seqused_k is not None:
+        keys = [Tokens(start, min(max(used, 0), length)) for used, (start, length) in zip(call.seqused_k.tolist(), keys)]
+    return queries, keys
+
+
+def _run_whole(call: ForwardCall, run: Run, reader: KeyReader, band: Band) -> None:
+    """A run with all of its rows at once; ``band`` has no left side, and a run of several sequences one query head a key head."""
+    q, out, lse = tensors_of(call, run)
+    q, out = (_heads_first(tensor, reader.num_heads) for tensor in (q, out))
+    lse = None if lse is None else _heads_first(lse.transpose(1, 2).unsqueeze(-1), reader.num_heads).squeeze(-1)
+    sinks = None if call.sinks is None else call.sinks.view(reader.num_heads, -1).T
+    # Query i sees keys 0 to i + shift; so the first queries may see none.
+    shift = run.seqlen_k if band.right is None else min(run.seqlen_k - run.seqlen_q + band.right, run.seqlen_k)
+    blind = min(max(0, -shift), run.seqlen_q) if run.seqlen_k else run.seqlen_q
+    if blind:
+        out[:, :, :blind] = 0.0
+        if lse is not None:
+            lse[:, :, :blind] = float("-inf") if sinks is None else sinks.unsqueeze(-1)
+    if blind == run.seqlen_q:
+        return
+    part_out, part_lse = _attend_whole(q[:, :, blind:], reader, run.seqlen_k, max(0, shift), call.scale)
+    if sinks is not None:
+        part_out, part_lse = join_sinks(part_out[..., : out.shape[-1]], part_lse, sinks.unsqueeze(-1))
+    out[:, :, blind:].copy_(part_out[..., : out.shape[-1]])
+    if lse is not None:
+        lse[:, :, blind:].copy_(part_lse)
+
+
+def _heads_first(rows: torch.Tensor, heads_kv: int) -> torch.Tensor:
+    """(b, positions, hq, n) as a view (b, hk, positions, n), or of one sequence (group, hk, positions, n): the group takes b's place."""
+    if rows.shape[2] == heads_kv:
+        return rows.transpose(1, 2)
+    return rows[0].view(rows.shape[1], heads_kv, -1, rows.shape[3]).permute(2, 1, 0, 3)
+
+
+def _attend_whole(q: torch.Tensor, reader: KeyReader, seqlen_k: int, shift: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows q (b or group, hk, rows, d), of which row i sees keys 0 to i + shift: out (..., rows, d or dv, the larger) and lse (..., rows).
+
+    Head dims are padded with zeros to the larger one, which changes no score and adds zeros to the result.
+    """
+    k, v = reader.read(0, seqlen_k)
+    if q.shape[-1] != v.shape[-1]:
+        dim = max(q.shape[-1], v.shape[-1])
+        q, k, v = (pad(tensor, (0, dim - tensor.shape[-1])) for tensor in (q, k, v))
+    q = q.float() if reader.through_float32 else q
+    k, v = (tensor.expand(q.shape[0], -1, -1, -1) for tensor in (k, v))
+    if shift >= seqlen_k - 1:
+        return flash(q, k, v, scale=scale)
+    if scale <= 0.0:  # the kernel scales scores after it hides some of them by -inf
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    if shift == 0:
+        return flash(q, k, v, is_causal=True, scale=scale)
+    partials = Partials()
+    for keys, is_causal in ((slice(0, shift), False), (slice(shift, seqlen_k), True)):
+        out, lse = flash(q, k[:, :, keys], v[:, :, keys], is_causal=is_causal, scale=scale)
+        partials.add(out.unsqueeze(0), lse.unsqueeze(0))
+    return partials.merged((q.shape[0], q.shape[1], q.shape[2], q.shape[3]))
