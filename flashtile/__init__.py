@@ -9,25 +9,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flashtile.api import decode, decode_with_lse, merge, warmup
+    from flashtile.api import (
+        attention,
+        attention_varlen,
+        attention_varlen_with_lse,
+        attention_with_lse,
+        decode,
+        decode_with_lse,
+        merge,
+        warmup,
+    )
     from flashtile.band import Band
     from flashtile.checking import checked
     from flashtile.errors import ArgumentError, AttentionError, DtypeError, ShapeError, ToolchainError, UnsupportedError
     from flashtile.planner.device import Device
     from flashtile.planner.explain import explain
-    from flashtile.planner.plans import DecodePlan
+    from flashtile.planner.plans import DecodePlan, ForwardPlan
     from flashtile.problem import Problem
 
 __version__ = "0.1.0.dev0"
 
 _HOMES = {
-    "flashtile.api": ("decode", "decode_with_lse", "merge", "warmup"),
+    "flashtile.api": (
+        "attention",
+        "attention_varlen",
+        "attention_varlen_with_lse",
+        "attention_with_lse",
+        "decode",
+        "decode_with_lse",
+        "merge",
+        "warmup",
+    ),
     "flashtile.band": ("Band",),
     "flashtile.checking": ("checked",),
     "flashtile.errors": ("ArgumentError", "AttentionError", "DtypeError", "ShapeError", "ToolchainError", "UnsupportedError"),
     "flashtile.planner.device": ("Device",),
     "flashtile.planner.explain": ("explain",),
-    "flashtile.planner.plans": ("DecodePlan",),
+    "flashtile.planner.plans": ("DecodePlan", "ForwardPlan"),
     "flashtile.problem": ("Problem",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -39,11 +57,16 @@ __all__ = [
     "DecodePlan",
     "Device",
     "DtypeError",
+    "ForwardPlan",
     "Problem",
     "ShapeError",
     "ToolchainError",
     "UnsupportedError",
     "__version__",
+    "attention",
+    "attention_varlen",
+    "attention_varlen_with_lse",
+    "attention_with_lse",
     "checked",
     "decode",
     "decode_with_lse",

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import flashtile
-from flashtile import ops, reference
+from flashtile import reference
 from flashtile.errors import ArgumentError, DtypeError, ShapeError
 from flashtile.facts import decode_key
+from flashtile.ops import decode as ops
+from flashtile.ops import prepared as prepared_calls
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
 from flashtile.rounding import length_bucket, query_bucket
@@ -233,7 +235,7 @@ def test_buckets_bound_what_they_round() -> None:
 
 def test_the_memory_of_prepared_calls_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "_PREPARED", {})
-    monkeypatch.setattr(ops, "MAX_PREPARED", 3)
+    monkeypatch.setattr(prepared_calls, "MAX_PREPARED", 3)
     for batch in range(1, 8):
         cache = torch.zeros(batch, 4, 1, 8)
         flashtile.decode(torch.zeros(batch, 1, 1, 8), cache, cache, torch.zeros(batch, dtype=torch.int32))
@@ -265,7 +267,7 @@ def test_warmup_compiles_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> Non
         def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
             prepared.append((problem, plan, device))
 
-    monkeypatch.setattr(ops, "kernel_module", lambda plan: Module)
+    monkeypatch.setattr("flashtile.ops.kernel_module", lambda plan: Module)
     plans = flashtile.warmup(problems, device="cpu")
     assert prepared == [(problem, plan, torch.device("cpu")) for problem, plan in zip(problems, plans)]
 

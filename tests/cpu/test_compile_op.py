@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import flashtile
-from flashtile import ops
 from flashtile.errors import ShapeError
+from flashtile.ops import decode as ops
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
 from flashtile.testing.cases import Case

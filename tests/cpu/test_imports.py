@@ -34,9 +34,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flashtile.kernels.call": (),
     "flashtile.kernels.tile": (*GROUND, "flashtile.kernels.tile"),
     "flashtile.checking": ("flashtile.errors", "flashtile.kernels.call"),
-    "flashtile.facts": PLANNER,
+    "flashtile.facts": (*PLANNER, "flashtile.facts"),
     "flashtile.ops": ENGINE,
-    "flashtile.api": ENGINE,
+    "flashtile.api": (*ENGINE, "flashtile.api"),
 }
 TOP = ("flashtile.cli", "flashtile.__main__")
 MAY_IMPORT_TRITON = (

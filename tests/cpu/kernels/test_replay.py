@@ -33,13 +33,13 @@ from flashtile.testing.inputs import make_inputs
 pytest.importorskip("triton")
 import triton
 
-from flashtile import ops
 from flashtile.checking import checked
 from flashtile.facts import rounded_hint
 from flashtile.kernels import decode, launch, native, replay
 from flashtile.kernels.block import Block, Described, Kernel, NotReplayable, block_of, sizes_of
 from flashtile.kernels.launch import Arg, Descriptor, Launch, Spec
 from flashtile.kernels.replay import RECORDED_CALL, DeviceRunner, Recorder, Replays
+from flashtile.ops import decode as ops
 
 pytestmark = pytest.mark.skipif(launch.c_compiler() is None, reason="the module is C")
 

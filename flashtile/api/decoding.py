@@ -1,4 +1,4 @@
-"""The public functions: decode, decode_with_lse, merge and warmup.
+"""decode and decode_with_lse: a few new queries over a key-value cache.
 
 Exact attention after FlashAttention (Dao, Fu, Ermon, Rudra, Re: FlashAttention, 2022): the softmax is computed online
 (Milakov and Gimelshein: Online normalizer calculation for softmax, 2018), so no score matrix is stored. Decode steps
@@ -7,16 +7,11 @@ also cut the keys and fold the partial results (Dao, Haziza, Massa, Sizov: Flash
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 import torch
 
 from flashtile import ops
-from flashtile.errors import ArgumentError, DtypeError, ShapeError, message
-from flashtile.planner.choose import plan_decode
-from flashtile.planner.device import Device
+from flashtile.api.traced import copied, text_of
 from flashtile.planner.plans import DecodePlan
-from flashtile.problem import Problem
 
 
 def decode(
@@ -88,7 +83,7 @@ def decode(
 
     No gradient flows through decode. Work goes to the current stream of q's device, which need not be the current device.
     """
-    run = _decode_traced if torch.compiler.is_compiling() else ops.decode
+    run = _decode_traced if torch.compiler.is_compiling() else ops.decode.decode
     return run(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale,
         sinks, alibi_slopes, out, out_dtype, block_m, num_splits, plan, allow_tf32, False,
@@ -127,7 +122,7 @@ def decode_with_lse(
         lse: float32, natural logarithm, the sink included if there is one; (batch, num_heads_q, seqlen_q), or
             (num_heads_q, total_q) where q is packed. -inf (or the sink) where a query sees no key.
     """
-    run = _decode_traced if torch.compiler.is_compiling() else ops.decode
+    run = _decode_traced if torch.compiler.is_compiling() else ops.decode.decode
     return run(  # type: ignore[return-value]
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale,
         sinks, alibi_slopes, out, out_dtype, block_m, num_splits, plan, allow_tf32, True,
@@ -163,123 +158,6 @@ def _decode_traced(
         out_dtype = out.dtype
     result, lse = torch.ops.flashtile.decode(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, left, right, softcap, scale,
-        sinks, alibi_slopes, out_dtype, block_m, num_splits, None if plan is None else _text_of(plan), allow_tf32, want_lse,
+        sinks, alibi_slopes, out_dtype, block_m, num_splits, None if plan is None else text_of(plan), allow_tf32, want_lse,
     )  # fmt: skip
-    if out is None:
-        return result, lse
-    if out.shape != result.shape:
-        raise ShapeError(message("out", f"shape {tuple(result.shape)}", f"shape {tuple(out.shape)}", "Leave it out to have it allocated."))
-    if out.dtype != result.dtype:
-        raise DtypeError(message("out", f"dtype {result.dtype}", out.dtype, "Let out and out_dtype agree."))
-    return out.copy_(result), lse
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _text_of(plan: DecodePlan) -> str:
-    return plan.to_json()
-
-
-def merge(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Folds attention over parts of the keys into attention over all of them. Differentiable, in plain torch.
-
-    Each part is an attention result over keys of its own: ``lse = log(sum exp(lse_i))`` and
-    ``out = sum(exp(lse_i - lse) * out_i)``. The order of the parts does not matter beyond rounding. Parts that saw no key
-    (lse -inf) add nothing, whatever their out holds. A sink must be in one part only.
-
-    Args:
-        outs: one or more of (batch, seqlen_q, heads, dim), or packed (total_q, heads, dim); all of one shape, floating.
-        lses: as many of (batch, heads, seqlen_q), or (heads, total_q); natural logarithm, floating.
-
-    Returns:
-        out: the shape of each part and their common dtype; computed in float32, or float64 where a part is.
-        lse: the shape of each part's, float32, or float64 where a part is; -inf where no part saw a key.
-
-    Raises:
-        ArgumentError: no part, or not as many lses as outs, or devices that differ.
-        ShapeError: shapes that differ, or a lse that does not fit its out.
-        DtypeError: a part that is not a floating tensor.
-    """
-    _check_parts(outs, lses)
-    dtype = outs[0].dtype
-    for part in outs[1:]:
-        dtype = torch.promote_types(dtype, part.dtype)
-    work = torch.float64 if any(part.dtype == torch.float64 for part in (*outs, *lses)) else torch.float32
-    stacked = torch.stack([lse.to(work) for lse in lses])  # (parts, [batch,] heads, queries)
-    # The maximum only scales: the results do not depend on it, so no gradient needs to pass through it.
-    top = stacked.detach().amax(dim=0)
-    top = torch.where(top == -torch.inf, 0.0, top)
-    weights = torch.exp(stacked - top)
-    total = weights.sum(dim=0)
-    seen = total > 0
-    total = torch.where(seen, total, 1.0)
-    lse = torch.where(seen, top + torch.log(total), -torch.inf)
-    # (parts, [batch,] queries, heads, 1)
-    shares = (weights / total).transpose(-1, -2).unsqueeze(-1)
-    blind = (stacked == -torch.inf).transpose(-1, -2).unsqueeze(-1)
-    parts = torch.stack([part.to(work) for part in outs])
-    return (torch.where(blind, 0.0, parts) * shares).sum(dim=0).to(dtype), lse
-
-
-def _check_parts(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> None:
-    if len(outs) == 0 or len(outs) != len(lses):
-        raise ArgumentError(
-            message(
-                "lses", "one for each of at least one out", f"{len(outs)} outs and {len(lses)} lses", "Pass two sequences of one length."
-            )
-        )
-    first = outs[0]
-    for i, (out, lse) in enumerate(zip(outs, lses)):
-        for name, tensor in ((f"outs[{i}]", out), (f"lses[{i}]", lse)):
-            if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-                raise DtypeError(
-                    message(
-                        name, "a floating tensor", getattr(tensor, "dtype", type(tensor).__name__), "Pass what decode_with_lse returns."
-                    )
-                )
-            if tensor.device != first.device:
-                raise ArgumentError(
-                    message(name, f"a tensor on the device of outs[0], {first.device}", tensor.device, "Move it there with .to(...).")
-                )
-        if out.ndim not in (3, 4) or out.shape != first.shape:
-            wanted = tuple(first.shape) if first.ndim in (3, 4) else "(batch, seqlen_q, heads, dim) or (total_q, heads, dim)"
-            raise ShapeError(
-                message(f"outs[{i}]", f"shape {wanted}", f"shape {tuple(out.shape)}", "All parts are results for the same queries.")
-            )
-        fitting = (*out.shape[:-3], out.shape[-2], out.shape[-3])
-        if tuple(lse.shape) != fitting:
-            raise ShapeError(
-                message(
-                    f"lses[{i}]",
-                    f"shape {fitting}, heads before queries",
-                    f"shape {tuple(lse.shape)}",
-                    "Transpose it if queries come before heads.",
-                )
-            )
-
-
-def warmup(problems: Iterable[Problem], device: torch.device | str | None = None) -> list[DecodePlan]:
-    """Plans problems and compiles their kernels ahead of the first call.
-
-    Args:
-        problems: what will be called; ``Problem.decode(...)`` makes one from a call's arguments, ``Problem(batch=...)``
-            from numbers alone.
-        device: where they will run; by default the current GPU, or the CPU where there is none.
-
-    Returns:
-        The plan of each problem, in order.
-
-    Raises:
-        UnsupportedError: no kernel can run a problem on this device.
-        ToolchainError: a kernel cannot be compiled on this machine.
-    """
-    where = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    where = torch.empty(0, device=where).device  # "cuda" alone means the current GPU: give it its index
-    figures = Device.of(where)
-    plans = []
-    for problem in problems:
-        plan = plan_decode(problem, figures)
-        prepare = getattr(ops.kernel_module(plan), "prepare", None)
-        if prepare is not None:
-            prepare(problem, plan, where)
-        plans.append(plan)
-    return plans
+    return (result if out is None else copied(result, out)), lse

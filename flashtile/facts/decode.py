@@ -1,18 +1,12 @@
-"""A decode call's facts as one tuple: the key under which a checked, planned and bound call is found again.
-
-Equal keys mean that the checks and the plan of `Problem.decode` come out alike. So everything that can make a call
-invalid is in the key, or makes the key None, and None sends the call through the checks. Lengths enter in buckets and
-strides as their alignment, so that a cache that grows by a token a step keeps its key.
-"""
+"""The key of a decode call, and how a hint that grows keeps it."""
 
 from __future__ import annotations
 
 import torch
 
+from flashtile.facts.features import Key, out_has_a_key, vector_facts, window_facts
 from flashtile.planner.plans import DecodePlan
 from flashtile.rounding import alignment_of, length_bucket, query_bucket
-
-Key = tuple[object, ...]
 
 
 def decode_key(
@@ -80,10 +74,7 @@ def decode_key(
             seqlen_k = max_seqlen_k or min(capacity, 1)
 
         if window is not None:
-            left, right = window
-            if (left is not None and left.__class__ is not int) or (right is not None and right.__class__ is not int):
-                return None
-            window = (left, right)
+            window = window_facts(window)
 
         chosen: Key | None = None
         if block_m is not None or num_splits is not None or plan is not None:
@@ -97,12 +88,11 @@ def decode_key(
 
         per_head: Key | None = None
         if sinks is not None or alibi_slopes is not None:
-            per_head = (_vector_facts(sinks, device), _vector_facts(alibi_slopes, device))
+            per_head = (vector_facts(sinks, device), vector_facts(alibi_slopes, device))
 
         dtype_out = out_dtype
         if out is not None:
-            wanted = shape_q if shape_q[-1] == head_dim_v else (*shape_q[:-1], head_dim_v)
-            if out.shape != wanted or out.device != device or 0 in out.stride():
+            if not out_has_a_key(out, shape_q, head_dim_v, device):
                 return None
             dtype_out = (out.dtype, out_dtype)  # type: ignore[assignment]
         if out_dtype is not None and out_dtype.__class__ is not torch.dtype:
@@ -133,11 +123,3 @@ def rounded_hint(max_seqlen_k: object, k_cache: torch.Tensor, page_table: torch.
     except (AttributeError, IndexError, TypeError):
         return max_seqlen_k
     return rounded if rounded <= capacity else max_seqlen_k
-
-
-def _vector_facts(vector: torch.Tensor | None, device: torch.device) -> Key | None:
-    if vector is None:
-        return None
-    if vector.device != device:
-        raise ValueError("a vector on another device has no key")
-    return (vector.shape, vector.dtype, vector.stride(-1))

@@ -1,0 +1,29 @@
+"""Facts that the keys of all operations have."""
+
+from __future__ import annotations
+
+import torch
+
+Key = tuple[object, ...]
+
+
+def vector_facts(vector: torch.Tensor | None, device: torch.device) -> Key | None:
+    """A tensor of a value for each head; raises ValueError where it can have no key."""
+    if vector is None:
+        return None
+    if vector.device != device:
+        raise ValueError("a vector on another device has no key")
+    return (vector.shape, vector.dtype, vector.stride(-1))
+
+
+def window_facts(window: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
+    """The two sides; raises ValueError or TypeError unless each is an int or None."""
+    left, right = window
+    if (left is not None and left.__class__ is not int) or (right is not None and right.__class__ is not int):
+        raise ValueError("a window of anything but ints has no key")
+    return left, right
+
+
+def out_has_a_key(out: torch.Tensor, shape_q: torch.Size, head_dim_v: int, device: torch.device) -> bool:
+    wanted = shape_q if shape_q[-1] == head_dim_v else (*shape_q[:-1], head_dim_v)
+    return out.shape == wanted and out.device == device and 0 not in out.stride()
