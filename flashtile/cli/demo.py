@@ -18,7 +18,7 @@ from flashtile.cli.device import RunDevice, device_name, pick_device
 from flashtile.cli.output import console, microseconds, plan_words, print_json, progress, table
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
-from flashtile.planner.explain import explain
+from flashtile.planner.explain import explain_decode
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
 from flashtile.testing.sdpa import gather_call, gather_step
@@ -177,7 +177,7 @@ def _run_step(step: Step, device: torch.device, stopwatch: Stopwatch) -> Outcome
 def _elsewhere(problem: Problem) -> str:
     """What the planner would do with the same step at full size on a GPU: the tile matters more there."""
     full = problem.with_(num_heads_q=32, num_heads_kv=8)
-    explanation = explain(full, Device.named("h200"))
+    explanation = explain_decode(full, Device.named("h200"))
     plan = explanation.plan
     return (
         f"On an H200, with 32/8 heads, the same step would get tile {plan.block_m}{' with operands swapped' if plan.swapped else ''}, "
@@ -204,7 +204,7 @@ def _render(document: dict[str, Any], outcomes: list[Outcome], device: torch.dev
     for kind in dict.fromkeys(outcome.step.kind for outcome in outcomes):
         outcome = next(o for o in outcomes if o.step.kind == kind)
         console.print(f"\n[bold]The plan of a {kind} step[/bold]")
-        for line in plan_words(explain(outcome.problem, Device.of(device), outcome.plan)):
+        for line in plan_words(explain_decode(outcome.problem, Device.of(device), outcome.plan)):
             console.print(f"  {line}", markup=False, highlight=False)
         if device.type == "cpu":
             console.print(f"  {_elsewhere(outcome.problem)}", markup=False, highlight=False)

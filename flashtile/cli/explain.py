@@ -13,11 +13,13 @@ from flashtile.cli import shape
 from flashtile.cli.output import console, plan_words, print_json, table
 from flashtile.errors import ToolchainError
 from flashtile.planner.catalog import module_of
-from flashtile.planner.choose import plan_decode
+from flashtile.planner.choose import plan_decode, plan_forward
 from flashtile.planner.device import Device
-from flashtile.planner.explain import Explanation
+from flashtile.planner.explain import Alternative, Explanation
 from flashtile.planner.explain import explain as explain_plan
-from flashtile.planner.plans import DecodePlan
+from flashtile.planner.forward_alternatives import ForwardAlternative
+from flashtile.planner.forward_explain import ForwardExplanation
+from flashtile.planner.plans import Plan
 from flashtile.problem import Problem
 
 if TYPE_CHECKING:
@@ -25,9 +27,10 @@ if TYPE_CHECKING:
 
 
 def explain(
+    operation: shape.OperationName = shape.Operation.decode,
     device: shape.DeviceName = None,
     batch: Annotated[int, typer.Option("--batch", min=0, help="Sequences.")] = 1,
-    seqlen_q: shape.SeqlenQ = 1,
+    seqlen_q: shape.SeqlenQ = None,
     seqlen_k: Annotated[int, typer.Option("--seqlen-k", min=0, help="Keys of the longest sequence.")] = 4096,
     heads: shape.Heads = 32,
     kv_heads: shape.KvHeads = 8,
@@ -45,32 +48,41 @@ def explain(
     compiles: Annotated[bool, typer.Option("--compile", help="Compile the kernel (needs Triton, no GPU): say what it takes.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Explain the plan for a shape on a device that need not be here: tile, splits, bound, and why every other tile lost."""
+    """Explain the plan for a shape on a device that need not be here: tile, schedule, bound, and why every other tile lost."""
     figures, basis = shape.named_device(device)
     problem = shape.make_problem(
+        operation,
         batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads=heads, kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v,
         dtype=dtype, page_size=page_size, window=window, causal=causal, softcap=softcap, alibi=alibi, sinks=sinks,
     )  # fmt: skip
-    plan = plan_decode(problem, figures, block_m=block_m, num_splits=num_splits)
+    plan: Plan
+    if operation is shape.Operation.decode:
+        plan = plan_decode(problem, figures, block_m=block_m, num_splits=num_splits)
+    elif num_splits is None:
+        plan = plan_forward(problem, figures, block_m=block_m)
+    else:
+        raise typer.BadParameter("forward splits no keys.", param_hint="--num-splits")
     facts = _compile(problem, plan, figures) if compiles else None
     explanation = explain_plan(problem, figures, plan, compiled=facts)
     notes = [f"The figures are {basis}."]
     if problem.seqlen_k != seqlen_k:
         notes.append(f"{seqlen_k} keys are planned as {problem.seqlen_k}: in steps, so that a growing cache is rarely planned anew.")
+    if seqlen_q is not None and problem.seqlen_q != seqlen_q:
+        notes.append(f"{seqlen_q} queries are planned as {problem.seqlen_q}: in steps, so that calls of like lengths share a plan.")
     if as_json:
         print_json({**json.loads(explanation.to_json()), "notes": notes, "compiled": _facts_json(facts)})
     else:
         _render(explanation, notes, facts)
 
 
-def _compile(problem: Problem, plan: DecodePlan, device: Device) -> CompiledFacts:
+def _compile(problem: Problem, plan: Plan, device: Device) -> CompiledFacts:
     if not device.is_gpu:
         raise typer.BadParameter(f"nothing is compiled for {device.name}; name a GPU with --device.", param_hint="--compile")
     if find_spec("triton") is None:
         raise ToolchainError("--compile: expected Triton, got none. Install it (on Linux: pip install triton), or leave --compile out.")
     from flashtile.kernels.compiled import compile_facts
 
-    return compile_facts(import_module(module_of(plan.kernel)).decode_spec(problem, plan), device.arch)
+    return compile_facts(import_module(module_of(plan.kernel)).specs(problem, plan)[0], device.arch)
 
 
 def _facts_json(facts: CompiledFacts | None) -> dict[str, Any] | None:
@@ -86,7 +98,7 @@ def _facts_json(facts: CompiledFacts | None) -> dict[str, Any] | None:
     }
 
 
-def _render(explanation: Explanation, notes: list[str], facts: CompiledFacts | None) -> None:
+def _render(explanation: Explanation | ForwardExplanation, notes: list[str], facts: CompiledFacts | None) -> None:
     for line in [*notes, *plan_words(explanation)]:
         console.print(line, markup=False, highlight=False)
     if facts is not None:
@@ -98,10 +110,15 @@ def _render(explanation: Explanation, notes: list[str], facts: CompiledFacts | N
         )
     others = table("The other tiles", "tile", "why it lost", "rows wasted", "predicted", left=2)
     for other in explanation.alternatives:
-        owner = "" if other.kernel == explanation.plan.kernel else f" of {other.kernel}"
-        name = f"{other.block_m}{' swapped' if other.swapped else ''}{owner}{f' ({other.label})' if other.label else ''}"
+        name = _tile_name(other, "" if other.kernel == explanation.plan.kernel else f" of {other.kernel}")
         predicted = "cannot run" if other.predicted_us is None else f"{other.predicted_us:.1f} us"
         others.add_row(name, other.why, str(other.rows_wasted), predicted)
     for kernel in explanation.other_kernels:
         others.add_row(f"any of {kernel.kernel}", "; ".join(kernel.reasons), "", "cannot run")
     console.print(others)
+
+
+def _tile_name(other: Alternative | ForwardAlternative, owner: str) -> str:
+    if isinstance(other, ForwardAlternative):
+        return f"{other.block_m}{owner}"
+    return f"{other.block_m}{' swapped' if other.swapped else ''}{owner}{f' ({other.label})' if other.label else ''}"

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from flashtile.planner.explain import Explanation
+from flashtile.planner.forward_explain import ForwardExplanation
 
 # Without a terminal there is no width to keep to, and a wrapped table in a file is hard to read.
 console = Console(width=None if sys.stdout.isatty() else 160)
@@ -44,6 +45,6 @@ def microseconds(seconds: float) -> str:
     return f"{us / 1e3:.3g} ms" if us < 1e6 else f"{us / 1e6:.3g} s"
 
 
-def plan_words(explanation: Explanation) -> list[str]:
+def plan_words(explanation: Explanation | ForwardExplanation) -> list[str]:
     """The plan in sentences, without those about other tiles: they stand in a table or are left out."""
     return [line for line in explanation.lines() if not line.startswith("Not ")]

@@ -1,4 +1,4 @@
-"""Options that describe a decode problem without tensors, shared by the commands that plan."""
+"""Options that describe a problem without tensors, shared by the commands that plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import typer
 from flashtile.band import Band
 from flashtile.planner.device import Device
 from flashtile.problem import Problem
-from flashtile.rounding import length_bucket
+from flashtile.rounding import length_bucket, query_bucket
+
+
+class Operation(str, Enum):
+    decode = "decode"
+    forward = "forward"
 
 
 class Dtype(str, Enum):
@@ -36,7 +41,11 @@ def parse_window(text: str) -> tuple[int | None, int | None]:
 
 
 DeviceName = Annotated[str | None, typer.Option("--device", help="By name: h200, a100, t4, cpu. Default: the GPU here, else h200.")]
-SeqlenQ = Annotated[int, typer.Option("--seqlen-q", min=0, help="Queries a sequence: 1 to decode, more to verify drafts.")]
+OperationName = Annotated[Operation, typer.Argument(help="decode: few queries over a cache. forward: prefill and training.")]
+SeqlenQ = Annotated[
+    int | None,
+    typer.Option("--seqlen-q", min=0, help="Queries a sequence. Default: 1; forward, as many as keys."),
+]
 Heads = Annotated[int, typer.Option("--heads", min=1, help="Query heads.")]
 KvHeads = Annotated[int, typer.Option("--kv-heads", min=1, help="Key heads.")]
 HeadDim = Annotated[int, typer.Option("--head-dim", help="Size of a query and of a key.")]
@@ -48,14 +57,15 @@ Causal = Annotated[bool, typer.Option("--causal/--no-causal", help="Whether a qu
 Softcap = Annotated[bool, typer.Option("--softcap", help="Scores pass through a tanh.")]
 Alibi = Annotated[bool, typer.Option("--alibi", help="Scores get ALiBi biases.")]
 Sinks = Annotated[bool, typer.Option("--sinks", help="Each head has a sink.")]
-BlockM = Annotated[int | None, typer.Option("--block-m", help="Force the query tile: 1, 8, 16, 32, 64 or 128.")]
-NumSplits = Annotated[int | None, typer.Option("--num-splits", help="Force the number of splits.")]
+BlockM = Annotated[int | None, typer.Option("--block-m", help="Force the query tile: 1, 8, 16, 32, 64, 128 or 192.")]
+NumSplits = Annotated[int | None, typer.Option("--num-splits", help="Force the number of splits (decode).")]
 
 
 def make_problem(
+    operation: Operation,
     *,
     batch: int,
-    seqlen_q: int,
+    seqlen_q: int | None,
     seqlen_k: int,
     heads: int,
     kv_heads: int,
@@ -69,10 +79,14 @@ def make_problem(
     alibi: bool,
     sinks: bool,
 ) -> Problem:
-    """The problem of a call with these shapes; ``seqlen_k`` is rounded up to a bucket, as a call's is."""
+    """The problem of a call with these shapes; lengths are rounded up to buckets, as a call's are."""
+    forward = operation is Operation.forward
+    if seqlen_q is None:
+        seqlen_q = seqlen_k if forward else 1
     return Problem(
+        operation=operation.value,
         batch=batch,
-        seqlen_q=seqlen_q,
+        seqlen_q=query_bucket(seqlen_q) if forward else seqlen_q,
         seqlen_k=length_bucket(seqlen_k),
         num_heads_q=heads,
         num_heads_kv=kv_heads,

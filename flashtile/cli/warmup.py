@@ -15,11 +15,12 @@ from flashtile.cli.output import console, microseconds, print_json, progress, ta
 
 
 def warmup(
+    operation: shape.OperationName = shape.Operation.decode,
     batch: Annotated[list[int] | None, typer.Option("--batch", min=0, help="Sequences; repeatable. Default: 1.")] = None,
     seqlen_k: Annotated[
         list[int] | None, typer.Option("--seqlen-k", min=0, help="Longest sequence, in keys; repeatable. Default: 4096.")
     ] = None,
-    seqlen_q: shape.SeqlenQ = 1,
+    seqlen_q: shape.SeqlenQ = None,
     heads: shape.Heads = 32,
     kv_heads: shape.KvHeads = 8,
     head_dim: shape.HeadDim = 128,
@@ -38,6 +39,7 @@ def warmup(
     where = pick_device(device)
     problems = [
         shape.make_problem(
+            operation,
             batch=b, seqlen_q=seqlen_q, seqlen_k=k, heads=heads, kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype,
             page_size=page_size, window=window, causal=causal, softcap=softcap, alibi=alibi, sinks=sinks,
         )
@@ -55,7 +57,7 @@ def warmup(
                     "seqlen_k": problem.seqlen_k,
                     "kernel": plan.kernel,
                     "block_m": plan.block_m,
-                    "num_splits": plan.num_splits,
+                    "num_splits": getattr(plan, "num_splits", 1),
                     "seconds": time.perf_counter() - start,
                 }
             )

@@ -5,33 +5,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any
 
+from flashtile.errors import ArgumentError, message
 from flashtile.planner.catalog import CPU, kernels_of
 from flashtile.planner.choose import plan_decode, plan_for_tile
 from flashtile.planner.cost import Cost, Work, cost_of, iteration_us, row_blocks_of, work_of
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import Footprint, footprint_of, mma_name, programs_that_fit
-from flashtile.planner.plans import BLOCK_MS, DecodePlan
+from flashtile.planner.forward_explain import ForwardExplanation, explain_forward
+from flashtile.planner.plans import BLOCK_MS, DecodePlan, ForwardPlan, Plan
 from flashtile.planner.rules import TILE_GAIN_PERCENT, TILE_RULES, by_predicted_time, fitting_tiles, why_none_fits
 from flashtile.planner.tiles import LIMITS, Tile, Variant, variant_name, variants_in_words
+from flashtile.planner.wording import ASKED, Compiled, OtherKernel, chooser, counted
 from flashtile.problem import Problem
 
 FIXED_BLOCK_M = 64  # FlashAttention-2's kBlockM in its split-KV kernel, whatever the problem
-_ASKED = {"explicit": "the plan was asked for", "tuned": "a measurement overruled the model"}
-
-
-class Compiled(Protocol):
-    """What a compiler made of the plan's kernel."""
-
-    @property
-    def registers(self) -> int: ...
-    @property
-    def spilled_bytes(self) -> int: ...
-    @property
-    def shared_bytes(self) -> int: ...
-    @property
-    def mma(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -49,16 +38,8 @@ class Alternative:
 
 
 @dataclass(frozen=True)
-class OtherKernel:
-    """A kernel for this kind of device that cannot run the problem, or not with the tile that was asked for."""
-
-    kernel: str
-    reasons: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Explanation:
-    """One plan explained. Bytes, FLOP and microseconds; rows are those of one sequence and key head."""
+    """One decode plan explained. Bytes, FLOP and microseconds; rows are those of one sequence and key head."""
 
     problem: Problem
     device: Device
@@ -95,8 +76,25 @@ class Explanation:
         return [*_lines(self)]
 
 
-def explain(problem: Problem, device: Device, plan: DecodePlan | None = None, *, compiled: Compiled | None = None) -> Explanation:
-    """Explains a plan, by default the one that the planner chooses.
+def explain(
+    problem: Problem, device: Device, plan: Plan | None = None, *, compiled: Compiled | None = None
+) -> Explanation | ForwardExplanation:
+    """Explains a plan of the problem's operation, by default the one that the planner chooses.
+
+    ``compiled`` replaces the estimates of registers and shared memory by a compiler's. Raises UnsupportedError for a plan
+    that cannot run, ArgumentError for one of another operation.
+    """
+    if problem.operation == "forward":
+        if isinstance(plan, DecodePlan):
+            raise ArgumentError(message("plan", "a ForwardPlan", "a DecodePlan", "plan_forward makes one."))
+        return explain_forward(problem, device, plan, compiled=compiled)
+    if isinstance(plan, ForwardPlan):
+        raise ArgumentError(message("plan", "a DecodePlan", "a ForwardPlan", "plan_decode makes one."))
+    return explain_decode(problem, device, plan, compiled=compiled)
+
+
+def explain_decode(problem: Problem, device: Device, plan: DecodePlan | None = None, *, compiled: Compiled | None = None) -> Explanation:
+    """Explains a decode plan, by default the one that the planner chooses.
 
     ``compiled`` replaces the estimates of registers and shared memory by a compiler's. Raises UnsupportedError for a plan
     that cannot run.
@@ -140,8 +138,8 @@ def explain(problem: Problem, device: Device, plan: DecodePlan | None = None, *,
 def schedule_name(plan: DecodePlan) -> str:
     """Who reads which keys, in words: "16 splits", or "stream-K over 264 programs"."""
     if plan.num_programs:
-        return f"stream-K over {_count(plan.num_programs, 'program')}"
-    return _count(plan.num_splits, "split") if plan.num_splits > 1 else "no split"
+        return f"stream-K over {counted(plan.num_programs, 'program')}"
+    return counted(plan.num_splits, "split") if plan.num_splits > 1 else "no split"
 
 
 def _other_kernels(problem: Problem, device: Device, plan: DecodePlan) -> Iterator[OtherKernel]:
@@ -224,8 +222,8 @@ def _why(problem: Problem, work: Work, device: Device, chosen: Costed, other: Co
 
 def _why_though_faster(plan: DecodePlan, lost: DecodePlan) -> str:
     """Why a tile is not taken that the model predicts to be faster."""
-    if plan.source in _ASKED:
-        return _ASKED[plan.source]
+    if plan.source in ASKED:
+        return ASKED[plan.source]
     if lost.kernel != plan.kernel:
         return f"{plan.kernel} comes first wherever it can run"
     if TILE_RULES.get(plan.kernel) is not by_predicted_time:
@@ -239,24 +237,24 @@ def _lines(e: Explanation) -> Iterator[str]:
     queries = "1 query" if problem.seqlen_q == 1 else f"{problem.seqlen_q} queries"
     yield (
         f"{problem.batch} x {problem.seqlen_k} keys, {queries}, {heads}, head dim {problem.head_dim}, "
-        f"{problem.dtype_k} on {e.device.name}: kernel {plan.kernel}, chosen by {_chooser(plan)}."
+        f"{problem.dtype_k} on {e.device.name}: kernel {plan.kernel}, chosen by {chooser(plan)}."
     )
     kind = " with operands swapped" if plan.swapped else ""
     if plan.block_m == FIXED_BLOCK_M:
         kind = " (as FlashAttention-2's fixed kBlockM)"
     yield (
-        f"Tile: block_m {plan.block_m}{kind}; {e.rows} rows in {_count(e.row_blocks, 'block')}, {e.rows_wasted} rows wasted; "
+        f"Tile: block_m {plan.block_m}{kind}; {e.rows} rows in {counted(e.row_blocks, 'block')}, {e.rows_wasted} rows wasted; "
         f"products by {e.mma}."
     )
     if e.device.is_gpu:
-        yield f"Program: {plan.block_n} keys a step, {_count(plan.num_warps, 'warp')}, {_count(plan.num_stages, 'stage')}."
+        yield f"Program: {plan.block_n} keys a step, {counted(plan.num_warps, 'warp')}, {counted(plan.num_stages, 'stage')}."
         source = "as compiled" if e.is_compiled else "estimated"
         spilled = f", {e.spilled_bytes} bytes spilled" if e.is_compiled else ""
         yield (
             f"Footprint ({source}): {e.shared_memory} of {e.device.smem_per_block} bytes of shared memory, "
-            f"{e.registers} registers a thread{spilled}; {_count(e.programs_per_sm, 'program')} an SM."
+            f"{e.registers} registers a thread{spilled}; {counted(e.programs_per_sm, 'program')} an SM."
         )
-        yield (f"Schedule: {e.schedule}, {_shares(e)}; {_count(e.programs, 'program')} on {e.device.num_sms} SMs, {e.waves:.2f} waves.")
+        yield (f"Schedule: {e.schedule}, {_shares(e)}; {counted(e.programs, 'program')} on {e.device.num_sms} SMs, {e.waves:.2f} waves.")
     yield f"Work: {e.bytes_read / 1e6:.1f} MB of keys and values, {e.flops / 1e9:.2f} GFLOP; roofline {e.roofline_us:.1f} us."
     parts = ", ".join(f"{name.removesuffix('_us')} {value:.1f}" for name, value in e.cost._asdict().items())
     yield f"Bound by {e.bound}: predicted {e.predicted_us:.1f} us ({parts})."
@@ -274,11 +272,3 @@ def _shares(e: Explanation) -> str:
         return f"at most {plan.keys_per_split} keys each"
     tiles = row_blocks_of(work_of(e.problem), plan.block_m) * e.problem.num_heads_kv * -(-e.problem.keys_read // plan.block_n)
     return f"{plan.block_n * -(-tiles // plan.num_programs)} keys each if all lengths are alike"
-
-
-def _chooser(plan: DecodePlan) -> str:
-    return {"rule": "the rule", "tuned": "a tuned table", "explicit": "the caller"}[plan.source]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

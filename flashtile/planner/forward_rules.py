@@ -91,14 +91,18 @@ def forward_misfits(problem: Problem, tile: ForwardTileShape, device: Device) ->
 
 def choose_forward_tile(problem: Problem, device: Device, kernel: str, block_m: int | None = None) -> ForwardTile | list[str]:
     """A kernel's tile by its own rule, or why it has none; ``block_m`` confines the choice to one."""
-    fits = forward_fits(problem, device, kernel)
-    able = [fit for fit in fits.able if block_m in (None, fit[0].block_m)]
-    if able:
-        return FORWARD_RULES[kernel](problem, device, able)
+    able = [fit for fit in forward_fits(problem, device, kernel).able if block_m in (None, fit[0].block_m)]
+    return FORWARD_RULES[kernel](problem, device, able) if able else why_no_forward_tile(problem, device, kernel, block_m)
+
+
+def why_no_forward_tile(problem: Problem, device: Device, kernel: str, block_m: int | None) -> list[str]:
+    """Why a kernel has no tile at all, or none of ``block_m`` rows."""
     block_ms = FORWARD_LIMITS[kernel].block_ms
     if block_m is not None and block_m not in block_ms:
         return [f"it has no block_m {block_m}, only {', '.join(map(str, block_ms))}"]
-    return [reason for tile, reasons in fits.unable if block_m in (None, tile.block_m) for reason in reasons]
+    unable = forward_fits(problem, device, kernel).unable
+    reasons = [reason for tile, against in unable if block_m in (None, tile.block_m) for reason in against]
+    return reasons or [f"it has no block_m {block_m} for head dims {problem.head_dim} and {problem.head_dim_v}"]
 
 
 def by_table(problem: Problem, device: Device, able: Sequence[Fit]) -> ForwardTile:
@@ -109,10 +113,12 @@ def by_table(problem: Problem, device: Device, able: Sequence[Fit]) -> ForwardTi
 def by_forward_time(problem: Problem, device: Device, able: Sequence[Fit]) -> ForwardTile:
     """Minimises the predicted time; a tile of fewer rows than those before it has to gain ROWS_GAIN_PERCENT.
 
-    Tall tiles read the keys less often; small ones leave fewer rows and SMs empty, and fewer masked scores at a diagonal.
+    Tall tiles read the keys less often; small ones leave fewer rows and SMs empty, and fewer masked scores at a diagonal. A
+    tile that would be more than half empty is left out where a smaller one fits.
     """
-    best, best_us = able[0][0], float("inf")
-    for tile, footprint in able:
+    filled = [fit for fit in able if fit[0].block_m < 2 * problem.seqlen_q] or able[-1:]
+    best, best_us = filled[0][0], float("inf")
+    for tile, footprint in filled:
         us = forward_cost(problem, tile, footprint, device).total_us
         if us * 100 < best_us * (100 - ROWS_GAIN_PERCENT):
             best, best_us = tile, us

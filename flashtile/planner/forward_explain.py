@@ -1,0 +1,215 @@
+"""A forward plan in words and numbers: what it does, what limits it, and why each other tile lost. Needs no GPU and no Triton."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flashtile.errors import UnsupportedError
+from flashtile.planner.choose import plan_decode, plan_forward
+from flashtile.planner.cost import predict_us
+from flashtile.planner.device import Device
+from flashtile.planner.footprint import Footprint, programs_that_fit
+from flashtile.planner.forward_alternatives import ForwardAlternative, forward_alternatives, forward_kernels_passed_over
+from flashtile.planner.forward_cost import ForwardCost, forward_bytes, forward_cost, forward_flops, roofline_us
+from flashtile.planner.forward_footprint import forward_footprint, forward_mma_name
+from flashtile.planner.forward_work import TileKinds, row_tiles, tile_kinds
+from flashtile.planner.plans import ForwardPlan
+from flashtile.planner.wording import Compiled, OtherKernel, chooser, counted
+from flashtile.problem import Problem
+
+FEW_TILES_PERCENT = 50  # row tiles in percent of the SMs below which most of the device idles, and decode may be faster: it splits keys
+
+
+@dataclass(frozen=True)
+class ForwardExplanation:
+    """One forward plan explained. Bytes, FLOP and microseconds.
+
+    ``row_tiles`` are those of all sequences and heads; ``key_tiles`` are walked by all of them together, ``masked_tiles`` of them
+    with a mask. ``waves`` is row tiles over SMs; ``tail_tiles`` are those of the last, unfilled wave. ``decode_us`` is what
+    ``decode`` is predicted to take, where it may be faster.
+    """
+
+    problem: Problem
+    device: Device
+    plan: ForwardPlan
+    mma: str
+    row_tiles: int
+    rows_wasted: int
+    key_tiles: int
+    masked_tiles: int
+    programs: int
+    programs_per_sm: int
+    waves: float
+    full_waves: int
+    tail_tiles: int
+    shared_memory: int
+    registers: int
+    is_compiled: bool
+    spilled_bytes: int | None
+    bytes_moved: int
+    flops: int
+    intensity: float
+    roofline_matrix_us: float
+    roofline_exp_us: float
+    roofline_memory_us: float
+    cost: ForwardCost
+    predicted_us: float
+    limiter: str
+    alternatives: tuple[ForwardAlternative, ...]
+    other_kernels: tuple[OtherKernel, ...]
+    decode_us: float | None
+
+    @property
+    def masked_share(self) -> float:
+        """Share of the walked key tiles that need a mask."""
+        return self.masked_tiles / self.key_tiles if self.key_tiles else 0.0
+
+    @property
+    def roofline_us(self) -> float:
+        """What the device needs at least."""
+        return max(self.roofline_matrix_us, self.roofline_exp_us, self.roofline_memory_us)
+
+    @property
+    def tflops(self) -> float:
+        """Predicted 1e12 FLOP a second."""
+        return self.flops / self.predicted_us * 1e-6 if self.predicted_us else 0.0
+
+    def to_json(self) -> str:
+        """Everything as JSON text; the cost by cause."""
+        data: dict[str, Any] = asdict(self)
+        data["cost"] = self.cost._asdict()
+        data |= {"masked_share": self.masked_share, "roofline_us": self.roofline_us, "tflops": self.tflops}
+        return json.dumps(data, sort_keys=True)
+
+    def lines(self) -> list[str]:
+        """Plain sentences for a person."""
+        return [*_lines(self)]
+
+
+def explain_forward(
+    problem: Problem, device: Device, plan: ForwardPlan | None = None, *, compiled: Compiled | None = None
+) -> ForwardExplanation:
+    """Explains a forward plan, by default the one that the planner chooses.
+
+    ``compiled`` replaces the estimates of registers and shared memory by a compiler's. Raises UnsupportedError for a plan
+    that cannot run.
+    """
+    plan = plan_forward(problem, device, plan=plan)
+    footprint = _footprint(problem, plan, device, compiled)
+    cost = forward_cost(problem, plan, footprint, device)
+    tiles = row_tiles(problem, plan.block_m)
+    heads = problem.batch * problem.num_heads_q
+    kinds = tile_kinds(problem, plan.block_m, plan.block_n) if device.is_gpu else TileKinds(0, 0)
+    flops, moved = forward_flops(problem), forward_bytes(problem)
+    matrix_us, exp_us, memory_us = roofline_us(problem, device)
+    return ForwardExplanation(
+        problem=problem,
+        device=device,
+        plan=plan,
+        mma=(compiled.mma if compiled else "") or forward_mma_name(problem, plan, device),
+        row_tiles=tiles,
+        rows_wasted=-problem.seqlen_q % plan.block_m,
+        key_tiles=heads * kinds.walked,
+        masked_tiles=heads * kinds.masked,
+        programs=plan.num_programs or tiles,
+        programs_per_sm=footprint.resident,
+        waves=tiles / device.num_sms,
+        full_waves=tiles // device.num_sms,
+        tail_tiles=tiles % device.num_sms,
+        shared_memory=footprint.shared_memory,
+        registers=footprint.registers,
+        is_compiled=compiled is not None,
+        spilled_bytes=compiled.spilled_bytes if compiled else None,
+        bytes_moved=moved,
+        flops=flops,
+        intensity=flops / moved if moved else 0.0,
+        roofline_matrix_us=matrix_us,
+        roofline_exp_us=exp_us,
+        roofline_memory_us=memory_us,
+        cost=cost,
+        predicted_us=cost.total_us,
+        limiter=cost.limiter,
+        alternatives=tuple(forward_alternatives(problem, device, plan, cost)) if device.is_gpu else (),
+        other_kernels=tuple(forward_kernels_passed_over(problem, device, plan)),
+        decode_us=_decode_us(problem, device, tiles, cost),
+    )
+
+
+def _footprint(problem: Problem, plan: ForwardPlan, device: Device, compiled: Compiled | None) -> Footprint:
+    footprint = forward_footprint(problem, plan, device)
+    if compiled is None:
+        return footprint
+    resident = min(footprint.resident, programs_that_fit(compiled.shared_bytes, compiled.registers, plan.num_warps, device))
+    return footprint._replace(shared_memory=compiled.shared_bytes, registers=compiled.registers, resident=resident)
+
+
+def _decode_us(problem: Problem, device: Device, tiles: int, cost: ForwardCost) -> float | None:
+    """What decode would take, where a few queries over many keys leave most SMs idle and it is faster; packed keys are not its."""
+    if not device.is_gpu or problem.ragged_k or not tiles or 100 * tiles > FEW_TILES_PERCENT * device.num_sms:
+        return None
+    decode = problem.with_(operation="decode", seqused_k=False)
+    try:
+        us = predict_us(decode, plan_decode(decode, device), device).total_us
+    except UnsupportedError:
+        return None
+    return us if us < cost.total_us else None
+
+
+def _lines(e: ForwardExplanation) -> Iterator[str]:
+    plan, problem, device = e.plan, e.problem, e.device
+    queries = "1 query" if problem.seqlen_q == 1 else f"{problem.seqlen_q} queries"
+    yield (
+        f"{problem.batch} x {queries} over {problem.seqlen_k} keys ({_band(problem)}), "
+        f"{problem.num_heads_q}/{problem.num_heads_kv} heads, head dim {_head_dims(problem)}, {problem.dtype_k} on {device.name}: "
+        f"kernel {plan.kernel}, chosen by {chooser(plan)}."
+    )
+    if device.is_gpu:
+        yield (
+            f"Tile: block_m {plan.block_m}, {plan.block_n} keys a step, {counted(plan.num_warps, 'warp')}, "
+            f"{counted(plan.num_stages, 'stage')}; {e.rows_wasted} rows of a head's last tile empty; products by {e.mma}."
+        )
+        source = "as compiled" if e.is_compiled else "estimated"
+        spilled = f", {e.spilled_bytes} bytes spilled" if e.is_compiled else ""
+        yield (
+            f"Footprint ({source}): {e.shared_memory} of {device.smem_per_block} bytes of shared memory, "
+            f"{e.registers} registers a thread{spilled}; {counted(e.programs_per_sm, 'program')} an SM."
+        )
+        who = f"{counted(e.programs, 'program')} that stay" if plan.num_programs else "a program each"
+        yield (
+            f"Schedule: {counted(e.row_tiles, 'tile')} of rows, {who}, on {device.num_sms} SMs: {counted(e.full_waves, 'full wave')} "
+            f"and a tail of {counted(e.tail_tiles, 'tile')}; {100 * e.masked_share:.1f}% of {e.key_tiles} key tiles masked."
+        )
+    yield (
+        f"Work: {e.flops / 1e9:.2f} GFLOP, {e.bytes_moved / 1e6:.1f} MB, {e.intensity:.0f} FLOP a byte; roofline {e.roofline_us:.1f} us "
+        f"(matrix {e.roofline_matrix_us:.1f}, exp {e.roofline_exp_us:.1f}, memory {e.roofline_memory_us:.1f})."
+    )
+    parts = ", ".join(f"{name.removesuffix('_us')} {value:.1f}" for name, value in e.cost._asdict().items())
+    yield f"Limited by {e.limiter}: predicted {e.predicted_us:.1f} us, {e.tflops:.1f} TFLOP/s ({parts})."
+    if e.decode_us is not None:
+        yield (
+            f"Consider decode: {counted(e.row_tiles, 'tile')} of rows keep few of {device.num_sms} SMs at work, and it splits the keys "
+            f"(predicted {e.decode_us:.1f} us)."
+        )
+    for kernel in e.other_kernels:
+        yield f"Not kernel {kernel.kernel}: {'; '.join(kernel.reasons)}."
+    for other in e.alternatives:
+        owner = "" if other.kernel == plan.kernel else f" of {other.kernel}"
+        yield f"Not block_m {other.block_m}{owner}: {other.why}."
+
+
+def _band(problem: Problem) -> str:
+    """The mask in words: "full", "causal", "window 1023, 0"."""
+    band = problem.band
+    if band.is_full:
+        return "full"
+    if band.left is None and band.right == 0:
+        return "causal"
+    left, right = ("unbounded" if side is None else str(side) for side in (band.left, band.right))
+    return f"window {left}, {right}"
+
+
+def _head_dims(problem: Problem) -> str:
+    return str(problem.head_dim) if problem.head_dim == problem.head_dim_v else f"{problem.head_dim} and {problem.head_dim_v}"
