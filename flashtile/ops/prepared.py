@@ -16,7 +16,7 @@ from flashtile.errors import ArgumentError, message
 from flashtile.facts import Key
 from flashtile.kernels.call import DecodeCall, ForwardCall
 from flashtile.planner.catalog import module_of
-from flashtile.planner.plans import Plan
+from flashtile.planner.plans import DecodePlan, ForwardPlan, Plan
 from flashtile.problem import Problem
 
 MAX_PREPARED = 4096  # kinds of calls of one operation
@@ -111,10 +111,14 @@ def as_float(name: str, value: object, minimum: float | None = None) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def check_choice(plan: object, kind: type[Plan], **counts: object) -> None:
-    """What a caller chose instead of the planner: ints by their names, or a whole plan of the operation's kind."""
+def check_choice(plan: object, kind: type[DecodePlan] | type[ForwardPlan], **counts: object) -> None:
+    """What a caller chose instead of the planner: counts by their names, or a whole plan of the operation's kind."""
     for name, value in counts.items():
-        if value is not None and not is_int(value):
-            raise ArgumentError(message(name, "an int or None", repr(value), "Leave it out to have it planned."))
-    if plan is not None and not isinstance(plan, kind):
+        if value is not None and not (is_int(value) and value > 0):  # type: ignore[operator]
+            raise ArgumentError(message(name, "an int of at least 1, or None", repr(value), "Leave it out to have it planned."))
+    if plan is None:
+        return
+    if not isinstance(plan, kind):
         raise ArgumentError(message("plan", f"a {kind.__name__} or None", repr(plan), f"{kind.__name__}.from_json reads one from text."))
+    if plan.block_m < 1:
+        raise ArgumentError(message("plan", "a block_m of at least 1", plan.block_m, "The planner's own plans have one."))
