@@ -13,8 +13,6 @@ Sources: FlashAttention-2 (Dao 2023), Flash-Decoding (Dao et al. 2023).
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -22,14 +20,15 @@ from triton.language.extra.cuda import gdc_launch_dependents
 
 from flashtile.kernels.call import DecodeRunner
 from flashtile.kernels.combine import combine_spec, combines
-from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch, Spec, launcher, pointer_of
+from flashtile.kernels.launch import Launch, Spec, launcher, pointer_of
+from flashtile.kernels.operands import Layout, keys_specs, pipeline_stages, usual_layout, with_keys
 from flashtile.kernels.run import bind_split, split_args, split_constants
 from flashtile.kernels.tile.band import keys_of, visible_keys
 from flashtile.kernels.tile.cache import load_tile, locate
+from flashtile.kernels.tile.results import clear_unowned, store_lse, store_rows
 from flashtile.kernels.tile.schedule import (
     line_length,
     next_unit,
-    owned_rows,
     sequence_keys,
     sequence_rows,
     share,
@@ -38,11 +37,10 @@ from flashtile.kernels.tile.schedule import (
     unit_at,
 )
 from flashtile.kernels.tile.softmax import LOG2E, by_key, by_row, join_sink, natural_lse, normaliser, online_step, softcapped
-from flashtile.kernels.tile.views import KeysView, row_offsets
+from flashtile.kernels.tile.views import row_offsets
 from flashtile.planner.plans import DecodePlan
-from flashtile.problem import DTYPE_BYTES, Problem
+from flashtile.problem import Problem
 
-_FAR = 2**31  # elements that an int32 offset cannot span
 _FEW_ROWS = 16
 _FREE_WARPS = 4  # whose threads may have all registers that an instruction can name, two programs an SM
 _REGISTERS_OF_HALF_AN_SM = 32_768
@@ -92,7 +90,7 @@ def _do_one_split(
     if not SPLIT:
         # the last sequence's programs share the rows of nobody
         if b == batch - 1:
-            _clear_unowned(out, lse, lengths, batch, row_block, row_blocks, h_kv * GROUP, GROUP, HEAD_DIM_V)
+            clear_unowned(out, lse, lengths, batch, row_block, row_blocks, h_kv * GROUP, GROUP, HEAD_DIM_V)
     if row_block * BLOCK_M >= seqlen_q * GROUP:
         return
     seqlen_k = sequence_keys(lengths, b)
@@ -128,7 +126,7 @@ def _walk_line(
     """A program of those that share the line: the units of its stretch, of which the first and the last may be parts."""
     program = tl.program_id(0)
     num_programs = tl.num_programs(0)
-    _clear_unowned(out, lse, lengths, batch, program, num_programs, 0, num_heads_kv * GROUP, HEAD_DIM_V)
+    clear_unowned(out, lse, lengths, batch, program, num_programs, 0, num_heads_kv * GROUP, HEAD_DIM_V)
     # (SEQUENCES,)
     n = tl.arange(0, SEQUENCES)
     total = line_length(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP)
@@ -270,7 +268,7 @@ def _store_partial(partials, partial, real, m, l, acc, HOW: tl.constexpr, HEAD_D
     """Rows ``partial`` (BLOCK_M,) int64 of the scratch: normalised values, and their lse."""
     KEYS_FIRST: tl.constexpr = HOW != "rows"
     tl.store(partials.ptr + partials.lse_start + partial, natural_lse(m, l), mask=real)
-    _store_rows(partials.ptr, partial * HEAD_DIM_V, real, acc * by_row(normaliser(l), KEYS_FIRST), KEYS_FIRST, HEAD_DIM_V)
+    store_rows(partials.ptr, partial * HEAD_DIM_V, real, acc * by_row(normaliser(l), KEYS_FIRST), KEYS_FIRST, HEAD_DIM_V)
 
 
 @triton.jit
@@ -280,31 +278,8 @@ def _store_result(out, lse, sinks, b_rows, token, head, real, m, l, acc, HOW: tl
     if sinks is not None:
         m, l, alpha = join_sink(m, l, tl.load(sinks + head, mask=real, other=0.0))
         acc = acc * by_row(alpha, KEYS_FIRST)
-    if lse.ptr is not None:
-        at = b_rows.to(tl.int64) * lse.stride_b + head.to(tl.int64) * lse.stride_h + token.to(tl.int64) * lse.stride_m
-        tl.store(lse.ptr + at, natural_lse(m, l), mask=real)
-    _store_rows(out.ptr, row_offsets(out, b_rows, token, head), real, acc * by_row(normaliser(l), KEYS_FIRST), KEYS_FIRST, HEAD_DIM_V)
-
-
-@triton.jit
-def _store_rows(ptr, offsets, real, values, KEYS_FIRST: tl.constexpr, HEAD_DIM_V: tl.constexpr):
-    """Values of a row block, each row from its offset on."""
-    dv = tl.arange(0, values.shape[0] if KEYS_FIRST else values.shape[1])
-    ptrs = ptr + by_row(offsets, KEYS_FIRST) + by_key(dv, KEYS_FIRST)
-    tl.store(ptrs, values.to(ptr.dtype.element_ty), mask=by_row(real, KEYS_FIRST) & by_key(dv < HEAD_DIM_V, KEYS_FIRST))
-
-
-@triton.jit
-def _clear_unowned(out, lse, lengths, batch, first, step, first_head, num_heads, HEAD_DIM_V: tl.constexpr):
-    """Packed queries past the last sequence's end see no key: out 0, lse -inf. Every step-th of them, of some heads."""
-    if lengths.cu_seqlens_q is not None:
-        dv = tl.arange(0, triton.next_power_of_2(HEAD_DIM_V))
-        for token in range(owned_rows(lengths, batch) + first, lengths.total_q, step):
-            for head in range(first_head, first_head + num_heads):
-                at = token * out.stride_m + head * out.stride_h
-                tl.store(out.ptr + at + dv, tl.zeros_like(dv).to(out.ptr.dtype.element_ty), mask=dv < HEAD_DIM_V)
-                if lse.ptr is not None:
-                    tl.store(lse.ptr + head * lse.stride_h + token * lse.stride_m, float("-inf"))
+    store_lse(lse, b_rows, token, head, real, m, l)
+    store_rows(out.ptr, row_offsets(out, b_rows, token, head), real, acc * by_row(normaliser(l), KEYS_FIRST), KEYS_FIRST, HEAD_DIM_V)
 
 
 def how(plan: DecodePlan) -> str:
@@ -312,33 +287,15 @@ def how(plan: DecodePlan) -> str:
     return "vector" if plan.block_m == 1 else "keys" if plan.swapped else "rows"
 
 
-def decode_spec(problem: Problem, plan: DecodePlan, *, far_keys: bool = False, same_strides: bool | None = None) -> Spec:
-    """The split kernel's specialisation.
-
-    ``far_keys``: the cache's strides, or the span of a tile of keys, leave 32 bits. ``same_strides``: V is laid out like
-    K (by default where their head dims agree), so that one offset serves both.
-    """
-    same_strides = problem.head_dim == problem.head_dim_v if same_strides is None else same_strides
-
-    def keys(dtype: str, own_strides: bool = True) -> KeysView:
-        pointer = Arg("*" + TRITON_DTYPES[dtype], problem.alignment)
-        if not own_strides:
-            return KeysView(pointer, None, None, None)
-        divisible = max(1, problem.alignment // DTYPE_BYTES[dtype])
-        reach = Arg("i64" if far_keys else "i32", divisible)
-        return KeysView(pointer, reach, reach, Arg("i64", divisible))
-
+def decode_spec(problem: Problem, plan: DecodePlan, layout: Layout | None = None) -> Spec:
+    """The split kernel's specialisation for a layout of K and V, by default the usual one."""
     return Spec(
         decode_kernel,
-        args={
-            **split_args(problem, plan),
-            "k": keys(problem.dtype_k),
-            "v": keys(problem.dtype_v, not same_strides),
-        },
+        args={**split_args(problem, plan), **keys_specs(problem, usual_layout(problem) if layout is None else layout)},
         constants={
             **split_constants(problem, plan),
             "HOW": how(plan),
-            "STAGES": _pipeline_stages(problem, plan),
+            "STAGES": pipeline_stages(problem, plan.block_n, plan.num_stages),
             "PRECISION": "tf32" if problem.allow_tf32 else "ieee",
         },
         options={"num_warps": plan.num_warps, "num_stages": plan.num_stages, **_register_limit(plan)},
@@ -353,8 +310,7 @@ def _register_limit(plan: DecodePlan) -> dict[str, int]:
 
 def specs(problem: Problem, plan: DecodePlan) -> tuple[Spec, ...]:
     """What ``bind`` will launch, for caches as they are commonly allocated."""
-    far_keys, same_strides = _usual_layout(problem)
-    split = decode_spec(problem, plan, far_keys=far_keys, same_strides=same_strides)
+    split = decode_spec(problem, plan)
     return (split, combine_spec(problem, plan)) if combines(plan) else (split,)
 
 
@@ -364,38 +320,11 @@ def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
         launcher(spec, device)
 
 
-def _pipeline_stages(problem: Problem, plan: DecodePlan) -> int:
-    """What Triton must be told for a ring of ``num_stages`` tiles.
-
-    Keys behind a gathered page id are loads behind loads: the compiler shares the stages out between both.
-    """
-    gathered = problem.page_size and problem.page_size % plan.block_n
-    return 2 * plan.num_stages - 1 if gathered else plan.num_stages
-
-
 def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunner:
     """What runs calls of ``problem`` as ``plan`` says: the split kernel and, where keys are split, combine."""
-    far_stride = _FAR // plan.block_n
     pointer = pointer_of(decode_kernel)
-    launches = {layout: _split_launch(problem, plan, device, *layout) for layout in [_usual_layout(problem)]}
 
-    def with_keys(k: torch.Tensor, v: torch.Tensor) -> tuple[Launch, tuple[Any, ...], tuple[Any, ...]]:
-        k_strides, v_strides = k.stride(), v.stride()
-        same = k_strides == v_strides
-        far = k_strides[0] >= _FAR or k_strides[1] >= far_stride or v_strides[0] >= _FAR or v_strides[1] >= far_stride
-        launch = launches.get((far, same))
-        if launch is None:
-            launch = launches[far, same] = _split_launch(problem, plan, device, far, same)
-        v_view = (pointer(v), None, None, None) if same else (pointer(v), *v_strides[:3])
-        return launch, (pointer(k), *k_strides[:3]), v_view
+    def launch_of(layout: Layout) -> Launch:
+        return launcher(decode_spec(problem, plan, layout), device)
 
-    return bind_split(problem, plan, device, pointer, with_keys)
-
-
-def _usual_layout(problem: Problem) -> tuple[bool, bool]:
-    """(far_keys, same_strides) of caches as they are commonly allocated; others are compiled when they come."""
-    return False, problem.head_dim == problem.head_dim_v
-
-
-def _split_launch(problem: Problem, plan: DecodePlan, device: torch.device, far_keys: bool, same_strides: bool) -> Launch:
-    return launcher(decode_spec(problem, plan, far_keys=far_keys, same_strides=same_strides), device)
+    return bind_split(problem, plan, device, pointer, with_keys(problem, plan.block_n, pointer, launch_of))

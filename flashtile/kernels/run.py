@@ -14,12 +14,13 @@ import torch
 from flashtile.errors import UnsupportedError
 from flashtile.kernels.call import DecodeCall, DecodeRunner
 from flashtile.kernels.combine import bind_combine, combines, partials_spec, unit_cost
-from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch, on_device, workspace
+from flashtile.kernels.launch import Arg, Launch, on_device, workspace
+from flashtile.kernels.operands import rows_spec, shared_specs
 from flashtile.kernels.tile.schedule import sequences_at_once
 from flashtile.kernels.tile.softmax import LOG2E
-from flashtile.kernels.tile.views import BandView, LengthsView, LseView, PagesView, RowsView, ScoresView, band_view
+from flashtile.kernels.tile.views import LengthsView, band_view
 from flashtile.planner.plans import DecodePlan
-from flashtile.problem import DTYPE_BYTES, Problem
+from flashtile.problem import Problem
 
 _LOG2E: float = LOG2E.value
 _MAX_GRID_X = 2**31 - 1
@@ -29,28 +30,14 @@ _MAX_LINE = 2**31 - 1  # positions, which the device counts in 32 bits
 
 def split_args(problem: Problem, plan: DecodePlan) -> dict[str, Any]:
     """The parameters of a split kernel except k and v."""
-
-    def rows(dtype: str) -> RowsView:
-        stride = Arg("i64", max(1, problem.alignment // DTYPE_BYTES[dtype]))
-        return RowsView(Arg("*" + TRITON_DTYPES[dtype], problem.alignment), stride, stride, stride)
-
-    i32, i64 = Arg("i32"), Arg("i64")
+    i32 = Arg("i32")
     finishes = not splits_all(plan)
     return {
-        "q": rows(problem.dtype_q),
-        "out": rows(problem.dtype_out),
-        "lse": LseView(Arg("*fp32"), i64, i64, i64) if problem.lse and finishes else LseView(None, None, None, None),
+        "q": rows_spec(problem, problem.dtype_q),
+        "out": rows_spec(problem, problem.dtype_out),
+        **shared_specs(problem if finishes else problem.with_(lse=False, sinks=False)),
         "partials": partials_spec(plan),
         "lengths": LengthsView(Arg("*i32"), Arg("*i32") if problem.ragged_q else None, i32, i32, i32),
-        "pages": PagesView(Arg("*i32"), i64, i32) if problem.page_size else PagesView(None, None, None),
-        "scores": ScoresView(
-            Arg("fp32"),
-            Arg("fp32") if problem.softcap else None,
-            Arg("*fp32") if problem.alibi else None,
-            i64 if problem.alibi else None,
-        ),
-        "band": BandView(*(None if side is None else i32 for side in band_view(problem.band))),
-        "sinks": Arg("*fp32") if problem.sinks and finishes else None,
         "num_heads_kv": i32,
         "batch": i32,
         "row_blocks": i32,

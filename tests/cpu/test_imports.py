@@ -42,6 +42,7 @@ TOP = ("flashtile.cli", "flashtile.__main__")
 MAY_IMPORT_TRITON = (
     "flashtile.kernels.decode",
     "flashtile.kernels.combine",
+    "flashtile.kernels.forward",
     "flashtile.kernels.gluon",
     "flashtile.kernels.launch",
     "flashtile.kernels.native",

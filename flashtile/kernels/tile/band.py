@@ -26,3 +26,17 @@ def keys_of(band, first_position, last_position, seqlen_k):
     if band.right is not None:
         last = tl.maximum(first, tl.minimum(last, last_position + band.right + 1))
     return first, last
+
+
+@triton.jit
+def whole_tiles(band, first_position, last_position, first, last, BLOCK_N: tl.constexpr):
+    """[start, end) of the tiles of BLOCK_N keys, counted from key 0, that every query between two positions sees whole.
+
+    ``first`` and ``last`` are what ``keys_of`` gives for them. Both bounds lie among the tiles that [first, last) touches.
+    """
+    lowest, _ = visible_keys(band, last_position, first, last)
+    _, highest = visible_keys(band, first_position, first, last)
+    first_tile = first // BLOCK_N
+    last_tile = tl.maximum(tl.cdiv(last, BLOCK_N), first_tile)
+    start = tl.minimum(tl.cdiv(lowest, BLOCK_N), last_tile)
+    return start, tl.minimum(tl.maximum((highest + 1) // BLOCK_N, start), last_tile)

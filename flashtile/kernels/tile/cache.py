@@ -43,7 +43,7 @@ def is_page(pages, page):
 
 @triton.jit
 def load_tile(ptr, view, h, block, slot, inside, n, d, DIM: tl.constexpr, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
-    """[keys, dim] tile at ``ptr`` with the strides of ``view``.
+    """[keys, dim] tile at ``ptr`` with the strides of ``view``. ``inside`` is None where every key is known to exist.
 
     Zeros where a key or a dim does not exist: 0 x NaN of unwritten memory must not reach a sum.
     """
@@ -52,7 +52,12 @@ def load_tile(ptr, view, h, block, slot, inside, n, d, DIM: tl.constexpr, BLOCK_
         ptrs = (base + block * view.stride_b + slot * view.stride_n) + ((n * view.stride_n)[:, None] + d[None, :])
     else:
         ptrs = base + (block * view.stride_b + slot * view.stride_n)[:, None] + d[None, :]
-    if d.shape[0] == DIM:
+    if inside is None:
+        if d.shape[0] == DIM:
+            return tl.load(ptrs)
+        else:
+            return tl.load(ptrs, mask=(d < DIM)[None, :], other=0.0)
+    elif d.shape[0] == DIM:
         return tl.load(ptrs, mask=inside[:, None], other=0.0)
     else:
         return tl.load(ptrs, mask=inside[:, None] & (d < DIM)[None, :], other=0.0)

@@ -1,0 +1,122 @@
+"""How tensors of a call are described to the compiler and handed to a kernel: what operations on GPUs have in common.
+
+A tensor is passed as a view (tile/views.py): to ``Spec`` a view of ``Arg``, at a launch the same view of numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch
+from flashtile.kernels.tile.softmax import LOG2E
+from flashtile.kernels.tile.views import BandView, KeysView, LseView, PagesView, RowsView, ScoresView, band_view
+from flashtile.problem import DTYPE_BYTES, Problem
+
+FAR = 2**31  # elements that an int32 offset cannot span
+_LOG2E: float = LOG2E.value
+
+Pointer = Callable[[torch.Tensor], Any]
+Layout = tuple[bool, bool]
+"""(far, same): the strides of keys, or the span of a tile of them, leave 32 bits; V is laid out like K, so that one offset serves both."""
+
+
+def rows_spec(problem: Problem, dtype: str) -> RowsView:
+    """q or out, of a dtype."""
+    stride = Arg("i64", divisor(problem, dtype))
+    return RowsView(Arg("*" + TRITON_DTYPES[dtype], problem.alignment), stride, stride, stride)
+
+
+def keys_specs(problem: Problem, layout: Layout) -> dict[str, KeysView]:
+    """k and v of a kernel that reads them by pointers."""
+    far, same = layout
+
+    def keys(dtype: str, own_strides: bool) -> KeysView:
+        pointer = Arg("*" + TRITON_DTYPES[dtype], problem.alignment)
+        if not own_strides:
+            return KeysView(pointer, None, None, None)
+        reach = Arg("i64" if far else "i32", divisor(problem, dtype))
+        return KeysView(pointer, reach, reach, Arg("i64", divisor(problem, dtype)))
+
+    return {"k": keys(problem.dtype_k, True), "v": keys(problem.dtype_v, not same)}
+
+
+def shared_specs(problem: Problem) -> dict[str, Any]:
+    """Parameters that every kernel has: lse, pages, scores, band and sinks, None where the problem is without."""
+    i32, i64 = Arg("i32"), Arg("i64")
+    return {
+        "lse": LseView(Arg("*fp32"), i64, i64, i64) if problem.lse else LseView(None, None, None, None),
+        "pages": PagesView(Arg("*i32"), i64, i32) if problem.page_size else PagesView(None, None, None),
+        "scores": ScoresView(
+            Arg("fp32"),
+            Arg("fp32") if problem.softcap else None,
+            Arg("*fp32") if problem.alibi else None,
+            i64 if problem.alibi else None,
+        ),
+        "band": BandView(*(None if side is None else i32 for side in band_view(problem.band))),
+        "sinks": Arg("*fp32") if problem.sinks else None,
+    }
+
+
+def divisor(problem: Problem, dtype: str) -> int:
+    """What divides every stride of a tensor, in elements."""
+    return max(1, problem.alignment // DTYPE_BYTES[dtype])
+
+
+def pipeline_stages(problem: Problem, block_n: int, num_stages: int) -> int:
+    """What Triton must be told for a ring of ``num_stages`` tiles.
+
+    Keys behind a gathered page id are loads behind loads: the compiler shares the stages out between both.
+    """
+    gathered = problem.page_size and problem.page_size % block_n
+    return 2 * num_stages - 1 if gathered else num_stages
+
+
+def usual_layout(problem: Problem) -> Layout:
+    """K and V as they are commonly allocated; other layouts are compiled when they come."""
+    return False, problem.head_dim == problem.head_dim_v
+
+
+def with_keys(
+    problem: Problem, block_n: int, pointer: Pointer, launch_of: Callable[[Layout], Launch]
+) -> Callable[[torch.Tensor, torch.Tensor], tuple[Launch, tuple[Any, ...], tuple[Any, ...]]]:
+    """A function of k and v, batch first, paged or packed: the launch for their layout, and their views.
+
+    ``launch_of`` compiles for a layout; the usual one is asked for at once.
+    """
+    far_stride = FAR // block_n
+    launches = {layout: launch_of(layout) for layout in [usual_layout(problem)]}
+
+    def views(k: torch.Tensor, v: torch.Tensor) -> tuple[Launch, tuple[Any, ...], tuple[Any, ...]]:
+        k_strides, v_strides = k.stride(), v.stride()
+        if len(k_strides) == 3:
+            k_strides, v_strides = (0, *k_strides), (0, *v_strides)
+        same = k_strides == v_strides
+        far = k_strides[0] >= FAR or k_strides[1] >= far_stride or v_strides[0] >= FAR or v_strides[1] >= far_stride
+        launch = launches.get((far, same))
+        if launch is None:
+            launch = launches[far, same] = launch_of((far, same))
+        return launch, (pointer(k), *k_strides[:3]), (pointer(v), None, None, None) if same else (pointer(v), *v_strides[:3])
+
+    return views
+
+
+def scores_view(scale: float, softcap: float, slopes: torch.Tensor | None, pointer: Pointer) -> tuple[Any, ...]:
+    """What happens to q.k: ``scores`` of a launch."""
+    if slopes is None:
+        return scale * _LOG2E, softcap or None, None, None
+    return scale * _LOG2E, softcap or None, pointer(slopes), slopes.stride(0) if slopes.ndim == 2 else 0
+
+
+def lse_view(lse: torch.Tensor | None, pointer: Pointer) -> tuple[Any, ...]:
+    """lse (b, hq, seqlen_q), or (hq, total_q) with no stride over sequences; None where it is not wanted."""
+    if lse is None:
+        return None, None, None, None
+    return (pointer(lse), *lse.stride()) if lse.ndim == 3 else (pointer(lse), 0, *lse.stride())
+
+
+def rows_view(x: torch.Tensor, pointer: Pointer) -> tuple[Any, ...]:
+    """q or out, batch first or packed."""
+    return (pointer(x), *x.stride()[:3]) if x.ndim == 4 else (pointer(x), 0, *x.stride()[:2])
