@@ -27,11 +27,7 @@ def check_tensors(*, q: torch.Tensor, **others: torch.Tensor | None) -> None:
 
 
 def check_no_gradient(**tensors: torch.Tensor | None) -> None:
-    """Raises UnsupportedError where autograd would have to follow the call, instead of detaching the result in silence."""
-    import torch
-
-    if not torch.is_grad_enabled():
-        return
+    """Raises UnsupportedError for a tensor that autograd would have to follow, instead of detaching the result in silence."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.requires_grad:
             raise UnsupportedError(

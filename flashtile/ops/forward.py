@@ -10,6 +10,7 @@ import torch
 
 from flashtile.arguments import check_no_gradient
 from flashtile.checking import CHECKING, check_forward_values
+from flashtile.errors import UnsupportedError
 from flashtile.facts import Key, forward_key
 from flashtile.kernels.call import ForwardCall, ForwardRunner
 from flashtile.ops.prepared import (
@@ -80,7 +81,8 @@ def forward(
             lse=want_lse, allow_tf32=allow_tf32,
         )  # fmt: skip
         check_choice(plan, ForwardPlan, block_m=block_m)
-        check_no_gradient(q=q, k=k, v=v, sinks=sinks, alibi_slopes=alibi_slopes, out=out)
+        if torch.is_grad_enabled():
+            check_no_gradient(q=q, k=k, v=v, sinks=sinks, alibi_slopes=alibi_slopes, out=out)
         prepared = _prepare(key, problem, q.device, holds_keys=k.numel() > 0, block_m=block_m, plan=plan)
     run, shape = prepared
     out, lse = results(q, out, shape, want_lse)
@@ -166,6 +168,20 @@ def _(
     *batch, queries, heads, _ = q.shape
     out = q.new_empty((*batch, queries, heads, v.shape[-1]))
     return out, q.new_empty((*batch, heads, queries) if want_lse else (0,), dtype=torch.float32)
+
+
+def _refuse_gradient(ctx: object, inputs: tuple[torch.Tensor | None, ...], output: object) -> None:
+    """Called where autograd would follow the operator: under torch.compile that is while its graph is made."""
+    q, k, v, *_ = inputs
+    sinks, alibi_slopes = inputs[13:15]
+    check_no_gradient(q=q, k=k, v=v, sinks=sinks, alibi_slopes=alibi_slopes)
+
+
+def _no_backward(ctx: object, *grads: torch.Tensor) -> None:
+    raise UnsupportedError("No gradient flows through attention.")
+
+
+forward_operator.register_autograd(_no_backward, setup_context=_refuse_gradient)
 
 
 @functools.lru_cache(maxsize=256)
