@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.refusals import WrongResult
 from benchmarks.sets import InputSets
 from flashtile import reference
 from flashtile.testing.tolerance import relative_l2
@@ -14,10 +15,6 @@ from flashtile.testing.tolerance import relative_l2
 # relative L2 error of one sequence's out: what rounding to the dtype gives, twice (tolerance.py derives it)
 LIMITS = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 2e-5}
 MAX_SEQUENCES = 64
-
-
-class WrongResult(Exception):
-    """A contestant's result is off; it is not timed."""
 
 
 class Oracle:

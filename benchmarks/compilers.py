@@ -10,11 +10,9 @@ from typing import Any
 import torch
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.grids import Entry
 from flashtile.kernels.launch import compile_spec
-from flashtile.kernels.tile.schedule import sequences_at_once
 from flashtile.ops import kernel_module
-from flashtile.planner.plans import DecodePlan
+from flashtile.planner.plans import Plan
 from flashtile.problem import Problem
 
 SECONDS_A_BATCH = 150
@@ -31,7 +29,7 @@ class Compilers:
             self._target = GPUTarget("cuda", 10 * major + minor, 32)
             self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
-    def compile(self, wanted: Iterable[tuple[Entry, DecodePlan]], seconds: float = SECONDS_A_BATCH) -> int:
+    def compile(self, wanted: Iterable[tuple[Problem, Plan]], seconds: float = SECONDS_A_BATCH) -> int:
         """Compiles what no earlier call has; returns how many kinds of plan that were."""
         if self._pool is None:
             return 0
@@ -39,9 +37,8 @@ class Compilers:
         if len(new) < 2:
             return 0
         self._compiled |= set(new)
-        entries, plans = zip(*new.values())
+        problems, plans = zip(*new.values())
         try:
-            problems = [entry.problem() for entry in entries]
             list(self._pool.map(_compile, problems, plans, [self._target] * len(plans), timeout=seconds))
         except Exception as error:  # a broken worker costs time alone: the plans are compiled where they are timed
             print(f"compiling ahead ends: {type(error).__name__} {error}", flush=True)
@@ -57,16 +54,15 @@ class Compilers:
                 child.kill()
 
 
-def _kind(entry: Entry, plan: DecodePlan) -> Any:
-    """Equal for plans of which at most the numbers differ that kernels take at run time."""
-    batch = sequences_at_once(entry.batch) if plan.num_programs else 0
-    problem = (entry.num_heads_q, entry.num_heads_kv, entry.head_dim, entry.dtype, entry.page_size, entry.seqlen_q, batch)
-    counts = tuple(max(0, count - 1).bit_length() for count in (plan.num_splits, plan.num_programs))
-    tile = plan.with_(keys_per_split=0, min_keys_per_split=0, num_splits=1, num_programs=0)
-    return problem, tile, counts, plan.num_programs > 0
+def _kind(problem: Problem, plan: Plan) -> Any:
+    """Equal for plans of the same kernels: those of which at most the numbers differ that kernels take at run time."""
+    try:
+        return tuple(spec.key() for spec in kernel_module(plan).specs(problem, plan))
+    except Exception:  # what cannot even be described says so where it is timed
+        return problem, plan
 
 
-def _compile(problem: Problem, plan: DecodePlan, target: GPUTarget) -> None:
+def _compile(problem: Problem, plan: Plan, target: GPUTarget) -> None:
     """In a worker; what does not compile says so where it is timed."""
     try:
         for spec in kernel_module(plan).specs(problem, plan):

@@ -5,18 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from benchmarks import grids, peers, timing
 from benchmarks.compilers import Compilers
-from benchmarks.measure import DeviceLost, Options, ensure_alive, measure, warm
-from benchmarks.record import Record, heading
+from benchmarks.measure import Options, measure, warm
 from benchmarks.report import line
+from benchmarks.runner import Runner, device_here, shares, wanted_peers
 from benchmarks.search import regret
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
@@ -24,25 +23,6 @@ from flashtile.planner.device import Device
 # what each grid gets of the time that is left, where several run
 SHARES = {"host": 2, "seqlen1": 10, "speculative": 3, "paged": 2, "ragged": 4, "floor": 3, "search": 10}
 PEERLESS = ("floor", "search")  # these are held to something else, and the peers' time is better spent elsewhere
-LEAST_SECONDS = 1.0
-
-
-@dataclass
-class Budget:
-    """Seconds until a fixed point; an entry starts only if it is likely to end in time."""
-
-    end: float
-    longest: float = LEAST_SECONDS
-
-    @property
-    def left(self) -> float:
-        return self.end - time.monotonic()
-
-    def allows_another(self) -> bool:
-        return self.left > 0.7 * self.longest
-
-    def spent(self, seconds: float) -> None:
-        self.longest = max(LEAST_SECONDS, 0.5 * self.longest, seconds)
 
 
 def main(
@@ -70,114 +50,45 @@ def main(
     names = list(SHARES) if grid == "all" else grid.split(",")
     if not set(names) <= set(grids.GRID_NAMES):
         raise typer.BadParameter(f"{grid} is none of {', '.join(grids.GRID_NAMES)}, all", param_hint="--grid")
-    where = torch.device(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("there is no CUDA device; try --device cpu --dry-run", param_hint="--device")
+    where = device_here(device)
     end = time.monotonic() + budget
-    wanted = _wanted_peers(with_peers, peer, where)
+    wanted = wanted_peers(with_peers, peer, peers.DEFAULT if where.type == "cuda" else ("sdpa",), peers.PEERS)
     missing = peers.load(peers_dir) if with_peers and where.type == "cuda" else {}
     for name, why in missing.items():
         print(f"no {name}: {why}")
     options = Options(where, wanted, rounds)
+    entries = {name: [entry for entry in _entries(name, dry_run) if only in entry.name] for name in names}
     with closing(Compilers(where, compilers)) as pool:
-        runner = _Runner(options, out, commit, missing, resume, dry_run, full_search, warm_peers, pool)
-        runner.prepare(names, only, 0.3 * budget)
-        for position, name in enumerate(names):
-            share = SHARES.get(name, 1) / sum(SHARES.get(later, 1) for later in names[position:])
-            runner.run(name, only, Budget(time.monotonic() + share * (end - time.monotonic())))
+
+        def measured(entry: grids.Entry, name: str, seconds: float, step: Callable[[str], None]) -> dict[str, Any]:
+            if name == "search":
+                return regret(entry, where, max(6.0, 1.5 * seconds), pool, full_search)
+            peerless = name in PEERLESS and len(options.peers) > 1
+            return measure(entry, replace(options, peers=()) if peerless else options)
+
+        protocol = timing.PROTOCOL if where.type == "cuda" else timing.WALL_PROTOCOL
+        runner = Runner("decode", where, out, commit, missing, measured, line, protocol, resume, dry_run)
+        _prepare(entries, options, pool, 0.3 * budget, warm_peers)
+        for name, budget_now in shares(names, SHARES, end - time.monotonic()).items():
+            runner.run(name, entries[name], budget_now())
 
 
-@dataclass
-class _Runner:
-    options: Options
-    out: Path
-    commit: str
-    missing: dict[str, str]
-    resume: bool
-    dry_run: bool
-    full_search: bool
-    warm_peers: bool
-    compilers: Compilers
-
-    def run(self, name: str, only: str, budget: Budget) -> None:
-        """One grid into OUT/decode_<name>.json, an entry at a time."""
-        on_gpu = self.options.device.type == "cuda"
-        protocol = timing.PROTOCOL if on_gpu else timing.WALL_PROTOCOL
-        if self.dry_run:
-            protocol = "DRY RUN on shrunk problems; " + protocol
-        head = heading(name, self.options.device, self.commit, protocol, self.missing)
-        record = Record.open(self.out / f"decode_{name}.json", head, self.resume)
-        entries = [entry for entry in self._entries(name) if only in entry.name]
-        print(f"{name}: {len(entries)} problems, {budget.left:.0f} s; {head['device']}, commit {head['commit']}", flush=True)
-        entries = [entry for entry in entries if not record.has(entry.name)]
-        options = replace(self.options, peers=()) if name in PEERLESS and len(self.options.peers) > 1 else self.options
-        for position, entry in enumerate(entries):
-            if not budget.allows_another():
-                record.add({"name": entry.name, "skipped": "no time left"})
-                print(f"{entry.name}: skipped, no time left", flush=True)
-                continue
-            seconds = budget.left / (len(entries) - position)
-            self._one(record, entry, budget, lambda entry=entry, s=seconds: self._measure(name, entry, s, options))  # type: ignore[misc]
-        print(f"{name}: {sum('skipped' not in e for e in record.entries)} of {len(entries)} done, {record.path}", flush=True)
-
-    def _entries(self, name: str) -> list[grids.Entry]:
-        entries = grids.grid(name)
-        return [grids.shrunk(entry) for entry in entries] if self.dry_run else entries
-
-    def prepare(self, names: list[str], only: str, seconds: float) -> None:
-        """What only the first call of a kind takes, before any entry's time: an entry that seems slow would cut others."""
-        began = time.monotonic()
-        device = self.options.device
-        chosen = {name: [entry for entry in self._entries(name) if only in entry.name] for name in names}
-        if device.type == "cuda":
-            known = Device.of(device)
-            timed = [entry for name, entries in chosen.items() if name != "search" for entry in entries]
-            problems = [one for entry in timed for one in (entry, entry.beside) if one is not None]
-            self.compilers.compile([(one, plan_decode(one.problem(), known)) for one in problems], seconds)
-        beside_peers = [entry for name, entries in chosen.items() if name not in PEERLESS for entry in entries]
-        if self.warm_peers and self.options.peers and beside_peers:
-            warm(beside_peers, self.options)
-        print(f"prepared in {time.monotonic() - began:.0f} s", flush=True)
-
-    def _measure(self, name: str, entry: grids.Entry, seconds: float, options: Options) -> dict[str, Any]:
-        if name == "search":
-            return regret(entry, options.device, max(6.0, 1.5 * seconds), self.compilers, self.full_search)
-        return measure(entry, options)
-
-    def _one(self, record: Record, entry: grids.Entry, budget: Budget, work: Callable[[], dict[str, Any]]) -> None:
-        record.begin(entry.name)
-        start = time.monotonic()
-        lost = None
-        try:
-            result = work()
-            ensure_alive(self.options.device)
-        except DeviceLost as error:
-            result, lost = {**entry.facts(), "failed": f"device lost: {error}"}, error
-        except Exception as error:  # the next problem may well run
-            result = {**entry.facts(), "failed": f"{type(error).__name__}: {error}"[:500]}
-            try:
-                ensure_alive(self.options.device)
-            except DeviceLost as gone:
-                lost = gone
-        result["seconds"] = round(time.monotonic() - start, 1)
-        record.add(result)
-        budget.spent(result["seconds"])
-        print(line(result), flush=True)
-        if lost is not None:
-            print(f"device lost at {entry.name}: {lost}", flush=True)
-            raise typer.Exit(3)
-        if self.options.device.type == "cuda":
-            torch.cuda.empty_cache()
+def _entries(name: str, dry_run: bool) -> list[grids.Entry]:
+    return [grids.shrunk(entry) if dry_run else entry for entry in grids.grid(name)]
 
 
-def _wanted_peers(with_peers: bool, chosen: list[str] | None, device: torch.device) -> tuple[str, ...]:
-    if not with_peers:
-        return ()
-    wanted = tuple(chosen or (peers.DEFAULT if device.type == "cuda" else ("sdpa",)))
-    unknown = sorted(set(wanted) - set(peers.PEERS))
-    if unknown:
-        raise typer.BadParameter(f"unknown {', '.join(unknown)}; there are {', '.join(peers.PEERS)}", param_hint="--peer")
-    return wanted
+def _prepare(entries: dict[str, list[grids.Entry]], options: Options, pool: Compilers, seconds: float, warm_peers: bool) -> None:
+    """What only the first call of a kind takes, before any entry's time: an entry that seems slow would cut others."""
+    began = time.monotonic()
+    if options.device.type == "cuda":
+        known = Device.of(options.device)
+        timed = [entry for name, some in entries.items() if name != "search" for entry in some]
+        problems = [one.problem() for entry in timed for one in (entry, entry.beside) if one is not None]
+        pool.compile([(problem, plan_decode(problem, known)) for problem in problems], seconds)
+    beside_peers = [entry for name, some in entries.items() if name not in PEERLESS for entry in some]
+    if warm_peers and options.peers and beside_peers:
+        warm(beside_peers, options)
+    print(f"prepared in {time.monotonic() - began:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +10,11 @@ import torch
 
 import flashtile
 from benchmarks import peers, timing
-from benchmarks.check import Oracle, WrongResult, poisoned
+from benchmarks.check import Oracle, poisoned
 from benchmarks.grids import Entry, shrunk
+from benchmarks.refusals import WrongResult
 from benchmarks.sets import InputSets, num_sets
-from flashtile.errors import AttentionError
+from benchmarks.trials import Trials
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
@@ -22,10 +22,6 @@ from flashtile.problem import Problem
 
 OURS, BESIDE = "flashtile", "beside"
 HOST_TIME_BYTES = 150_000_000  # beyond it the GPU is the slower side by far
-
-
-class DeviceLost(Exception):
-    """The GPU's context is broken: nothing more can be measured in this process."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +54,7 @@ def measure(entry: Entry, options: Options) -> dict[str, Any]:
     facts: dict[str, Any] = entry.facts() | {"sets": sets.count}
     facts["plan"] = json.loads(planned(sets)[1].to_json())
     oracle = Oracle(sets)
-    trials = _Trials(options.device)
+    trials = Trials(options.device)
     trials.enter(OURS, lambda: ours(sets), oracle)
     if OURS in trials.fns:
         trials.attempt(OURS, lambda: oracle.error(poisoned(lambda args: flashtile.decode(**args), sets)))
@@ -86,61 +82,12 @@ def warm(entries: list[Entry], options: Options) -> None:
     kinds = {(e.num_heads_q, e.num_heads_kv, e.seqlen_q > 1, e.page_size): shrunk(e, max_keys=512, max_batch=1) for e in reversed(entries)}
     for entry in kinds.values():
         sets = InputSets(entry, options.device, 1)
-        trials = _Trials(options.device)
+        trials = Trials(options.device)
         for name in options.peers:
             trials.enter(name, lambda make=peers.PEERS[name], sets=sets: make(sets), None)  # type: ignore[misc]
 
 
-class _Trials:
-    """The contestants of one problem: who is still in, and what became of each."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.fns: dict[str, timing.Contestant] = {}
-        self.results: dict[str, dict[str, Any]] = {}
-
-    def enter(self, name: str, make: Callable[[], timing.Contestant], oracle: Oracle | None) -> None:
-        """Makes a contestant and checks its result on set 0; only then does it take part."""
-        self.results[name] = {}
-
-        def first_call() -> None:
-            fn = make()
-            out = fn(0)
-            if oracle is not None:
-                self.results[name]["error"] = round(oracle.error(out), 6)
-            self.fns[name] = fn
-
-        self.attempt(name, first_call)
-
-    def attempt(self, name: str, step: Callable[[], object]) -> bool:
-        """Runs one step of a contestant; a failure is recorded and ends its part. Raises DeviceLost where the GPU is gone."""
-        try:
-            step()
-        except (peers.Refused, AttentionError) as error:
-            self._drop(name, "refused", error)
-        except WrongResult as error:
-            self._drop(name, "wrong", error)
-        except Exception as error:  # a peer may fail in any way, and the others are still to be timed
-            self._drop(name, "failed", error)
-        ensure_alive(self.device)
-        return name in self.fns
-
-    def _drop(self, name: str, how: str, error: Exception) -> None:
-        self.fns.pop(name, None)
-        self.results[name] = {how: f"{type(error).__name__}: {error}"[:500]}
-
-
-def ensure_alive(device: torch.device) -> None:
-    """Raises DeviceLost once a kernel has broken the CUDA context."""
-    if device.type != "cuda":
-        return
-    try:
-        torch.cuda.synchronize(device)
-    except Exception as error:
-        raise DeviceLost(str(error).splitlines()[0]) from error
-
-
-def _time_gpu(trials: _Trials, oracles: dict[str, Oracle], sets: InputSets, options: Options) -> None:
+def _time_gpu(trials: Trials, oracles: dict[str, Oracle], sets: InputSets, options: Options) -> None:
     if options.floor:
         from benchmarks import read_floor
 
@@ -170,9 +117,9 @@ def _check_reader(reader: timing.Contestant, sets: InputSets) -> None:
         raise WrongResult("the words read do not fold to the tensors' own xor")
 
 
-def _check_after(trials: _Trials, name: str, oracle: Oracle, graph: timing.Captured) -> None:
+def _check_after(trials: Trials, name: str, oracle: Oracle, graph: timing.Captured) -> None:
     """What the timed graph itself wrote, for set 0: cleared, replayed once more, compared."""
     graph.output.fill_(float("nan"))
-    graph.graph.replay()
+    graph.replay()
     torch.cuda.synchronize()
     trials.results[name]["error_after"] = round(oracle.error(graph.output), 6)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.grids import CAPACITY_STEP
+from benchmarks.refusals import Refused
 from benchmarks.sets import InputSets
 from benchmarks.timing import Contestant
 
@@ -25,18 +26,9 @@ DEFAULT = ("fa2", "fa3", "flashinfer_tc", "flashinfer_cc", "cudnn")
 _workspaces: dict[tuple[str, torch.device], torch.Tensor] = {}
 
 
-class Refused(Exception):
-    """A peer cannot run a problem, or is not there; says why."""
-
-
 def load(folder: Path) -> dict[str, str]:
     """Loads what lies in ``folder``; returns for each library that is missing or does not load why."""
-    missing = {}
-    for name, file in FLASH_OBJECTS.items():
-        try:
-            torch.ops.load_library(str(folder / file))
-        except (OSError, RuntimeError) as error:
-            missing[name] = str(error).splitlines()[0][:300]
+    missing = {name: why for name in FLASH_OBJECTS if (why := load_object(folder, name)) is not None}
     site = folder / "site"
     if site.is_dir() and str(site) not in sys.path:
         sys.path.append(str(site))  # last, so that it shadows nothing that is installed
@@ -47,9 +39,26 @@ def load(folder: Path) -> dict[str, str]:
     return missing
 
 
+def load_object(folder: Path, name: str) -> str | None:
+    """Loads one of the shared objects; why not, where it is missing or does not load."""
+    try:
+        torch.ops.load_library(str(folder / FLASH_OBJECTS[name]))
+    except (OSError, RuntimeError) as error:
+        return str(error).splitlines()[0][:300]
+    return None
+
+
+def operator(library: str, name: str) -> Callable[..., list[torch.Tensor]]:
+    """An operator of a loaded shared object; Refused where it is not there."""
+    try:
+        return getattr(getattr(torch.ops, library), name)  # type: ignore[no-any-return]
+    except AttributeError as error:
+        raise Refused(f"{library} is not loaded") from error
+
+
 def fa2(sets: InputSets) -> Contestant:
     """FlashAttention-2's fwd_kvcache with its own split rule."""
-    op = _operator("_vllm_fa2_C", "fwd_kvcache")
+    op = operator("_vllm_fa2_C", "fwd_kvcache")
     table = sets.page_table
     if table is not None and sets.entry.page_size % 16:
         raise Refused("its pages hold a multiple of 16 keys")
@@ -63,7 +72,7 @@ def fa2(sets: InputSets) -> Contestant:
 
 def fa3(sets: InputSets) -> Contestant:
     """FlashAttention-3 with its own rules for splits and for packing heads into rows."""
-    op = _operator("_vllm_fa3_C", "fwd")
+    op = operator("_vllm_fa3_C", "fwd")
 
     def call(i: int) -> torch.Tensor:
         return op(sets.q[i], sets.k[i], sets.v[i], None, None, None, None, None, None, None, None, sets.seqlens_k, None, None,
@@ -98,13 +107,6 @@ def torch_flash(sets: InputSets) -> Contestant:
 def sdpa(sets: InputSets) -> Contestant:
     """torch SDPA with ``enable_gqa``, whichever backend it picks (the peer on a CPU)."""
     return _sdpa(sets, None)
-
-
-def _operator(library: str, name: str) -> Callable[..., list[torch.Tensor]]:
-    try:
-        return getattr(getattr(torch.ops, library), name)  # type: ignore[no-any-return]
-    except AttributeError as error:
-        raise Refused(f"{library} is not loaded") from error
 
 
 def _sdpa(sets: InputSets, backend: SDPBackend | None) -> Contestant:

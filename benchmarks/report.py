@@ -1,6 +1,7 @@
 """Turns results/*.json into the tables of docs/performance.md: ``python -m benchmarks.report [--check]``.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a grid's, or ``targets`` for what decode is held to.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a grid's (``forward-NAME`` of forward's), or
+``targets`` for what decode is held to, ``forward-targets`` for forward.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import choices, targets
+from benchmarks import choices, forward_report, markdown, targets
+from benchmarks.forward_grids import GRID_NAMES as FORWARD_GRIDS
+from benchmarks.markdown import times, us
 from benchmarks.targets import Row
 
 GRIDS = ("seqlen1", "speculative", "paged", "ragged", "floor", "search", "sweep", "host", "cpu")
-TABLES = ("targets", *GRIDS, "sanitize")
+TABLES = ("targets", *GRIDS, *forward_report.TABLES, "sanitize")
 HERE = Path(__file__).parent
 LABELS = {
     "flashtile": "flashtile", "fa2": "FA2", "fa3": "FA3", "flashinfer_tc": "FlashInfer tc", "flashinfer_cc": "FlashInfer cc",
@@ -40,7 +43,7 @@ def line(row: Row) -> str:
         return f"{name:32} {row['planner_us']:9.2f} us, {found}"
     own = row["results"].get("flashtile", {})
     if "gpu_us" not in own:
-        return f"{name:32} flashtile {_outcome(own)}"
+        return f"{name:32} flashtile {targets.outcome(own)}"
     words = [f"{name:32} {own['gpu_us']:9.2f} us"]
     if (share := targets.of_floor(row)) is not None:
         words.append(f"{share:6.1%} of the floor")
@@ -51,17 +54,14 @@ def line(row: Row) -> str:
         words.append(f"best peer {rival[0]} {rival[1]:.2f} us ({rival[1] / own['gpu_us']:.2f}x)")
     if "host_us" in own:
         words.append(f"host {own['host_us']:.1f} us")
-    troubles = [f"{peer} {_outcome(result)[:60]}" for peer, result in row["results"].items() if result.keys() & {"wrong", "failed"}]
+    troubles = [f"{peer} {targets.outcome(result)[:60]}" for peer, result in row["results"].items() if result.keys() & {"wrong", "failed"}]
     return ", ".join(words + troubles)
-
-
-def _outcome(result: dict[str, Any]) -> str:
-    return next((f"{how}: {result[how]}" for how in ("wrong", "failed", "refused") if how in result), "not timed")
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """The result file of each grid that has one, and the sanitizer's."""
     files = {grid: folder / f"decode_{grid}.json" for grid in GRIDS}
+    files |= {f"forward-{grid}": folder / f"forward_{grid}.json" for grid in FORWARD_GRIDS}
     files["sanitize"] = folder / "sanitize.json"
     return {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
 
@@ -70,20 +70,12 @@ def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Markdown of each table."""
     made = {grid: _table(grid, results[grid]) if grid in results else "Not measured yet.\n" for grid in GRIDS}
     watched = _sanitize(results["sanitize"]) if "sanitize" in results else "Not measured yet.\n"
-    return {"targets": _targets(results), **made, "sanitize": watched}
+    return {"targets": _targets(results), **made, **forward_report.tables(results), "sanitize": watched}
 
 
 def _targets(results: dict[str, dict[str, Any]]) -> str:
-    """Every target with what was reached, and the commit that the figure is from."""
-    rows = {grid: [row for row in data["entries"] if not row.get("skipped")] for grid, data in results.items() if "entries" in data}
-    goals = targets.goals(rows)
-    if all(goal.met is None for goal in goals):
-        return "Not measured yet.\n"
-    answers = {True: "yes", False: "**no**", None: "-"}
-    cells = [
-        [goal.what, goal.bar, goal.reached, answers[goal.met], "-" if goal.met is None else results[goal.grid]["commit"]] for goal in goals
-    ]
-    return _markdown(["what, against whom", "target", "reached", "met", "commit"], cells)
+    rows = {grid: forward_report.measured(results[grid]) for grid in GRIDS if grid in results}
+    return forward_report.targets_table(targets.goals(rows), results)
 
 
 def _table(grid: str, data: dict[str, Any]) -> str:
@@ -94,16 +86,15 @@ def _table(grid: str, data: dict[str, Any]) -> str:
     if judged is not None:
         parts.append(f"**{judged.figure}.**" + ("" if judged.misses else " No miss.") + "\n")
     if cells:
-        parts.append(_markdown(header, cells))
-    for title, items in (("Misses", judged.misses if judged else ()), ("Failures", targets.failures(rows))):
-        if items:
-            parts.append(f"{title}:\n\n" + "\n".join(f"- {item.splitlines()[0]}" for item in items) + "\n")
+        parts.append(markdown.table(header, cells))
+    lists = (markdown.items("Misses", judged.misses if judged else ()), markdown.items("Failures", targets.failures(rows)))
+    parts += [part for part in lists if part]
     if any(row.get("replanned") for row in rows):
         parts.append("† The planner chooses otherwise by now; the figure is that of the plan shown.\n")
     skipped = len(data["entries"]) - len(rows)
     if skipped:
         parts.append(f"Not reached in the time given: {skipped} problems.\n")
-    parts.append(_provenance(data))
+    parts.append(markdown.provenance(data))
     return "\n".join(parts)
 
 
@@ -118,33 +109,8 @@ def _sanitize(data: dict[str, Any]) -> str:
     control = f"The control, a kernel that writes out of bounds, was reported {data['control_errors'] or 0} times.\n"
     failures = "Failures:\n\n" + "\n".join(f"- {line}" for line in trouble) + "\n" if trouble else ""
     refused = f"{len(data['refused'])} variants are refused by the planner.\n" if data["refused"] else ""
-    table = _markdown(["tool", "errors or hazards found", "launches inspected", "calls checked"], cells)
-    return "\n".join(part for part in (table, control, refused, failures, _provenance(data)) if part)
-
-
-def _markdown(header: list[str], cells: list[list[str]]) -> str:
-    marks = ["---"] + ["---:"] * (len(header) - 1)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, marks, *cells]) + "\n"
-
-
-def _provenance(data: dict[str, Any]) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in data["versions"].items() if version not in ("None", "not installed"))
-    driver = f", driver {data['driver']}" if data["driver"] else ""
-    return f"Measured {data['date']} on {data['device']}{driver}; {versions}; commit {data['commit']}. {_sentence(data['protocol'])}\n"
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:].rstrip(".") + "."
-
-
-def _us(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if value < 100 else f"{value:.1f}"
-
-
-def _times(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}x"
+    table = markdown.table(["tool", "errors or hazards found", "launches inspected", "calls checked"], cells)
+    return "\n".join(part for part in (table, control, refused, failures, markdown.provenance(data)) if part)
 
 
 def _tile(plan: dict[str, Any] | None) -> str:
@@ -168,10 +134,10 @@ def _against_peers(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     ]
     cells = []
     for row in rows:
-        peers = [_us(targets.microseconds(row, name)) for name in shown]
+        peers = [us(targets.microseconds(row, name)) for name in shown]
         best = targets.ratio(row, (*targets.RIVALS, "sdpa"))
         plan = _tile(row.get("plan")) + (" †" if row.get("replanned") else "")
-        cells.append([row["name"], plan, _us(row.get("floor_us")), _us(targets.microseconds(row)), *peers, _times(best)])
+        cells.append([row["name"], plan, us(row.get("floor_us")), us(targets.microseconds(row)), *peers, times(best)])
     return header, cells
 
 
@@ -182,8 +148,8 @@ def _against_beside(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
         beside = row.get("beside", {})
         share = targets.of_floor(row)
         cells.append([
-            row["name"], _megabytes(row), _us(targets.microseconds(row)), beside.get("name", "-"), _megabytes(beside),
-            _us(targets.microseconds(row, "beside")), _times(targets.beside_ratio(row)), "-" if share is None else f"{share:.1%}",
+            row["name"], _megabytes(row), us(targets.microseconds(row)), beside.get("name", "-"), _megabytes(beside),
+            us(targets.microseconds(row, "beside")), times(targets.beside_ratio(row)), "-" if share is None else f"{share:.1%}",
         ])  # fmt: skip
     return header, cells
 
@@ -198,7 +164,7 @@ def _against_floor(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     for row in rows:
         own, share = targets.microseconds(row), targets.of_floor(row)
         rate = f"{row['kv_bytes'] / own * 1e-6:.2f}" if own else "-"
-        cells.append([row["name"], _megabytes(row), _us(row.get("floor_us")), _us(own), "-" if share is None else f"{share:.1%}", rate])
+        cells.append([row["name"], _megabytes(row), us(row.get("floor_us")), us(own), "-" if share is None else f"{share:.1%}", rate])
     return header, cells
 
 
@@ -207,8 +173,8 @@ def _against_search(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in [row for row in rows if "regret" in row]:
         timed = str(row["searched"]["timed"]) + ("" if row["searched"]["complete"] else " (out of time)")
-        choice = [_tile(row["plan"]), _us(row["planner_us"])]
-        cells.append([row["name"], *choice, _tile(row["best_plan"]), _us(row["best_us"]), f"{row['regret']:.1%}", timed])
+        choice = [_tile(row["plan"]), us(row["planner_us"])]
+        cells.append([row["name"], *choice, _tile(row["best_plan"]), us(row["best_us"]), f"{row['regret']:.1%}", timed])
     return header, cells
 
 
@@ -216,9 +182,9 @@ def _against_sweep(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     header = ["problem", "planner's choice today", "us", "best of the sweep", "us", "regret", "plans timed"]
     cells = []
     for row in rows:
-        choice = [_tile(row["plan"]), _us(row["planner_us"])] if "regret" in row else ["not in the sweep", "-"]
+        choice = [_tile(row["plan"]), us(row["planner_us"])] if "regret" in row else ["not in the sweep", "-"]
         regret = f"{row['regret']:.1%}" if "regret" in row else "-"
-        cells.append([row["name"], *choice, _tile(row["best_plan"]), _us(row["best_us"]), regret, str(len(row["timed"]))])
+        cells.append([row["name"], *choice, _tile(row["best_plan"]), us(row["best_us"]), regret, str(len(row["timed"]))])
     return header, cells
 
 
@@ -228,8 +194,8 @@ def _host_times(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     cells = []
     for row in rows:
         of = [row.get("results", {}).get(name, {}) for name in shown]
-        times = [f"{_us(result.get('gpu_us'))} / {_us(result.get('host_us'))}" for result in of]
-        cells.append([row["name"], str(targets.kernels_launched(row)), *times])
+        pairs = [f"{us(result.get('gpu_us'))} / {us(result.get('host_us'))}" for result in of]
+        cells.append([row["name"], str(targets.kernels_launched(row)), *pairs])
     return header, cells
 
 
@@ -255,7 +221,7 @@ def rendered(text: str, made: dict[str, str]) -> str:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder of decode_*.json.")] = HERE / "results",
+    results: Annotated[Path, typer.Option(help="Folder of decode_*.json and forward_*.json.")] = HERE / "results",
     docs: Annotated[Path, typer.Option(help="The document with the markers.")] = HERE.parent / "docs" / "performance.md",
     check: Annotated[bool, typer.Option(help="Write nothing; exit with 1 if the document is stale.")] = False,
 ) -> None:

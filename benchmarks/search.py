@@ -20,11 +20,13 @@ import torch
 
 import flashtile
 from benchmarks import timing
-from benchmarks.check import Oracle, WrongResult, poisoned
+from benchmarks.check import Oracle, poisoned
 from benchmarks.compilers import Compilers
 from benchmarks.grids import Entry
-from benchmarks.measure import DeviceLost, ensure_alive, ours, planned
+from benchmarks.measure import ours, planned
+from benchmarks.refusals import WrongResult
 from benchmarks.sets import InputSets, num_sets
+from benchmarks.trials import ensure_alive
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
 from flashtile.planner.tiles import LIMITS
@@ -108,7 +110,7 @@ class Search:
     def trial(self, plans: Iterable[DecodePlan]) -> None:
         """Times plans that are new, in turn with the best so far, and scales by it so that drift between trials cancels."""
         new = [plan for plan in dict.fromkeys(plans) if plan not in self.tried and plan not in self.refused]
-        self.compilers.compile((self.sets.entry, plan) for plan in new)
+        self.compilers.compile((self.problem, plan) for plan in new)
         fns = {plan: fn for plan in new if not self.out_of_time() and (fn := self._checked(plan)) is not None}
         if not fns:
             return
@@ -215,6 +217,3 @@ def _walk_all(search: Search, num_sms: int) -> None:
 def _coordinates(plan: DecodePlan) -> dict[str, Any]:
     names = ("kernel", "block_m", "swapped", "block_n", "num_warps", "num_stages", "num_splits", "num_programs")
     return {name: getattr(plan, name) for name in names}
-
-
-__all__ = ["DeviceLost", "Search", "forced_splits", "neighbours", "regret", "split_counts"]

@@ -19,11 +19,13 @@ import typer
 
 import flashtile
 from benchmarks import axes, grids, peers, timing
-from benchmarks.check import Oracle, WrongResult, poisoned
+from benchmarks.check import Oracle, poisoned
 from benchmarks.compilers import Compilers
-from benchmarks.measure import DeviceLost, ensure_alive, ours, planned
+from benchmarks.measure import ours, planned
 from benchmarks.record import Record, heading
+from benchmarks.refusals import WrongResult
 from benchmarks.sets import InputSets, num_sets
+from benchmarks.trials import DeviceLost, ensure_alive
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
@@ -219,7 +221,7 @@ def _compile_all(entries: list[grids.Entry], wanted: list[axes.Variants], device
     jobs = []
     for entry in entries:
         problem = entry.problem()
-        jobs += [(entry, plan) for plan in variants(entry, wanted, problem, known, plan_decode(problem, known))]
+        jobs += [(problem, plan) for plan in variants(entry, wanted, problem, known, plan_decode(problem, known))]
     count = pool.compile(jobs, seconds=0.6 * (end - began))
     print(f"{len(jobs)} plans of {len(entries)} problems, {count} kinds compiled ahead in {time.monotonic() - began:.0f} s", flush=True)
 

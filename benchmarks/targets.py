@@ -95,6 +95,11 @@ def geometric_mean(values: list[float]) -> float:
     return exp(sum(map(log, values)) / len(values))
 
 
+def outcome(result: dict[str, Any]) -> str:
+    """Why a contestant has no time."""
+    return next((f"{how}: {result[how]}" for how in ("wrong", "failed", "refused") if how in result), "not timed")
+
+
 def failures(rows: list[Row]) -> list[str]:
     """Problems on which our own call failed or was wrong."""
     found = []

@@ -12,14 +12,16 @@ import gc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 from statistics import median
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 PROTOCOL = " ".join(__doc__.split("Protocol of the GPU times: ")[1].split())
 WALL_PROTOCOL = "wall clock, contestants in turn round by round in one process, median; a sample spans 20 ms of calls, at least one"
-Contestant = Callable[[int], torch.Tensor]
+Contestant = Callable[[int], Any]
+"""Runs input set i and returns what it computed: a tensor, or several."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,43 @@ class Timing:
         return {"gpu_us": round(self.median_us, 3), "spread": round(self.spread, 4), "samples": [round(s, 3) for s in self.samples]}
 
 
+class Issued(Protocol):
+    """``calls`` calls of one contestant that can be issued again and again; ``output`` is what the first (input set 0) writes."""
+
+    @property
+    def calls(self) -> int: ...
+
+    @property
+    def output(self) -> Any: ...
+
+    def replay(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Captured:
     """A graph of ``calls`` calls; ``output`` is what its first call (input set 0) writes at each replay."""
 
     graph: torch.cuda.CUDAGraph
     calls: int
-    output: torch.Tensor
+    output: Any
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+@dataclass
+class Eager:
+    """Calls issued one by one, for a contestant that no graph can hold: the untimed ones before them give the host its lead."""
+
+    fn: Contestant
+    sets: int
+    calls: int
+    output: Any = None
+
+    def replay(self) -> None:
+        self.output = self.fn(0)
+        for j in range(1, self.calls):
+            self.fn(j % self.sets)
 
 
 def calls_per_graph(sets: int, kv_bytes: int) -> int:
@@ -86,21 +118,24 @@ def capture(fn: Contestant, sets: int, calls: int) -> Captured:
     return Captured(graph, calls, output)
 
 
-def replay_in_turn(captured: Mapping[str, Captured], rounds: int) -> dict[str, Timing]:
-    """Times every graph once a round, the first contestant changing with the round."""
-    names = list(captured)
+def replay_in_turn(issued: Mapping[str, Issued], rounds: int, seconds: float = inf) -> dict[str, Timing]:
+    """Times every contestant's calls once a round, the first one changing with the round; no fourth round once ``seconds`` are over."""
+    names = list(issued)
     samples: dict[str, list[float]] = {name: [] for name in names}
     start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    end = time.monotonic() + seconds
     for turn in range(rounds):
+        if turn >= 3 and time.monotonic() > end:
+            break
         for position in range(len(names)):
             name = names[(turn + position) % len(names)]
-            graph = captured[name].graph
-            graph.replay()
+            calls = issued[name]
+            calls.replay()
             start.record()
-            graph.replay()
+            calls.replay()
             stop.record()
             stop.synchronize()
-            samples[name].append(start.elapsed_time(stop) * 1e3 / captured[name].calls)
+            samples[name].append(start.elapsed_time(stop) * 1e3 / calls.calls)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 

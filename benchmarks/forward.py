@@ -1,0 +1,108 @@
+"""Measures forward attention: ``python -m benchmarks.forward --out results --budget 400 --grid dense,chunked``.
+
+All contestants of a problem are timed in turn in one process, each only after its result has been found right.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks import fa4, forward_grids, forward_peers, timing
+from benchmarks.compilers import Compilers
+from benchmarks.forward_grids import Shape
+from benchmarks.forward_measure import PROTOCOL, Options, measure, plan_of
+from benchmarks.forward_report import line
+from benchmarks.runner import Runner, device_here, died_in_peers, shares, wanted_peers
+from flashtile.planner.device import Device
+from flashtile.planner.plans import Plan
+from flashtile.problem import Problem
+
+# what each grid gets of the time that is left, where several run
+SHARES = {"dense": 36, "chunked": 2, "varlen": 2, "window": 2, "dims": 10, "gqa": 10, "host": 2, "portable": 10, "rescale": 12}
+STEP_SECONDS = 60.0  # the most that one contestant's turn may take: it may have a kernel to compile
+# who is worth timing beside us on a grid; everyone elsewhere
+PEERS_OF = {"portable": ("torch_flash",), "rescale": ("cudnn", "fa3", "fa4")}
+
+
+def main(
+    grid: Annotated[str, typer.Option(help=f"Of {', '.join(forward_grids.GRID_NAMES)} one or several (a,b), or all.")] = "dense",
+    out: Annotated[Path, typer.Option(help="Folder for the JSON files.")] = Path("benchmarks/results"),
+    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 300.0,
+    with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time other libraries beside us.")] = True,
+    peer: Annotated[list[str] | None, typer.Option(help="Which peers; may be repeated.")] = None,
+    peers_dir: Annotated[Path, typer.Option(help="Where the peers' libraries lie.")] = Path("/opt/peers"),
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    commit: Annotated[str, typer.Option(help="The commit measured, where there is no git.")] = "",
+    rounds: Annotated[int, typer.Option(help="Rounds of replays.")] = 11,
+    only: Annotated[str, typer.Option(help="Only problems whose name contains this.")] = "",
+    resume: Annotated[
+        bool, typer.Option(help="Continue the files in OUT: without the peer in whose call the last process died, or past that problem.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="Shrink every problem, to try the scripts themselves.")] = False,
+    compilers: Annotated[int, typer.Option(help="Processes that compile ahead.")] = 12,
+) -> None:
+    """Checks and times the problems of some grids; exits with 3 where the device was lost (run again with --resume)."""
+    end = time.monotonic() + budget
+    names = list(SHARES) if grid == "all" else grid.split(",")
+    if not set(names) <= set(forward_grids.GRID_NAMES):
+        raise typer.BadParameter(f"{grid} is none of {', '.join(forward_grids.GRID_NAMES)}, all", param_hint="--grid")
+    where = device_here(device)
+    on_gpu = where.type == "cuda"
+    wanted = wanted_peers(with_peers, peer, forward_peers.DEFAULT if on_gpu else ("sdpa",), forward_peers.PEERS)
+    problems = {name: [shape for shape in _problems(name, dry_run) if only in shape.name] for name in names}
+    missing = died_in_peers(out, "forward", names, wanted) if resume else {}
+    if on_gpu and with_peers:
+        missing = forward_peers.load(peers_dir, [name for name in wanted if name not in missing]) | missing
+    for name, why in missing.items():
+        print(f"no {name}: {why}", flush=True)
+    wanted = tuple(name for name in wanted if name not in missing)
+
+    def measured(shape: Shape, name: str, seconds: float, step: Callable[[str], None]) -> dict[str, Any]:
+        peers = tuple(one for one in wanted if one in PEERS_OF.get(name, wanted))
+        return measure(shape, Options(where, peers, rounds, host_times=name == "host"), step)
+
+    _prepare(problems, where, "fa4" in wanted, peers_dir, compilers, 0.35 * budget)
+    protocol = PROTOCOL if on_gpu else timing.WALL_PROTOCOL
+    limit = {"limit": STEP_SECONDS} if on_gpu else {}
+    runner = Runner("forward", where, out, commit, missing, measured, line, protocol, resume, dry_run, left_out=tuple(missing), **limit)
+    for name, budget_now in shares(names, SHARES, end - time.monotonic()).items():
+        runner.run(name, problems[name], budget_now())
+
+
+def _problems(name: str, dry_run: bool) -> list[Shape]:
+    return [forward_grids.shrunk(shape) if dry_run else shape for shape in forward_grids.grid(name)]
+
+
+def _prepare(problems: dict[str, list[Shape]], device: torch.device, with_fa4: bool, folder: Path, workers: int, seconds: float) -> None:
+    """Compiles what will be timed, in processes that take no GPU, so that the device's time goes to timing."""
+    if device.type != "cuda":
+        return
+    began = time.monotonic()
+    with_peers = [shape for name, shapes in problems.items() for shape in shapes if "fa4" in PEERS_OF.get(name, ("fa4",))]
+    ahead = fa4.Ahead(with_peers if with_fa4 else (), folder, device)
+    timed = [one for shapes in problems.values() for shape in shapes for one in (shape, shape.beside) if one is not None]
+    with closing(ahead), closing(Compilers(device, workers)) as pool:
+        count = pool.compile(_planned(timed, Device.of(device)), seconds)
+        theirs = ahead.wait(began + seconds - time.monotonic())
+    print(f"prepared in {time.monotonic() - began:.0f} s: {count} kernels of ours, {theirs} of FlashAttention-4", flush=True)
+
+
+def _planned(shapes: list[Shape], device: Device) -> list[tuple[Problem, Plan]]:
+    found: list[tuple[Problem, Plan]] = []
+    for shape in shapes:
+        try:
+            found.append(plan_of(shape, device))
+        except Exception as error:  # says so again where it is timed
+            print(f"{shape.name}: no plan, {type(error).__name__} {error}"[:300], flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    typer.run(main)
