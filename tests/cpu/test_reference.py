@@ -126,3 +126,31 @@ def test_a_row_that_sees_nothing_has_no_gradient_and_no_nan() -> None:
     assert (q.grad[0, :2] == 0).all()
     assert k.grad.isfinite().all()
     assert v.grad.isfinite().all()
+
+
+def test_packed_sequences_are_sequences() -> None:
+    """Starts, used keys and rows of nobody, against slices by hand: three sequences, the second with no query, the third with no key."""
+    q, k, v = torch.randn(9, 4, 8), torch.full((15, 2, 8), math.nan), torch.full((15, 2, 16), math.nan)
+    k[2:6], v[2:6] = torch.randn(4, 2, 8), torch.randn(4, 2, 16)
+    slopes = torch.rand(3, 4)
+    starts_q, starts_k, used = (torch.tensor(x, dtype=torch.int32) for x in ([0, 5, 5, 8], [2, 9, 12, 12], [4, 3, 7]))
+    out, lse = reference.attention_varlen(q, k, v, starts_q, starts_k, 5, seqused_k=used, window=(2, 0), alibi_slopes=slopes)
+    expected = reference.attention(q[None, :5], k[None, 2:6], v[None, 2:6], band=Band(2, 0), alibi_slopes=slopes[:1])
+    assert torch.equal(out[:5], expected[0][0])
+    assert torch.equal(lse[:, :5], expected[1][0])
+    assert (out[5:] == 0).all()
+    assert (lse[:, 5:] == -math.inf).all()
+
+
+def test_forward_takes_one_length_for_all() -> None:
+    q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 5, 2, 8), torch.randn(2, 5, 2, 16)
+    out, lse = reference.forward(q, k, v, causal=True, softcap=2.0)
+    expected_out, expected_lse = reference.attention(q, k, v, band=Band(None, 0), softcap=2.0)
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(lse, expected_lse)
+
+
+def test_gradients_flow_through_packed_sequences() -> None:
+    q, k, v = (torch.randn(n, 2, 4, dtype=torch.float64, requires_grad=True) for n in (4, 6, 6))
+    starts = torch.tensor([0, 1, 4], dtype=torch.int32), torch.tensor([0, 2, 6], dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda q, k, v: reference.forward(q, k, v, *starts, causal=True), (q, k, v))
