@@ -140,7 +140,7 @@ def attention_varlen(
         cu_seqlens_q: (batch + 1,) int32: where each sequence's queries start; the first is 0. Rows of q beyond the last entry
             belong to nobody: out 0, lse -inf.
         cu_seqlens_k: (batch + 1,) int32: where each sequence's keys start; None with ``page_table``.
-        max_seqlen_q: the most queries of one sequence; the device is not read for it. Rows of a longer sequence are not computed.
+        max_seqlen_q: the most queries of one sequence; the device is not read for it. Rows of a longer sequence may not be written.
         max_seqlen_k: the most keys of one sequence, as a hint for the plan; by default all there is room for. Changes no result.
         page_table: (batch, max_pages) int32: the pages of each sequence in order. Entries past a sequence's end are never
             read; an id outside the cache makes its keys invisible.
