@@ -7,6 +7,9 @@ many heads) takes the way of decode, some packed rows at a time; ``block_m`` bou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import gcd
+
 import torch
 from torch.nn.functional import pad
 
@@ -19,6 +22,7 @@ from flashtile.planner.plans import ForwardPlan
 from flashtile.problem import Problem
 
 _ROWS_AT_ONCE = 512  # packed rows whose masks, or scores, are in memory together
+_RESULT_BYTES = 1 << 20  # of a thread: a result is written once more, to ``out``
 _WORTH_UNPACKED = 64  # query positions from which reading the keys once a query head beats packing the heads of a group
 
 
@@ -40,7 +44,7 @@ def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRu
             return
         reader = KeyReader(call.k, call.v, call.page_table, through_float32)
         queries, keys = _tokens(call, reader)
-        for part in runs_of(queries, keys, reader, most=1 if group > 1 else len(keys)):
+        for part in runs_of(queries, keys, reader):
             unpacked = always_unpacked or part.seqlen_q >= _WORTH_UNPACKED
             if in_one_piece and unpacked and reader.key_mask is None:
                 _run_whole(call, part, reader, band)
@@ -67,46 +71,57 @@ def _tokens(call: ForwardCall, reader: KeyReader) -> tuple[list[Tokens], list[To
 
 
 def _run_whole(call: ForwardCall, run: Run, reader: KeyReader, band: Band) -> None:
-    """A run with all of its rows at once; ``band`` has no left side, and a run of several sequences one query head a key head."""
+    """A run with all of its rows at once, some heads after others; ``band`` has no left side."""
     q, out, lse = tensors_of(call, run)
-    q, out = (_heads_first(tensor, reader.num_heads) for tensor in (q, out))
-    lse = None if lse is None else _heads_first(lse.transpose(1, 2).unsqueeze(-1), reader.num_heads).squeeze(-1)
-    sinks = None if call.sinks is None else call.sinks.view(reader.num_heads, -1).T
+    q, out = q.transpose(1, 2), out.transpose(1, 2)
+    sinks = None if call.sinks is None else call.sinks[:, None]
     # Query i sees keys 0 to i + shift; so the first queries may see none.
     shift = run.seqlen_k if band.right is None else min(run.seqlen_k - run.seqlen_q + band.right, run.seqlen_k)
     blind = min(max(0, -shift), run.seqlen_q) if run.seqlen_k else run.seqlen_q
     if blind:
         out[:, :, :blind] = 0.0
         if lse is not None:
-            lse[:, :, :blind] = float("-inf") if sinks is None else sinks.unsqueeze(-1)
+            lse[:, :, :blind] = float("-inf") if sinks is None else sinks
     if blind == run.seqlen_q:
         return
-    part_out, part_lse = _attend_whole(q[:, :, blind:], reader, run.seqlen_k, max(0, shift), call.scale)
-    if sinks is not None:
-        part_out, part_lse = join_sinks(part_out[..., : out.shape[-1]], part_lse, sinks.unsqueeze(-1))
-    out[:, :, blind:].copy_(part_out[..., : out.shape[-1]])
-    if lse is not None:
-        lse[:, :, blind:].copy_(part_lse)
+    k, v = reader.read(0, run.seqlen_k)
+    row_bytes = max(k.shape[-1], v.shape[-1]) * k.element_size()
+    for heads_kv, heads in _heads_at_once(q, reader.num_heads, row_bytes):
+        rows = q[:, heads, blind:].to(k.dtype)
+        part_out, part_lse = _attend_whole(rows, k[:, heads_kv], v[:, heads_kv], max(0, shift), call.scale)
+        part_out = part_out[..., : out.shape[-1]]
+        if sinks is not None:
+            part_out, part_lse = join_sinks(part_out, part_lse, sinks[heads])
+        out[:, heads, blind:].copy_(part_out)
+        if lse is not None:
+            lse[:, heads, blind:].copy_(part_lse)
 
 
-def _heads_first(rows: torch.Tensor, heads_kv: int) -> torch.Tensor:
-    """(b, positions, hq, n) as a view (b, hk, positions, n), or of one sequence (group, hk, positions, n): the group takes b's place."""
-    if rows.shape[2] == heads_kv:
-        return rows.transpose(1, 2)
-    return rows[0].view(rows.shape[1], heads_kv, -1, rows.shape[3]).permute(2, 1, 0, 3)
+def _heads_at_once(q: torch.Tensor, heads_kv: int, row_bytes: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of key heads and their query heads, so that a result is copied to ``out`` while it lies in the caches.
 
-
-def _attend_whole(q: torch.Tensor, reader: KeyReader, seqlen_k: int, shift: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows q (b or group, hk, rows, d), of which row i sees keys 0 to i + shift: out (..., rows, d or dv, the larger) and lse (..., rows).
-
-    Head dims are padded with zeros to the larger one, which changes no score and adds zeros to the result.
+    q (b, hq, rows, d); ``row_bytes`` of a row's result. Torch's kernel gives each thread neighbouring heads: a causal call is only
+    balanced if all threads have as many.
     """
-    k, v = reader.read(0, seqlen_k)
+    group, threads = q.shape[1] // heads_kv, torch.get_num_threads()
+    step = max(1, _RESULT_BYTES * threads // (q.shape[0] * group * q.shape[2] * row_bytes))
+    step += -step % (threads // gcd(threads, group))
+    if step > heads_kv or heads_kv % step:
+        step = heads_kv
+    for first in range(0, heads_kv, step):
+        yield slice(first, first + step), slice(first * group, (first + step) * group)
+
+
+def _attend_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shift: int, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows q (b, hq, rows, d), of which row i sees keys 0 to i + shift of k (b, hk, keys, d) and v (b, hk, keys, dv).
+
+    out (b, hq, rows, d or dv, the larger) and lse (b, hq, rows): head dims are padded with zeros to the larger one, which changes no
+    score and adds zeros to the result.
+    """
     if q.shape[-1] != v.shape[-1]:
         dim = max(q.shape[-1], v.shape[-1])
         q, k, v = (pad(tensor, (0, dim - tensor.shape[-1])) for tensor in (q, k, v))
-    q = q.float() if reader.through_float32 else q
-    k, v = (tensor.expand(q.shape[0], -1, -1, -1) for tensor in (k, v))
+    seqlen_k = k.shape[2]
     if shift >= seqlen_k - 1:
         return flash(q, k, v, scale=scale)
     if scale <= 0.0:  # the kernel scales scores after it hides some of them by -inf

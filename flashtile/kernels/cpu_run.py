@@ -19,8 +19,6 @@ from flashtile.kernels.cpu_keys import KeyReader
 from flashtile.kernels.cpu_mask import Mask, segments_of
 from flashtile.kernels.cpu_scores import Partials, attend, needs_products
 
-_ANY = 1 << 30
-
 
 class Run(NamedTuple):
     """Sequences ``first`` to ``stop`` of one call, all of the same lengths.
@@ -49,15 +47,15 @@ def packed_tokens(cu_seqlens: torch.Tensor, total: int) -> list[Tokens]:
     return [Tokens(start, max(0, stop - start)) for start, stop in pairwise(starts)]
 
 
-def runs_of(queries: Sequence[Tokens], keys: Sequence[Tokens], reader: KeyReader, most: int = _ANY) -> Iterator[Run]:
-    """Neighbouring sequences of equal lengths, at most ``most`` and as many as the reader can serve at once; opened in the reader.
+def runs_of(queries: Sequence[Tokens], keys: Sequence[Tokens], reader: KeyReader) -> Iterator[Run]:
+    """Neighbouring sequences of equal lengths, as many as the reader can serve at once; opened in the reader.
 
     Sequences without queries are left out.
     """
     first = 0
     while first < len(keys):
         (row, seqlen_q), (key, seqlen_k) = queries[first], keys[first]
-        stop, limit = first + 1, min(len(keys), first + most, first + reader.sequences_at_once(seqlen_k))
+        stop, limit = first + 1, min(len(keys), first + reader.sequences_at_once(seqlen_k))
         while stop < limit and queries[stop].length == seqlen_q and keys[stop].length == seqlen_k:
             if reader.packed and keys[stop].start != key + (stop - first) * seqlen_k:
                 break
