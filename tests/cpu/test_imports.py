@@ -112,7 +112,7 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_import_is_light() -> None:
-    assert loaded_after("import flashtile; flashtile.Problem; flashtile.DecodePlan; flashtile.Band") == set()
+    assert loaded_after("import flashtile; flashtile.Problem; flashtile.DecodePlan; flashtile.ForwardPlan; flashtile.Band") == set()
 
 
 def test_explain_needs_neither_torch_nor_triton() -> None:
@@ -127,6 +127,7 @@ def test_a_call_on_the_cpu_needs_no_triton() -> None:
         "import torch, flashtile\n"
         "c = torch.randn(1, 8, 1, 8)\n"
         "print(flashtile.decode(torch.randn(1, 1, 1, 8), c, c, torch.tensor([5], dtype=torch.int32)).shape)\n"
+        "print(flashtile.attention(c, c, c).shape)\n"
         "del sys.modules['triton']"
     )
     assert "triton" not in loaded_after(code)
