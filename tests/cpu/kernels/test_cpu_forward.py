@@ -9,7 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import flashtile
 from flashtile.kernels.cpu_forward import bind
 from flashtile.planner.plans import ForwardPlan
 from flashtile.problem import Problem
@@ -44,6 +46,15 @@ def test_every_case(case: ForwardCase) -> None:
 @pytest.mark.parametrize("case", FORWARD_CASES, ids=lambda c: c.name)
 def test_every_case_some_rows_at_a_time(case: ForwardCase) -> None:
     check(case, block_m=24)
+
+
+@pytest.mark.parametrize("case", FORWARD_CASES, ids=lambda c: c.name)
+def test_every_case_through_the_api(case: ForwardCase) -> None:
+    inputs = make_forward_inputs(case)
+    function = flashtile.attention_varlen_with_lse if inputs.varlen else flashtile.attention_with_lse
+    with poison.allocations():
+        out, lse = function(**inputs.args)
+    assert_close(out, lse, *expected_forward(inputs), dtype=inputs.dtype, cpu_engine=True, what=case.name)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -83,6 +94,40 @@ def test_lse_is_not_written_where_it_is_not_wanted() -> None:
         out, lse = run_engine(inputs, lse=False)
         assert_close(out, None, expected_forward(inputs)[0], None)
         assert lse.isnan().all()
+
+
+class LargestResult(TorchDispatchMode):
+    """Notes the most elements that any operation inside returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple) else (result,):
+            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
+        return result
+
+
+@pytest.mark.parametrize("features", [{"causal": True}, {"window": (99, 7)}, {"softcap": 9.0}, {"alibi": True, "causal": True}], ids=str)
+def test_memory_is_linear_in_the_lengths(features: dict[str, Any]) -> None:
+    elements = []
+    for seqlen in (1024, 4096):
+        case = ForwardCase("long", seqlen, seqlen, num_heads_q=1, head_dim=8, dtype="float32", padding=0, **features)
+        with LargestResult() as largest:
+            run_engine(make_forward_inputs(case))
+        elements.append(largest.numel)
+    assert elements[1] <= 4 * elements[0]
+    assert elements[1] < 4096 * 4096 // 8
+
+
+def test_a_runner_serves_other_calls_of_its_kind() -> None:
+    bound = make_forward_inputs(ForwardCase("bound", (30, 40), (40, 90), num_heads_kv=2, causal=True))
+    runner = bind(Problem.forward(**bound.args, lse=True), ForwardPlan(kernel="cpu.forward", block_m=40), torch.device("cpu"))
+    for lengths in (((1, 7), (8, 2)), ((40, 33), (5, 70))):
+        inputs = make_forward_inputs(ForwardCase("other", *lengths, num_heads_kv=2, causal=True))
+        out, lse = poison.outputs(inputs.args["q"], inputs.case.head_dim_v)
+        runner(forward_call(inputs, out, lse))
+        assert_close(out, lse, *expected_forward(inputs))
 
 
 @pytest.mark.parametrize("scale", [0.0, -3.0, 1e-30])
