@@ -159,7 +159,8 @@ def compile_spec(spec: Spec, target: GPUTarget) -> Any:
     """
     options = dict(spec.options)
     compiled = triton.compile(spec.source(), target=target, options=options)
-    if target.backend != "cuda" or not stack_bytes(compiled.asm["cubin"]):
+    shares_out = compiled.metadata.num_warps != options["num_warps"]  # its warps take what registers they need from each other
+    if target.backend != "cuda" or shares_out or not stack_bytes(compiled.asm["cubin"]):
         return compiled
     most = min(_MAX_REGISTERS, _REGISTERS_A_BLOCK // (32 * options["num_warps"]))
     freed = triton.compile(spec.source(), target=target, options={**options, "maxnreg": most})

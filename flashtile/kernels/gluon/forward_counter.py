@@ -1,0 +1,65 @@
+"""Where the programs of a launch count the tiles that they have taken: two int32 in the device's memory, zero before and after.
+
+The last program of a launch to finish sets both back to zero, so that the next launch finds them so without a memset. Two
+launches that run at once must not share a pair: those of one stream never do, so each (device, stream) has its own. A CUDA
+graph may be replayed on any stream, beside anything: it gets a pair of its own, cleared by a node of the graph.
+"""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+_STREAMS = 1024  # of one device, as many as will ever be in use at once
+
+
+class TileCounters:
+    """The pairs of one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+        self._pairs: torch.Tensor | None = None
+        self._cleared: torch.cuda.Event | None = None
+        self._addresses: dict[int, int] = {}
+
+    def address(self, stream: int) -> tuple[int, torch.Tensor | None]:
+        """The pair for a launch on ``stream``, which is the current one; and the tensor to keep until the launch is made, if any."""
+        if not torch.cuda.is_current_stream_capturing():
+            known = self._addresses.get(stream) or self._new_pair(stream)
+            if known:
+                return known, None
+        own = torch.zeros(2, dtype=torch.int32, device=self._device)
+        return own.data_ptr(), own
+
+    def _new_pair(self, stream: int) -> int:
+        """A pair for a stream that has none yet; 0 where there are too many streams."""
+        with self._lock:
+            if len(self._addresses) >= _STREAMS:
+                return 0
+            if self._pairs is None:
+                # a thread of its own: memory that lives on must not come from a pool that the caller has told torch to use,
+                # as torch.compile does while it warms up a CUDA graph
+                allocation = threading.Thread(target=self._allocate)
+                allocation.start()
+                allocation.join()
+            assert self._pairs is not None and self._cleared is not None
+            torch.cuda.current_stream(self._device).wait_event(self._cleared)
+            return self._addresses.setdefault(stream, self._pairs.data_ptr() + 8 * len(self._addresses))
+
+    def _allocate(self) -> None:
+        with torch.cuda.device(self._device):
+            self._pairs = torch.zeros(2 * _STREAMS, dtype=torch.int32, device=self._device)
+            self._cleared = torch.cuda.Event()
+            self._cleared.record()
+
+
+_COUNTERS: dict[torch.device, TileCounters] = {}
+_MAKING = threading.Lock()
+
+
+def tile_counters(device: torch.device) -> TileCounters:
+    """The pairs of a device."""
+    with _MAKING:
+        return _COUNTERS.setdefault(device, TileCounters(device))

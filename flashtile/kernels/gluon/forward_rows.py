@@ -1,0 +1,253 @@
+"""A consumer: one warpgroup, 64 rows of each tile, from the first block of keys to the results.
+
+While the softmax of one block is computed, the matrix unit multiplies the probabilities of the block before by its values: the scores
+of the next block are asked for first, then that product. Blocks at the edges of the band have loops of their own, so
+that the main loop has no mask.
+
+Source: FlashAttention-3 (Shah et al. 2024), its overlap within a warpgroup.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
+
+from flashtile.kernels.gluon.forward_memory import ROWS, main_dim, rest_dim
+from flashtile.kernels.gluon.forward_results import store_rows
+from flashtile.kernels.gluon.forward_schedule import blocks_of_rows, read_note
+from flashtile.kernels.gluon.forward_scores import (
+    first_softmax,
+    masked,
+    next_softmax,
+    on_pages,
+    operand_layout,
+    part_of,
+    products_layout,
+    rescaled,
+    shaped,
+    start_scores,
+    start_values,
+    wait_for_scores,
+    wait_for_values,
+)
+from flashtile.kernels.gluon.names import barrier
+from flashtile.kernels.tile.softmax import LOG2E
+
+
+@gluon.jit
+def attend_tiles(
+    out_box, out, lse, tokens, scores, band, sinks, memory, out_tiles,
+    C: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, BOX_ROWS: gl.constexpr, STAGES: gl.constexpr, RESCALE_LOG2: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, OWN_OUT: gl.constexpr,
+):  # fmt: skip
+    """Consumer C's rows of every tile that the producer brings."""
+    q_tiles, k_ring, v_ring, notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
+    ring = (k_ring, v_ring, known, k_full, k_empty, v_full, v_empty)
+    SHAPED: gl.constexpr = scores.softcap is not None or scores.slopes is not None
+    # a negative scale is in q: maxima want a factor that keeps the order of scores
+    scale = gl.maximum(gl.abs(scores.scale_log2), 1e-30)
+    factor = 1.0 if SHAPED else scale
+    turn = gl.program_id(0) * 0
+    tiles_done = turn
+    mbarrier.wait(q_full.index(C), 0)
+    b, h, row, row_start, seqlen_q, seqlen_k, low, high = read_note(notes.index(C), tokens, band)
+    while b >= 0:
+        row += C * ROWS
+        q = fetch_rows(q_tiles, C, scores.scale_log2, BLOCK_N, HEAD_DIM, Q_IN_REGISTERS)
+        if Q_IN_REGISTERS:
+            barrier()
+            mbarrier.arrive(q_empty.index(C), count=1)
+        slope = 0.0
+        if scores.slopes is not None:
+            slope = gl.load(scores.slopes + b.to(gl.int64) * scores.slopes_stride_b + h) * LOG2E
+        place = (row + seqlen_k - seqlen_q, seqlen_k, slope, scale, factor)
+
+        own_low, own_high = blocks_of_rows(band, row, seqlen_q, seqlen_k, ROWS, BLOCK_N)
+        own_high = gl.maximum(gl.minimum(own_high, high), low + 1)
+        own_low = gl.maximum(gl.minimum(own_low, own_high - 1), low)
+        # of a tile's last rows, a warpgroup may have none
+        own_low = gl.where(row < seqlen_q, own_low, own_high - 1)
+        turn = hand_back(ring, turn, high - own_high, STAGES)
+
+        whole_low, whole_high = whole_blocks(band, row, seqlen_q, seqlen_k, BLOCK_N)
+        block = own_high - 1
+        p_type: gl.constexpr = out_tiles[0].dtype
+        o, m, l, p = first_block(
+            ring, q, scores, band, place, block, turn, block > own_low, (block < whole_low) | (block >= whole_high),
+            p_type, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES,
+        )  # fmt: skip
+        for _ in range(block - own_low):
+            block -= 1
+            o, m, l, p = next_block(
+                ring, q, scores, band, place, block, turn, block > own_low, (block < whole_low) | (block >= whole_high), o, m, l, p,
+                BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, CONSUMERS == 2,
+            )  # fmt: skip
+            turn += 1
+        if OWN_OUT and not Q_IN_REGISTERS:
+            # all products with q are done
+            barrier()
+            mbarrier.arrive(q_empty.index(C), count=1)
+        turn = store_rows(
+            out_box, out, lse, tokens, sinks, ring, out_tiles, turn, o, m, l, p, b, h, row, row_start, seqlen_q, factor,
+            C, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, OWN_OUT,
+        )  # fmt: skip
+        turn = hand_back(ring, turn, block - low, STAGES)
+        if not OWN_OUT:
+            # rows of out lie where q's were
+            tma.store_wait(0)
+            barrier()
+            mbarrier.arrive(q_empty.index(C), count=1)
+        tiles_done += 1
+        mbarrier.wait(q_full.index(C), tiles_done & 1)
+        b, h, row, row_start, seqlen_q, seqlen_k, low, high = read_note(notes.index(C), tokens, band)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def fetch_rows(q_tiles, C: gl.constexpr, scale_log2, BLOCK_N: gl.constexpr, DIM: gl.constexpr, IN_REGISTERS: gl.constexpr):
+    """The consumer's rows of q in both parts, as an operand. A negative scale becomes a negated q, which is exact."""
+    _, main, _, rest = q_tiles
+    if IN_REGISTERS:
+        q = main.index(C).load(operand_layout(BLOCK_N))
+        if scale_log2 < 0.0:
+            q = -q
+        q_rest = q
+        if rest_dim(DIM) > 0:
+            q_rest = part_of(main, rest.index(C), DIM).load(operand_layout(BLOCK_N))
+            if scale_log2 < 0.0:
+                q_rest = -q_rest
+        return q, q_rest
+    else:
+        if scale_log2 < 0.0:
+            _negate(main.index(C))
+            if rest_dim(DIM) > 0:
+                _negate(rest.index(C))
+            fence_async_shared()
+            barrier()
+        return main.index(C), part_of(main, rest.index(C), DIM) if rest_dim(DIM) > 0 else main.index(C)
+
+
+@gluon.jit
+def _negate(tile):
+    BLOCKED: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    tile.store(-tile.load(BLOCKED))
+
+
+@gluon.jit
+def hand_back(ring, turn, count, STAGES: gl.constexpr):
+    """Gives back ``count`` blocks that the tile's other rows need; returns the turn behind them."""
+    _, _, _, k_full, k_empty, v_full, v_empty = ring
+    for _ in range(count):
+        stage = turn % STAGES
+        phase = (turn // STAGES) & 1
+        mbarrier.wait(k_full.index(stage), phase)
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        mbarrier.wait(v_full.index(stage), phase)
+        mbarrier.arrive(v_empty.index(stage), count=1)
+        turn += 1
+    return turn
+
+
+@gluon.jit
+def whole_blocks(band, row, seqlen_q, seqlen_k, BLOCK_N: gl.constexpr):
+    """[low, high): blocks of which each of the consumer's rows sees every key."""
+    offset = seqlen_k - seqlen_q
+    low = seqlen_k * 0
+    high = seqlen_k
+    if band.left is not None:
+        low = gl.cdiv(gl.maximum(gl.minimum(row + ROWS, seqlen_q) - 1 + offset - band.left, 0), BLOCK_N)
+    if band.right is not None:
+        high = gl.maximum(gl.minimum(high, row + offset + band.right + 1), 0)
+    return low, high // BLOCK_N
+
+
+@gluon.jit
+def first_block(
+    ring, q, scores, band, place, block, turn, more, at_edge, P_TYPE: gl.constexpr,
+    BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, BOX_ROWS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """(o, m, l, p) of a tile's first block: the probabilities wait for their product with values."""
+    k_ring, v_ring, known, k_full, k_empty, v_full, v_empty = ring
+    position, seqlen_k, slope, scale, factor = place
+    D: gl.constexpr = main_dim(HEAD_DIM_V)
+    R: gl.constexpr = rest_dim(HEAD_DIM_V)
+    stage = turn % STAGES
+    key = block * BLOCK_N
+    mbarrier.wait(k_full.index(stage), (turn // STAGES) & 1)
+    s = start_scores(q, k_ring, stage, BLOCK_N, HEAD_DIM)
+    s = warpgroup_mma_wait(0, deps=(s,))
+    bits = _bits_of_pages(known, stage, PAGE_SIZE)
+    barrier()
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    s = shaped(s, scores, scale, slope, position, key, BLOCK_N)
+    if PAGE_SIZE > 0:
+        s = on_pages(s, bits, BLOCK_N, BOX_ROWS)
+    if at_edge:
+        s = masked(s, band, position, key, seqlen_k, BLOCK_N)
+    m, l, p = first_softmax(s, factor, BLOCK_N)
+    o = gl.zeros([ROWS, D], gl.float32, products_layout(D))
+    o_rest = factor
+    if R > 0:
+        o_rest = gl.zeros([ROWS, R], gl.float32, products_layout(R))
+    p = gl.convert_layout(p.to(P_TYPE), operand_layout(D))
+    mbarrier.wait(k_full.index((turn + 1) % STAGES), ((turn + 1) // STAGES) & 1, pred=more)
+    return (o, o_rest), m, l, p
+
+
+@gluon.jit
+def next_block(
+    ring, q, scores, band, place, block, turn, more, at_edge, o, m, l, p,
+    BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, BOX_ROWS: gl.constexpr, STAGES: gl.constexpr, RESCALE_LOG2: gl.constexpr, EARLY_P: gl.constexpr,
+):  # fmt: skip
+    """(o, m, l, p) with another block: its softmax, while the last one's probabilities, of turn ``turn``, meet their values.
+
+    EARLY_P: the new probabilities are rounded meanwhile too, where registers hold both.
+    """
+    k_ring, v_ring, known, k_full, k_empty, v_full, v_empty = ring
+    position, seqlen_k, slope, scale, factor = place
+    D: gl.constexpr = main_dim(HEAD_DIM_V)
+    last_stage = turn % STAGES
+    stage = (turn + 1) % STAGES
+    key = block * BLOCK_N
+    s_coming = start_scores(q, k_ring, stage, BLOCK_N, HEAD_DIM)
+    mbarrier.wait(v_full.index(last_stage), (turn // STAGES) & 1)
+    o_coming = start_values(p, v_ring, last_stage, o, HEAD_DIM_V)
+    s = wait_for_scores(s_coming, HEAD_DIM_V)
+    bits = _bits_of_pages(known, stage, PAGE_SIZE)
+    # the compiler takes an asynchronous product's reads for done when it is issued, and might leave out this barrier
+    barrier()
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    s = shaped(s, scores, scale, slope, position, key, BLOCK_N)
+    if PAGE_SIZE > 0:
+        s = on_pages(s, bits, BLOCK_N, BOX_ROWS)
+    if band.left is not None or band.right is not None:
+        if at_edge:
+            s = masked(s, band, position, key, seqlen_k, BLOCK_N)
+    m, l, p_next, alpha, rescales = next_softmax(s, m, l, factor, BLOCK_N, RESCALE_LOG2)
+    if EARLY_P:
+        p_next = gl.convert_layout(p_next.to(p.dtype), operand_layout(D))
+    # to wait here for the next block's keys ends the basic block: the assembler would move the wait for the product with
+    # values to the front of the exponentials
+    mbarrier.wait(k_full.index((turn + 2) % STAGES), ((turn + 2) // STAGES) & 1, pred=more)
+    o, p_next = wait_for_values(o_coming, p_next, HEAD_DIM_V)
+    barrier()
+    mbarrier.arrive(v_empty.index(last_stage), count=1)
+    if RESCALE_LOG2 > 0:
+        if rescales > 0:
+            o = rescaled(o, alpha, HEAD_DIM_V)
+    else:
+        o = rescaled(o, alpha, HEAD_DIM_V)
+    if not EARLY_P:
+        p_next = gl.convert_layout(p_next.to(p.dtype), operand_layout(D))
+    return o, m, l, p_next
+
+
+@gluon.jit
+def _bits_of_pages(known, stage, PAGE_SIZE: gl.constexpr):
+    """Which of a block's boxes are pages of the cache, as the producer says."""
+    if PAGE_SIZE > 0:
+        return gl.max(known.index(stage).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    else:
+        return 0

@@ -1,0 +1,177 @@
+"""From products to probabilities: layouts of a warpgroup's 64 rows, both products, masks, and the online softmax."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+from flashtile.kernels.gluon.forward_memory import ROWS, main_dim, rest_dim
+from flashtile.kernels.tile.band import visible_keys
+from flashtile.kernels.tile.softmax import LOG2E, softcapped
+
+
+@gluon.constexpr_function
+def products_layout(columns):
+    """Of 64 rows of a product: scores [64, keys], out [64, dim]."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def operand_layout(columns):
+    """Of the first operand of a product with so many columns, in registers."""
+    return gl.DotOperandLayout(0, products_layout(columns), 2)
+
+
+@gluon.constexpr_function
+def rows_layout(columns):
+    """Of one number a row of a product."""
+    return gl.SliceLayout(1, products_layout(columns))
+
+
+@gluon.jit
+def part_of(tile, rest, DIM: gl.constexpr):
+    """The second part's columns of a tile that is held as a whole panel."""
+    if rest_dim(DIM) < rest.shape[1]:
+        return rest.slice(0, rest_dim(DIM), dim=1)
+    else:
+        return rest
+
+
+@gluon.jit
+def start_scores(q, k_ring, stage, BLOCK_N: gl.constexpr, DIM: gl.constexpr):
+    """q k^T [64, BLOCK_N] on its way. ``q`` are both parts, in shared memory or in registers."""
+    _, k_tiles, _, k_rest = k_ring
+    zeros = gl.zeros([ROWS, BLOCK_N], gl.float32, products_layout(BLOCK_N))
+    s = warpgroup_mma(q[0], k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    if rest_dim(DIM) > 0:
+        rest = part_of(k_tiles, k_rest.index(stage), DIM)
+        s = warpgroup_mma(q[1], rest.permute((1, 0)), s, is_async=True)
+    return s
+
+
+@gluon.jit
+def start_values(p, v_ring, stage, o, DIM: gl.constexpr):
+    """o + p v in both parts on its way."""
+    _, v_tiles, _, v_rest = v_ring
+    main = warpgroup_mma(p, v_tiles.index(stage), o[0], is_async=True)
+    if rest_dim(DIM) > 0:
+        operand = gl.convert_layout(p, operand_layout(rest_dim(DIM)))
+        return main, warpgroup_mma(operand, part_of(v_tiles, v_rest.index(stage), DIM), o[1], is_async=True)
+    else:
+        return main, o[1]
+
+
+@gluon.jit
+def wait_for_scores(s, DIM_V: gl.constexpr):
+    """The scores, while the products with values that were started behind them go on."""
+    AFTER: gl.constexpr = 2 if rest_dim(DIM_V) > 0 else 1
+    return warpgroup_mma_wait(AFTER, deps=(s,))
+
+
+@gluon.jit
+def wait_for_values(o, p, DIM_V: gl.constexpr):
+    """Both parts of o, and ``p`` as it is from here on."""
+    if rest_dim(DIM_V) > 0:
+        main, rest, p = warpgroup_mma_wait(0, deps=(o[0], o[1], p))
+        return (main, rest), p
+    else:
+        main, p = warpgroup_mma_wait(0, deps=(o[0], p))
+        return (main, o[1]), p
+
+
+@gluon.jit
+def rescaled(o, alpha, DIM_V: gl.constexpr):
+    """Both parts of o, each row times its alpha."""
+    main = o[0] * gl.expand_dims(gl.convert_layout(alpha, rows_layout(main_dim(DIM_V))), 1)
+    if rest_dim(DIM_V) > 0:
+        return main, o[1] * gl.expand_dims(gl.convert_layout(alpha, rows_layout(rest_dim(DIM_V))), 1)
+    else:
+        return main, o[1]
+
+
+@gluon.jit
+def shaped(s, scores, factor, slope, position, key, BLOCK_N: gl.constexpr):
+    """Scores in base 2 with softcap and ALiBi, where there are any; else as they are. ``position`` is the first row's."""
+    if scores.softcap is not None or scores.slopes is not None:
+        s = s * factor
+    if scores.softcap is not None:
+        s = softcapped(s, scores.softcap * LOG2E)
+    if scores.slopes is not None:
+        at, n = _places(position, key, BLOCK_N)
+        s = s - slope * gl.abs(n - at).to(gl.float32)
+    return s
+
+
+@gluon.jit
+def masked(s, band, position, key, seqlen_k, BLOCK_N: gl.constexpr):
+    """-inf for keys that a row does not see, and for those behind the last."""
+    at, n = _places(position, key, BLOCK_N)
+    lowest, highest = visible_keys(band, at, 0, seqlen_k)
+    seen = n <= highest
+    if band.left is not None:
+        seen = seen & (n >= lowest)
+    return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def on_pages(s, bits, BLOCK_N: gl.constexpr, BOX_ROWS: gl.constexpr):
+    """-inf for keys of pages that the cache does not have: a bit for each box of the block says whether it has."""
+    n = gl.arange(0, BLOCK_N, gl.SliceLayout(0, products_layout(BLOCK_N)))
+    there = (bits >> (n // BOX_ROWS)) & 1
+    return gl.where(gl.expand_dims(there == 1, 0), s, float("-inf"))
+
+
+@gluon.jit
+def _places(position, key, BLOCK_N: gl.constexpr):
+    """Key positions of the rows [64, 1] and of the keys [1, BLOCK_N]."""
+    L: gl.constexpr = products_layout(BLOCK_N)
+    at = position + gl.arange(0, ROWS, gl.SliceLayout(1, L))
+    return gl.expand_dims(at, 1), gl.expand_dims(key + gl.arange(0, BLOCK_N, gl.SliceLayout(0, L)), 0)
+
+
+@gluon.jit
+def lane_sums(p, BLOCK_N: gl.constexpr):
+    """Row sums [64, 4], apart for the four lanes that share a row: additions of a lane's own numbers, until the last block is done."""
+    return gl.sum(gl.sum(gl.reshape(p, [ROWS, BLOCK_N // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def row_sums(l, BLOCK_N: gl.constexpr):
+    """Of lane_sums: (64,)."""
+    return gl.convert_layout(gl.sum(l, 1), rows_layout(BLOCK_N))
+
+
+@gluon.jit
+def lowest_maximum(factor):
+    """Where maxima begin: finite, so that -inf minus a maximum is never NaN, also once multiplied by ``factor``."""
+    return -3.0e38 / gl.maximum(factor, 1.0)
+
+
+@gluon.jit
+def first_softmax(s, factor, BLOCK_N: gl.constexpr):
+    """Of a tile's first block: (maxima (64,), lane sums, probabilities); maxima are of scores before ``factor`` >= 0.
+
+    A row that has seen no key yet has the lowest maximum and the sum 0.
+    """
+    m = gl.maximum(gl.max(s, 1), lowest_maximum(factor))
+    p = gl.exp2(s * factor - gl.expand_dims(m * factor, 1))
+    return m, lane_sums(p, BLOCK_N), p
+
+
+@gluon.jit
+def next_softmax(s, m, l, factor, BLOCK_N: gl.constexpr, RESCALE_LOG2: gl.constexpr):
+    """(m, l, probabilities, what o is scaled by, whether it has to be) with another block.
+
+    A row's maximum is kept until it grows by 2**RESCALE_LOG2, so that o is seldom scaled; probabilities may be that large.
+    """
+    if RESCALE_LOG2 > 0:
+        largest = gl.max(s, 1)
+        grew = (largest - m) * factor > RESCALE_LOG2
+        m_new = gl.where(grew, largest, m)
+        rescales = gl.max(grew.to(gl.int32), 0)
+    else:
+        m_new = gl.maximum(m, gl.max(s, 1))
+        rescales = 1
+    alpha = gl.exp2((m - m_new) * factor)
+    p = gl.exp2(s * factor - gl.expand_dims(m_new * factor, 1))
+    by_lane = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
+    return m_new, l * by_lane + lane_sums(p, BLOCK_N), p, alpha, rescales
