@@ -6,12 +6,13 @@
 #   gpu_call.sh core OUT [SECONDS]              every grid, without peers
 #   gpu_call.sh peers OUT [SECONDS] [PART...]   unpacks the peers that lie in PART..., then the grids that need them
 #   gpu_call.sh search OUT [SECONDS]            the planner's choice against a search
-#   gpu_call.sh sanitize OUT [SECONDS]          memcheck and racecheck over variants of both decode kernels
+#   gpu_call.sh forward OUT [SECONDS] [PART...] unpacks the peers that lie in PART..., then every forward grid (GRIDS: which, a,b,...)
+#   gpu_call.sh sanitize OUT [SECONDS]          memcheck and racecheck over variants of the kernels (OPERATION: decode or forward, else both)
 #
 # PYTHON names the interpreter (python3); COMMIT the commit measured; PEERS_DIR where peers are unpacked (/opt/peers).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-what=${1:?check, sweep, core, peers, search or sanitize}
+what=${1:?check, sweep, core, peers, search, forward or sanitize}
 out=$(mkdir -p "${2:?a folder for results}" && cd "$2" && pwd)
 seconds=${3:-500}
 shift $(($# < 3 ? $# : 3))
@@ -23,19 +24,25 @@ begin=$SECONDS
 
 left() { echo $((seconds - (SECONDS - begin))); }
 
-measure() { # share of the time left in percent, then arguments of benchmarks.decode; resumed where the device was lost
-  local budget=$(($(left) * $1 / 100)) status=0
-  shift
+measured() { # module, tries, share of the time left in percent, then its arguments; resumed where the device was lost or a call hung
+  local module=$1 tries=$2 budget=$(($(left) * $3 / 100)) status=0
+  shift 3
   [ "$budget" -lt 10 ] && { echo "no time for: $*"; return; }
   local end=$((SECONDS + budget)) resume=()
-  for _ in 1 2 3; do
-    timeout -k 10 $((end - SECONDS + 30)) "$python" -m benchmarks.decode --out "$out" --budget $((end - SECONDS)) \
+  for _ in $(seq "$tries"); do
+    timeout -k 10 $((end - SECONDS + 30)) "$python" -m "$module" --out "$out" --budget $((end - SECONDS)) \
       --peers-dir "$peers_dir" "${commit[@]}" "${resume[@]}" "$@"
     status=$?
-    [ $status -eq 0 ] || [ $((end - SECONDS)) -lt 20 ] && break
+    [ $status -eq 0 ] || [ $status -eq 2 ] || [ $((end - SECONDS)) -lt 20 ] && break
     echo "exit $status: once more from where it stopped"
     resume=(--resume)
   done
+}
+
+measure() { measured benchmarks.decode 3 "$@"; } # share of the time left in percent, then arguments of benchmarks.decode
+
+unpacked() { # folders with peers
+  for part in "$@"; do PEERS_DIR=$peers_dir bash "$part/unpack.sh" "$part" >/dev/null || echo "could not unpack $part"; done
 }
 
 sanitized() { # tool, seconds: its trials in four processes at once; the filter by kernel name as the version at hand spells it
@@ -78,8 +85,12 @@ check)
 sweep) sweep "$@" ;;
 core) measure 100 --grid all --no-peers --compilers 12 ;;
 peers)
-  for part in "$@"; do PEERS_DIR=$peers_dir bash "$part/unpack.sh" "$part" >/dev/null || echo "could not unpack $part"; done
+  unpacked "$@"
   measure 100 --grid host,seqlen1,speculative,ragged,paged,floor # in one process: the peers load for tens of seconds
+  ;;
+forward)
+  unpacked "$@"
+  measured benchmarks.forward 5 100 --grid "${GRIDS:-all}"
   ;;
 search) measure 100 --grid search --no-peers --compilers 12 ;;
 sanitize)

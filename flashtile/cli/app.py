@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import flashtile
-from flashtile.cli import bench, demo, env, explain, replay, warmup
+from flashtile.cli import bench, bench_forward, demo, env, explain, replay, warmup
 from flashtile.cli.output import errors
 from flashtile.errors import AttentionError
 
@@ -36,6 +36,7 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(no_args_is_help=True, help="Time an operation on a grid of problems, peers beside it.")
 bench_app.command("decode")(bench.decode)
+bench_app.command("forward")(bench_forward.forward)
 app.command()(demo.demo)
 app.command()(replay.replay)
 app.command()(explain.explain)

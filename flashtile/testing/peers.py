@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -42,13 +43,16 @@ Run = Callable[[DecodeInputs], torch.Tensor]
 """Runs one input set and returns out (b, 1, hq, d)."""
 
 
+Inputs = TypeVar("Inputs")
+
+
 @dataclass(frozen=True)
-class Peer:
+class Peer(Generic[Inputs]):
     """``prepare`` gets one input set, plans what the library wants planned, and returns what is timed on any set like it."""
 
     name: str
     reason_against: Callable[[torch.device, torch.dtype], str | None]
-    prepare: Callable[[DecodeInputs], Run]
+    prepare: Callable[[Inputs], Callable[[Inputs], torch.Tensor]]
 
 
 def _attend(x: DecodeInputs) -> torch.Tensor:
@@ -106,7 +110,9 @@ def _flashinfer(sample: DecodeInputs) -> Run:
     return run
 
 
-def _on_gpu(*modules: str) -> Callable[[torch.device, torch.dtype], str | None]:
+def on_gpu(*modules: str) -> Callable[[torch.device, torch.dtype], str | None]:
+    """Why a library of 16-bit GPU kernels cannot run: its modules are missing, or the device or the dtype is another."""
+
     def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
         missing = [name for name in modules if find_spec(name) is None]
         if missing:
@@ -118,11 +124,16 @@ def _on_gpu(*modules: str) -> Callable[[torch.device, torch.dtype], str | None]:
     return reason_against
 
 
+def on_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why SDPA as it comes is not timed: on a GPU its backends are."""
+    return None if device.type == "cpu" else "its backends are timed one by one on a GPU"
+
+
 PEERS = (
-    Peer("SDPA", lambda device, dtype: None if device.type == "cpu" else "its backends are timed one by one on a GPU", _sdpa),
-    Peer("SDPA cuDNN", _on_gpu(), _sdpa_with(SDPBackend.CUDNN_ATTENTION)),
-    Peer("SDPA flash", _on_gpu(), _sdpa_with(SDPBackend.FLASH_ATTENTION)),
-    Peer("flash-attn 2", _on_gpu("flash_attn"), _flash_attn_2),
-    Peer("flash-attn 3", _on_gpu("flash_attn_interface"), _flash_attn_3),
-    Peer("FlashInfer", _on_gpu("flashinfer"), _flashinfer),
+    Peer("SDPA", on_cpu, _sdpa),
+    Peer("SDPA cuDNN", on_gpu(), _sdpa_with(SDPBackend.CUDNN_ATTENTION)),
+    Peer("SDPA flash", on_gpu(), _sdpa_with(SDPBackend.FLASH_ATTENTION)),
+    Peer("flash-attn 2", on_gpu("flash_attn"), _flash_attn_2),
+    Peer("flash-attn 3", on_gpu("flash_attn_interface"), _flash_attn_3),
+    Peer("FlashInfer", on_gpu("flashinfer"), _flashinfer),
 )

@@ -1,0 +1,150 @@
+"""``flashtile bench forward``: attention with many queries timed on a grid of problems, with the peers that are installed beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import flashtile
+from flashtile import reference
+from flashtile.cli import contest
+from flashtile.cli.device import RunDevice, device_name, pick_device
+from flashtile.cli.output import console, microseconds, print_json, progress, table
+from flashtile.cli.shape import Dtype
+from flashtile.planner.choose import plan_forward
+from flashtile.planner.device import Device
+from flashtile.planner.plans import ForwardPlan
+from flashtile.problem import Problem
+from flashtile.testing.forward_peers import PEERS, ForwardInputs
+from flashtile.testing.tolerance import relative_l2
+
+HEADS = {"cuda": "16/16", "cpu": "8/8"}
+SIZES = {"cuda": ((16, 1024), (4, 4096), (1, 16384)), "cpu": ((1, 256), (1, 1024))}
+CHECKED_SCORES = 1 << 25  # of the first sequence's last queries: what fits in memory beside everything else
+
+
+@dataclass(frozen=True)
+class Size:
+    batch: int
+    seqlen: int
+    num_heads_q: int
+    num_heads_kv: int
+    causal: bool
+
+    def __str__(self) -> str:
+        mask = "causal" if self.causal else "full"
+        return f"{self.batch} x {self.seqlen}, {self.num_heads_q}/{self.num_heads_kv}, {mask}"
+
+
+def forward(
+    heads: Annotated[list[str] | None, typer.Option("--heads", help="Query heads/key heads, e.g. 32/8; repeatable.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, help="Sequences; with --seqlen, every pair of both is timed.")
+    ] = None,
+    seqlen: Annotated[list[int] | None, typer.Option("--seqlen", min=1, help="Queries and keys a sequence; repeatable.")] = None,
+    head_dim: Annotated[int, typer.Option("--head-dim", min=8, help="Size of a query, a key and a value.")] = 128,
+    causal: Annotated[bool | None, typer.Option("--causal/--full", help="One mask alone; both by default.")] = None,
+    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of queries, keys and values.")] = Dtype.bfloat16,
+    device: RunDevice = "auto",
+    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time the other libraries too.")] = True,
+    seed: Annotated[int, typer.Option("--seed", help="Draws the numbers.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Time attention (as many queries as keys) on a grid of problems, peers beside it; each result is checked first."""
+    where = pick_device(device)
+    sizes = _grid(where, heads, batch, seqlen, causal)
+    rows: list[dict[str, Any]] = []
+    with progress() as bar:
+        task = bar.add_task("bench forward", total=len(sizes))
+        for size in sizes:
+            bar.update(task, description=f"bench forward: {size}")
+            rows.append(_bench_one(size, head_dim, dtype.torch, where, peers, seed))
+            bar.advance(task)
+    document = {
+        "device": device_name(where),
+        "versions": contest.versions(),
+        "protocol": contest.protocol(where),
+        "dtype": dtype.value,
+        "head_dim": head_dim,
+        "results": rows,
+    }
+    if as_json:
+        print_json(document)
+    else:
+        _render(document)
+    if any(row["check"] != "passed" for row in rows):
+        raise typer.Exit(1)
+
+
+def _grid(
+    device: torch.device, heads: list[str] | None, batch: list[int] | None, seqlen: list[int] | None, causal: bool | None
+) -> list[Size]:
+    pairs = [contest.parse_heads(text) for text in heads or [HEADS[device.type]]]
+    sizes = list(SIZES[device.type])
+    if batch or seqlen:
+        sizes = [(b, n) for b in batch or [1] for n in seqlen or [1024]]
+    masks = (True, False) if causal is None else (causal,)
+    return [Size(b, n, hq, hk, mask) for hq, hk in pairs for mask in masks for b, n in sizes]
+
+
+def _bench_one(size: Size, head_dim: int, dtype: torch.dtype, device: torch.device, with_peers: bool, seed: int) -> dict[str, Any]:
+    heads = (size.num_heads_q, size.num_heads_kv)
+    make = lambda number: ForwardInputs.random(  # noqa: E731
+        size.batch, size.seqlen, heads, head_dim, size.causal, dtype, device, number
+    )
+    sets = contest.input_sets(make, lambda x: x.num_bytes, device, seed)
+    first = sets[0]
+    count, expected, expected_lse = _expected(first)
+    plan = plan_forward(Problem.forward(first.q, first.k, first.v, causal=size.causal), Device.of(device))
+    out, lse = flashtile.attention_with_lse(first.q, first.k, first.v, causal=size.causal)
+    check = contest.verdict(out[:1, -count:], lse[:1, :, -count:], expected, expected_lse)
+    able, refused = contest.able_peers(
+        PEERS if with_peers else (), first, device, dtype, lambda result: relative_l2(result[:1, -count:], expected)
+    )
+    times = contest.timed({"flashtile": lambda x: flashtile.attention(x.q, x.k, x.v, causal=x.causal), **able}, sets, device)
+    return {
+        **asdict(size),
+        "check": check,
+        "error": relative_l2(out[:1, -count:], expected),
+        "plan": _plan_facts(plan),
+        "seconds": times,
+        "tflops": first.flops / times["flashtile"] * 1e-12,
+        "not_timed": refused,
+    }
+
+
+def _expected(x: ForwardInputs) -> tuple[int, torch.Tensor, torch.Tensor]:
+    """The reference on the first sequence's last queries: a mask that ends at the last query and key is theirs too."""
+    _, seqlen, heads, _ = x.q.shape
+    count = max(1, min(seqlen, CHECKED_SCORES // (heads * seqlen)))
+    return count, *reference.forward(x.q[:1, -count:], x.k[:1], x.v[:1], causal=x.causal)
+
+
+def _plan_facts(plan: ForwardPlan) -> dict[str, Any]:
+    return {"kernel": plan.kernel, "block_m": plan.block_m, "block_n": plan.block_n}
+
+
+def _render(document: dict[str, Any]) -> None:
+    rows = document["results"]
+    names = contest.peer_names(rows)
+    made = table(f"forward on {document['device']}, {document['dtype']}, head dim {document['head_dim']}",
+                 "batch x length, heads, mask", "tile", "error", "flashtile", "TFLOP/s", *names, "best peer / ours")  # fmt: skip
+    ratios = []
+    for row in rows:
+        cells, ratio = contest.peer_cells(row, names)
+        ratios += [ratio] if ratio else []
+        tile = f"{row['plan']['block_m']} x {row['plan']['block_n']}"
+        own = microseconds(row["seconds"]["flashtile"])
+        made.add_row(
+            _name(row), tile, contest.error_cell(row), own, f"{row['tflops']:.3g}", *cells, f"{ratio:.2f}" if ratio else "-"
+        )  # fmt: skip
+    console.print(made)
+    contest.print_notes(document, ratios, _name)
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return str(Size(row["batch"], row["seqlen"], row["num_heads_q"], row["num_heads_kv"], row["causal"]))
