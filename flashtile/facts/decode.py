@@ -101,7 +101,7 @@ def decode_key(
         alignment = alignment_of(q, k_cache, v_cache, out)
         if not alignment:
             return None
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         # Not tensors, ranks that cannot be, layouts without strides: the checks of Problem.decode say what is wrong.
         return None
     return (

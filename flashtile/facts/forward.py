@@ -78,7 +78,7 @@ def forward_key(
         alignment = alignment_of(q, k, v, out)
         if not alignment:
             return None
-    except (AttributeError, RuntimeError, TypeError, ValueError):
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
         # Not tensors, ranks that cannot be, layouts without strides: the checks of Problem.forward say what is wrong.
         return None
     return (

@@ -80,6 +80,7 @@ BAD: dict[str, tuple[Callable[[], Args], Change, type[Exception], tuple[str, ...
     # ranks and shapes
     "q_rank": (plain, of(lambda t: t[0], "q"), ShapeError, ("q:", "(batch, seqlen_q, num_heads, head_dim)", "attention_varlen")),
     "q_rank_packed": (packed, of(lambda t: t[None], "q"), ShapeError, ("q:", "(total_q, num_heads, head_dim)", "flatten")),
+    "q_rank_zero": (plain, with_(q=torch.tensor(1.0)), ShapeError, ("q:", "got shape ()")),
     "k_rank": (plain, of(lambda t: t[0], "k"), ShapeError, ("k:", "(batch, seqlen_k, num_heads_kv, head_dim)")),
     "v_rank": (plain, of(lambda t: t[0], "v"), ShapeError, ("v:", "(batch, seqlen_k")),
     "k_rank_packed": (packed, of(lambda t: t[None], "k"), ShapeError, ("k:", "(total_k, num_heads_kv, head_dim)")),
@@ -130,6 +131,7 @@ BAD: dict[str, tuple[Callable[[], Args], Change, type[Exception], tuple[str, ...
     # where sequences start, how long they are
     "starts_missing": (packed, with_(cu_seqlens_q=None), ArgumentError, ("cu_seqlens_q:", "cu_seqlens_k", "attention, unpacked")),
     "starts_rank": (packed, of(lambda t: t[None], "cu_seqlens_q"), ShapeError, ("cu_seqlens_q:", "rank 1")),
+    "starts_rank_zero": (packed, with_(cu_seqlens_q=torch.tensor(1, dtype=torch.int32)), ShapeError, ("cu_seqlens_q:", "rank 1")),
     "starts_none": (packed, of(lambda t: t[:0], "cu_seqlens_q"), ShapeError, ("cu_seqlens_q:", "batch + 1", "total_q")),
     "starts_k_missing": (packed, with_(cu_seqlens_k=None), ArgumentError, ("cu_seqlens_k:", "page_table and seqused_k")),
     "starts_k_count": (packed, of(lambda t: t[:2], "cu_seqlens_k"), ShapeError, ("cu_seqlens_k:", "batch + 1 = 3", "total_k")),
@@ -146,6 +148,7 @@ BAD: dict[str, tuple[Callable[[], Args], Change, type[Exception], tuple[str, ...
     "used_rank": (paged, of(lambda t: t[None], "seqused_k"), ShapeError, ("seqused_k:", "rank 1")),
     # pages
     "table_rank": (paged, of(lambda t: t.flatten(), "page_table"), ShapeError, ("page_table:", "rank 2")),
+    "table_rank_zero": (paged, with_(page_table=torch.tensor(1, dtype=torch.int32)), ShapeError, ("page_table:", "rank 2")),
     "table_rows": (paged, of(lambda t: t[:1], "page_table"), ShapeError, ("page_table:", "2 rows", "(batch, max_pages)")),
     "table_missing": (paged, with_(page_table=None), ArgumentError, ("cu_seqlens_k:", "page_table")),
     "table_and_starts": (paged, with_(cu_seqlens_k=torch.zeros(3, dtype=torch.int32)), ArgumentError, ("cu_seqlens_k:", "page_table")),
@@ -167,6 +170,7 @@ BAD: dict[str, tuple[Callable[[], Args], Change, type[Exception], tuple[str, ...
     "sinks_shape": (plain, with_(sinks=torch.zeros(2)), ShapeError, ("sinks:", "(4,)", "each query head")),
     "sinks_dtype": (packed, with_(sinks=PER_HEAD.half()), DtypeError, ("sinks:", "float32", "sinks.float()")),
     "sinks_device": (plain, with_(sinks=on_meta(PER_HEAD)), ArgumentError, ("sinks:", "q's device")),
+    "sinks_rank": (plain, with_(sinks=torch.tensor(1.0)), ShapeError, ("sinks:", "(4,)", "shape ()")),
     "slopes_shape": (packed, with_(alibi_slopes=torch.zeros(3, 4)), ShapeError, ("alibi_slopes:", "(4,) or (2, 4)")),
     "slopes_dtype": (plain, with_(alibi_slopes=PER_HEAD.double()), DtypeError, ("alibi_slopes:", "float32")),
     "slopes_strided": (plain, with_(alibi_slopes=torch.zeros(8)[::2]), ShapeError, ("alibi_slopes:", "contiguous")),

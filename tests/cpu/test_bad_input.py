@@ -182,6 +182,7 @@ BAD = [
     *(Bad(f"scale_{v}", contiguous, with_(scale=v), ArgumentError, ("scale:", "finite")) for v in (NAN, INF, torch.tensor(1.0), True, "1")),
     # per head
     Bad("sinks_shape", contiguous, with_(sinks=torch.zeros(2)), ShapeError, ("sinks:", "(4,)", "each query head")),
+    Bad("sinks_rank", contiguous, with_(sinks=torch.tensor(1.0)), ShapeError, ("sinks:", "(4,)", "shape ()")),
     Bad("sinks_dtype", contiguous, with_(sinks=torch.zeros(4).half()), DtypeError, ("sinks:", "float32", "sinks.float()")),
     Bad("sinks_strided", contiguous, with_(sinks=torch.zeros(8)[::2]), ShapeError, ("sinks:", "contiguous", "sinks.contiguous()")),
     Bad("sinks_device", contiguous, with_(sinks=torch.zeros(4, device="meta")), ArgumentError, ("sinks:", "q's device")),
