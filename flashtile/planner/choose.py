@@ -48,8 +48,8 @@ def plan_decode(
     contradicts itself.
     """
     if plan is not None:
-        against = infeasible(problem, plan, device) if _known(problem, plan) else []
-        return _obeyed(problem, device, plan, against, block_m=block_m, num_splits=num_splits)
+        against = infeasible(problem, plan, device) if _known("decode", plan) else []
+        return _obeyed("decode", problem, device, plan, against, block_m=block_m, num_splits=num_splits)
     if num_splits is not None and num_splits < 1:
         raise ArgumentError(message("num_splits", "at least 1", num_splits, "Leave it out to have it planned."))
     if block_m is not None and block_m not in BLOCK_MS:
@@ -61,7 +61,7 @@ def plan_decode(
     if tuned is not None:
         return tuned if num_splits is None else with_splits(tuned, problem, device, num_splits).with_(source="explicit")
     wished = block_m is not None or num_splits is not None
-    return _first_able(problem, device, lambda kernel: _plan_of(problem, device, kernel, block_m, num_splits), wished)
+    return _first_able("decode", problem, device, lambda kernel: _plan_of(problem, device, kernel, block_m, num_splits), wished)
 
 
 def _plan_of(problem: Problem, device: Device, kernel: str, block_m: int | None, num_splits: int | None) -> DecodePlan | list[str]:
@@ -152,9 +152,12 @@ def _cpu_plan(problem: Problem, kernel: str, block_m: int | None) -> DecodePlan:
 def plan_forward(problem: Problem, device: Device, *, block_m: int | None = None, plan: ForwardPlan | None = None) -> ForwardPlan:
     """The plan for a forward problem on a device, as ``plan_decode`` finds it: ``plan`` is returned or refused, ``block_m`` obeyed."""
     if plan is not None:
-        against = forward_infeasible(problem, plan, device) if _known(problem, plan) else []
-        return _obeyed(problem, device, plan, against, block_m=block_m)
-    return _first_able(problem, device, lambda kernel: _forward_plan_of(problem, device, kernel, block_m), block_m is not None)
+        against = forward_infeasible(problem, plan, device) if _known("forward", plan) else []
+        return _obeyed("forward", problem, device, plan, against, block_m=block_m)
+    tuned = _tuned_forward_plan(problem, device) if block_m is None else None
+    if tuned is not None:
+        return tuned
+    return _first_able("forward", problem, device, lambda kernel: _forward_plan_of(problem, device, kernel, block_m), block_m is not None)
 
 
 def _forward_plan_of(problem: Problem, device: Device, kernel: str, block_m: int | None) -> ForwardPlan | list[str]:
@@ -173,6 +176,15 @@ def _forward_plan_of(problem: Problem, device: Device, kernel: str, block_m: int
     return forward_infeasible(problem, plan, device) or plan
 
 
+def _tuned_forward_plan(problem: Problem, device: Device) -> ForwardPlan | None:
+    """The plan of the measured tile, if there is one that can run."""
+    tuned = tuned_tile(problem, device)
+    if tuned is None or kernel_named(tuned["kernel"]).reasons_against(problem, device):
+        return None
+    plan = forward_plan_for_tile(problem, device, ForwardTile(**tuned), "tuned")
+    return None if forward_infeasible(problem, plan, device) else plan
+
+
 def forward_plan_for_tile(problem: Problem, device: Device, tile: ForwardTile, source: Source = "rule") -> ForwardPlan:
     """The plan of a tile; Hopper's kernel has as many programs as SMs, which take tiles until none is left."""
     stays = tile.kernel == GLUON_FORWARD_SM90
@@ -189,11 +201,11 @@ def forward_plan_for_tile(problem: Problem, device: Device, tile: ForwardTile, s
     )
 
 
-def _first_able(problem: Problem, device: Device, plan_of: Callable[[str], AnyPlan | list[str]], wished: bool) -> AnyPlan:
+def _first_able(operation: str, problem: Problem, device: Device, plan_of: Callable[[str], AnyPlan | list[str]], wished: bool) -> AnyPlan:
     """The plan of the first kernel of the catalog that has one; UnsupportedError with each kernel's reasons if none has."""
     reasons: dict[str, list[str]] = {}
     able = False
-    for kernel in kernels_of(problem.operation):
+    for kernel in kernels_of(operation):
         reasons[kernel.name] = kernel.reasons_against(problem, device)
         if reasons[kernel.name]:
             continue
@@ -203,22 +215,22 @@ def _first_able(problem: Problem, device: Device, plan_of: Callable[[str], AnyPl
             return found
         reasons[kernel.name] = found
     if not able:
-        raise UnsupportedError(f"No kernel can run this {problem.operation} on {device.name}:", reasons)
-    raise UnsupportedError(f"No plan{' as asked' if wished else ''} can run this {problem.operation} on {device.name}:", reasons)
+        raise UnsupportedError(f"No kernel can run this {operation} on {device.name}:", reasons)
+    raise UnsupportedError(f"No plan{' as asked' if wished else ''} can run this {operation} on {device.name}:", reasons)
 
 
-def _known(problem: Problem, plan: Plan) -> bool:
-    return any(kernel.name == plan.kernel for kernel in kernels_of(problem.operation))
+def _known(operation: str, plan: Plan) -> bool:
+    return any(kernel.name == plan.kernel for kernel in kernels_of(operation))
 
 
-def _obeyed(problem: Problem, device: Device, plan: AnyPlan, against: list[str], **wishes: int | None) -> AnyPlan:
+def _obeyed(operation: str, problem: Problem, device: Device, plan: AnyPlan, against: list[str], **wishes: int | None) -> AnyPlan:
     """The caller's plan as it is, unless it contradicts another wish, names no kernel of this operation, or has something against it."""
     for name, wanted in wishes.items():
         has = getattr(plan, name)
         if wanted is not None and wanted != has:
             raise ArgumentError(message(name, f"the plan's own, {has}", wanted, f"Leave {name} out beside a plan, or use plan.with_()."))
-    if not _known(problem, plan):
-        names = ", ".join(kernel.name for kernel in kernels_of(problem.operation))
+    if not _known(operation, plan):
+        names = ", ".join(kernel.name for kernel in kernels_of(operation))
         raise UnsupportedError("The plan cannot be obeyed:", {plan.kernel: [f"there is no such kernel; there are {names}"]})
     reasons = kernel_named(plan.kernel).reasons_against(problem, device) + against
     if reasons:

@@ -23,7 +23,9 @@ SCORE_OPERATIONS = 5  # vector instructions a score: scale, maximum, subtraction
 MASK_OPERATIONS = 4  # more of them in a tile of keys that only some rows see
 ALONE_LOSS = 1.0  # share of the exponentials that products do not hide where one program has an SM of Triton's kernel,
 TOGETHER_LOSS = 0.2  # where several share it, so that one computes while another takes exponentials,
+INTERLEAVED_LOSS = 0.4  # where each warp issues its own products and a scheduler has two warps or more,
 SPECIALISED_LOSS = 0.07  # and where warpgroups of one program take turns; also what copies beside the products cost
+SCHEDULERS = 4  # of an SM
 L2_BYTES_PER_CLOCK = 32  # what an SM reads of L2 while all of them do
 FMA_EFFICIENCY = 0.5  # share of the vector rate that an FMA dot reaches
 UNEVEN_TAIL = 0.5  # of a mean row tile: what SMs wait for the last ones where tiles are unlike, longest first
@@ -100,10 +102,7 @@ def forward_cost(problem: Problem, tile: ForwardTileShape, footprint: Footprint,
     copy_us = block_n * _kv_bytes(problem) * EXP_PER_CLOCK * sms / (L2_BYTES_PER_CLOCK * device.exp_rate) * 1e6
 
     tiles_per_sm = -(-tiles // sms)
-    if tile.kernel == GLUON_FORWARD_SM90:
-        loss = SPECIALISED_LOSS
-    else:
-        loss = TOGETHER_LOSS if min(footprint.resident, tiles_per_sm) > 1 else ALONE_LOSS
+    loss = _overlap_loss(tile, footprint, min(footprint.resident, tiles_per_sm))
     compute_us = max(matrix_us, exp_us) + loss * min(matrix_us, exp_us)
     step_us = max(compute_us, copy_us) + SPECIALISED_LOSS * min(compute_us, copy_us)
 
@@ -125,6 +124,15 @@ def forward_cost(problem: Problem, tile: ForwardTileShape, footprint: Footprint,
         tail_us=max(0.0, busiest - even_walk) * step_us,
         start_us=START_US[tile.kernel] + ROW_TILE_US[tile.kernel] * tiles_per_sm / resident,
     )
+
+
+def _overlap_loss(tile: ForwardTileShape, footprint: Footprint, programs: int) -> float:
+    """Share of the shorter of products and exponentials that shows, with so many programs on an SM."""
+    if tile.kernel == GLUON_FORWARD_SM90:
+        return SPECIALISED_LOSS
+    if footprint.mma is not None and footprint.mma.warps == 1:
+        return INTERLEAVED_LOSS if programs * tile.num_warps >= 2 * SCHEDULERS else ALONE_LOSS
+    return TOGETHER_LOSS if programs > 1 else ALONE_LOSS
 
 
 def _kv_bytes(problem: Problem) -> int:

@@ -30,13 +30,13 @@ Fit = tuple[ForwardTile, Footprint]
 
 MAX_GRID_X = 2**31 - 1
 MAX_THREADS = 1024
-ROWS_GAIN_PERCENT = 4  # what a tile of fewer rows must gain: less is within the model's error
+ROWS_GAIN_PERCENT = 8  # what a tile of fewer rows must gain: less is within the model's error
 PORTABLE_GAIN_PERCENT = 10  # what the portable kernel must gain over Hopper's
 
 
 def forward_infeasible(problem: Problem, plan: ForwardPlan, device: Device) -> list[str]:
     """Why a plan cannot run this problem on this device: one sentence a reason, each with the number that decided it."""
-    if not device.is_gpu:
+    if plan.kernel not in FORWARD_LIMITS or not device.is_gpu:
         return []
     reasons = _malformed(plan, device) or forward_misfits(problem, plan, device)
     tiles = row_tiles(problem, plan.block_m)
@@ -181,7 +181,8 @@ def _fits(
         allow_tf32=allow_tf32,
     )  # fmt: skip
     able, unable = [], []
-    for tiles in forward_candidates(kernel, max(head_dim, head_dim_v), long_walk):
+    tall = forward_mma(kind, ForwardTile(128, 64, 8, 2), device)
+    for tiles in forward_candidates(kernel, max(head_dim, head_dim_v), tall, long_walk):
         tile = next((tile for tile in tiles if not forward_misfits(kind, tile, device)), None)
         if tile is None:
             unable.append((tiles[-1], tuple(forward_misfits(kind, tiles[-1], device))))

@@ -1,6 +1,6 @@
 """Forward tiles: which tiles of query rows each kernel has, in which shapes, in order of preference, and the limits behind them.
 
-A shape is (block_m, block_n, warps, ring stages). Of the portable kernel, the first shape of each block_m that fits the device
+Of the portable kernel, the first shape of each block_m that fits the device
 is taken; Hopper's kernel has one shape for each kind of head and length.
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 from flashtile.planner.catalog import GLUON_FORWARD_SM90, TRITON_FORWARD
-
-Shape = tuple[int, int, int, int]
+from flashtile.planner.figures import Mma
 
 FORWARD_BLOCK_MS = (16, 32, 64, 128, 192)
 SHORT_HEAD = 64  # head dims up to here leave registers for three warpgroups of rows, and wait for exp2
@@ -76,27 +75,44 @@ def hopper_tiles(head_dim: int, long_walk: bool) -> tuple[ForwardTile, ...]:
     return (_USUAL,) if head_dim <= USUAL_HEAD else (_LONG,)
 
 
-# The portable kernel: for each kind of head the shapes of a block_m in order of preference; the later ones are for longer heads,
-# wider types and less shared memory.
-_SHORT_SHAPES: dict[int, tuple[tuple[int, int, int], ...]] = {
-    128: ((64, 8, 3), (64, 8, 2), (32, 8, 2), (32, 8, 1), (16, 8, 1)),
-    64: ((128, 4, 3), (64, 4, 3), (64, 4, 2), (32, 4, 2), (32, 4, 1), (16, 4, 1), (16, 8, 1)),
-    32: ((64, 4, 3), (64, 4, 2), (32, 4, 2), (32, 4, 1), (16, 4, 1), (16, 8, 1)),
-    16: ((64, 4, 3), (64, 4, 2), (32, 4, 2), (32, 4, 1), (16, 4, 1), (16, 8, 1)),
+# The portable kernel: for each way to multiply the shapes (keys a step, warps, stages) of a block_m in order of preference; the
+# later ones are for longer heads, wider types and less shared memory. A warp owns 16 rows, and where fragments go through registers
+# a tile has no more keys than rows: else warps share rows, and have to agree on each row's maximum.
+Shapes = dict[int, tuple[tuple[int, int, int], ...]]
+_FEW_ROWS: Shapes = {
+    32: ((32, 2, 4), (32, 2, 3), (32, 2, 2), (16, 2, 3), (16, 2, 2), (16, 2, 1), (16, 4, 2), (16, 4, 1), (16, 8, 1)),
+    16: ((16, 1, 4), (16, 1, 2), (16, 1, 1), (16, 2, 2), (16, 2, 1), (16, 4, 2), (16, 4, 1), (16, 8, 1)),
 }
-_LONG_SHAPES: dict[int, tuple[tuple[int, int, int], ...]] = _SHORT_SHAPES | {
-    64: ((64, 4, 3), (64, 4, 2), (32, 4, 2), (32, 4, 1), (16, 4, 1), (16, 8, 1)),
+_SHARED_OPERANDS: Shapes = {  # wgmma, tcgen05
+    128: ((64, 8, 3), (64, 8, 2), (32, 8, 3), (32, 8, 2), (32, 8, 1), (16, 8, 2), (16, 8, 1)),
+    64: ((64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2), (16, 4, 2), (16, 4, 1), (16, 8, 1)),
+} | _FEW_ROWS
+_SHARED_OPERANDS_SHORT: Shapes = _SHARED_OPERANDS | {64: ((128, 4, 3), *_SHARED_OPERANDS[64])}
+_REGISTER_OPERANDS: Shapes = {  # mma.sync, mfma, wmma
+    128: ((64, 8, 3), (64, 8, 2), (32, 8, 3), (32, 8, 2), (32, 8, 1), (16, 8, 3), (16, 8, 2), (16, 8, 1)),
+    64: ((64, 4, 3), (64, 4, 2), (32, 4, 3), (32, 4, 2), (16, 4, 3), (16, 4, 2), (16, 4, 1), (16, 8, 1)),
+} | _FEW_ROWS
+_FMA: Shapes = {  # no matrix instruction: results as square as possible
+    64: ((32, 8, 2), (32, 8, 1), (16, 8, 1)),
+    32: ((32, 8, 2), (32, 8, 1), (16, 8, 1)),
+    16: ((32, 4, 2), (32, 4, 1), (16, 4, 1), (16, 8, 1)),
 }
 
 
-def portable_tiles(head_dim: int) -> tuple[tuple[ForwardTile, ...], ...]:
-    """The portable kernel's tiles for heads of ``head_dim``: for each block_m its shapes, best first."""
-    shapes = _SHORT_SHAPES if head_dim <= SHORT_HEAD else _LONG_SHAPES
-    return tuple(tuple(ForwardTile(block_m, *shape) for shape in shapes[block_m]) for block_m in shapes)
+def portable_tiles(head_dim: int, mma: Mma | None) -> tuple[tuple[ForwardTile, ...], ...]:
+    """The portable kernel's tiles for heads of ``head_dim`` and the preferred instruction of a tall tile: for each block_m its
+    shapes, best first."""
+    if mma is None:
+        shapes = _FMA
+    elif mma.warps == 1:
+        shapes = _REGISTER_OPERANDS
+    else:
+        shapes = _SHARED_OPERANDS_SHORT if head_dim <= SHORT_HEAD and mma.name == "wgmma" else _SHARED_OPERANDS
+    return tuple(tuple(ForwardTile(block_m, *shape) for shape in shapes[block_m]) for block_m in sorted(shapes, reverse=True))
 
 
-def forward_candidates(kernel: str, head_dim: int, long_walk: bool) -> tuple[tuple[ForwardTile, ...], ...]:
+def forward_candidates(kernel: str, head_dim: int, mma: Mma | None, long_walk: bool) -> tuple[tuple[ForwardTile, ...], ...]:
     """All tiles that a kernel's rule may choose, best first: a tuple for each of which the first that fits counts."""
     if kernel == TRITON_FORWARD:
-        return portable_tiles(head_dim)
+        return portable_tiles(head_dim, mma)
     return tuple((tile,) for tile in hopper_tiles(head_dim, long_walk))

@@ -1,8 +1,8 @@
 """Tuned tables: tiles measured to be best, kept as JSON beside the code and reviewed like it.
 
 ``tuned/<arch>.json`` holds ``{"arch": ..., "rows": [{"key": [...], "tile": {...}}, ...]}``. A key is ``key_of(problem)``
-of any problem of its bucket; a tile names its kernel, block_m, swapped, block_n, num_warps and num_stages, and num_splits
-where the rule for splits is to be overruled too, by a grid.
+of any problem of its bucket. A decode tile names its kernel, block_m, swapped, block_n, num_warps and num_stages, and
+num_splits where the rule for splits is to be overruled too, by a grid; a forward tile has the fields of ForwardTile.
 """
 
 from __future__ import annotations
@@ -15,12 +15,20 @@ from typing import Any
 from flashtile.planner.device import Device, nearest_architecture
 from flashtile.problem import Problem
 
-Key = tuple[str, int, int, int, int, int]
+Key = tuple[str | int, ...]
 TILE_FIELDS = ("kernel", "block_m", "swapped", "block_n", "num_warps", "num_stages")
 
 
 def key_of(problem: Problem) -> Key:
-    """(dtype, head dims, rows, and the powers of two at or above units and keys): what a tile hangs on, without the rest."""
+    """What a tile hangs on, without the rest; lengths and counts as the powers of two at or above them.
+
+    Decode: (dtype, head dims, rows, units, keys). Forward: ("forward", dtype, head dims, mask, queries, keys, sequences x heads).
+    """
+    if problem.operation == "forward":
+        band = problem.band
+        mask = "full" if band.is_full else "causal" if band.left is None and band.right == 0 else "window"
+        lengths = (_octave(problem.seqlen_q), _octave(problem.keys_read), _octave(problem.batch * problem.num_heads_q))
+        return ("forward", problem.dtype_k, problem.head_dim, problem.head_dim_v, mask, *lengths)
     units, keys = _octave(problem.units), _octave(problem.keys_read)
     return problem.dtype_k, problem.head_dim, problem.head_dim_v, problem.rows, units, keys
 
@@ -42,12 +50,7 @@ def tuned_table(arch: str) -> dict[Key, dict[str, Any]]:
 
 def read_table(text: str) -> dict[Key, dict[str, Any]]:
     """A table's JSON text as a mapping; the last of several rows with one key wins."""
-    rows: dict[Key, dict[str, Any]] = {}
-    for row in json.loads(text)["rows"]:
-        dtype, *numbers = row["key"]
-        head_dim, head_dim_v, num_rows, units, keys = (int(number) for number in numbers)
-        rows[(str(dtype), head_dim, head_dim_v, num_rows, units, keys)] = row["tile"]
-    return rows
+    return {tuple(row["key"]): row["tile"] for row in json.loads(text)["rows"]}
 
 
 def _octave(count: int) -> int:
