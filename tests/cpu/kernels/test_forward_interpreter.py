@@ -73,7 +73,7 @@ def check(inputs: ForwardInputs, plan: ForwardPlan) -> tuple[torch.Tensor, torch
 def trials() -> Iterator[Any]:
     # a call without sequences runs no kernel
     for turn, case in enumerate(case for case in FORWARD_CASES if case.batch):
-        block_m, block_n = TILES[turn % len(TILES)]
+        block_m, block_n = TILES[(7 * turn + 2) % len(TILES)]  # so that the longest cases do not meet the smallest tiles
         if case.dtype == "bfloat16":
             case = replace(case, dtype="float16")
         yield pytest.param(case, plan_of(block_m, block_n), id=f"{case.name}-m{block_m}-n{block_n}")
