@@ -14,7 +14,7 @@ from typing import NamedTuple
 from flashtile.planner.catalog import GLUON_SM90
 from flashtile.planner.device import Device
 from flashtile.planner.figures import Architecture, Mma
-from flashtile.planner.footprint_gluon import gluon_mma, gluon_registers, gluon_shared_memory
+from flashtile.planner.footprint_gluon import asks_by_page, gluon_mma, gluon_registers, gluon_shared_memory, registers_asked_for
 from flashtile.planner.tiles import TileShape
 from flashtile.problem import DTYPE_BYTES, Problem
 
@@ -243,7 +243,10 @@ def footprint_of(problem: Problem, tile: TileShape, device: Device) -> Footprint
         return Footprint(0, 0, 1, None)
     shared = shared_memory_bytes(problem, tile, device)
     registers = registers_per_thread(problem, tile, device)
-    return Footprint(shared, registers, programs_that_fit(shared, registers, tile.num_warps, device), mma_of(problem, tile, device))
+    resident = programs_that_fit(shared, registers, tile.num_warps, device)
+    if tile.kernel == GLUON_SM90 and asks_by_page(problem, tile):
+        resident = 2 if registers_asked_for(problem, tile) else 1
+    return Footprint(shared, registers, resident, mma_of(problem, tile, device))
 
 
 def programs_that_fit(shared_memory: int, registers: int, num_warps: int, device: Device) -> int:

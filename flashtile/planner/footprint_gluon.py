@@ -17,6 +17,10 @@ WARP = 32
 LONG_HEAD = 128
 DEEP_LONG_RING = 12  # registers for a ring of more than two stages beside a head dim beyond LONG_HEAD
 SHARED_SCRATCH = 1024  # barriers and alignment of the ring
+LEAST_PAGE_BOX = 16  # keys
+WARPGROUP = 4  # warps, of which a kernel with a warp of its own for asking has whole ones
+SM_SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of an SM, and what each program takes beside its own
+HALF_AN_SM_REGISTERS = 128  # a thread, for two programs of two warpgroups: the one that asks gives most of its registers away
 MERGE_KEPT_ROWS = 8  # rows of the warps' accumulators that stay in registers while they merge
 REGISTERS_PER_GATHERED_ROW = 2  # page and place of a key that a thread copies a part of
 ROWS_COPIED_AT_ONCE = 4  # by a warp
@@ -62,16 +66,30 @@ def shares_tiles(problem: Problem) -> bool:
     return problem.batch > 1
 
 
+def asks_by_page(problem: Problem, tile: TileShape) -> bool:
+    """Whether a tile is a few whole pages, which a warp of its own asks the copy engine for, each in a box."""
+    page = problem.page_size
+    pages = LEAST_PAGE_BOX <= page < tile.block_n and tile.block_n % page == 0
+    return pages and tile.num_warps % WARPGROUP == 0 and max(box_dim(problem.head_dim), box_dim(problem.head_dim_v)) <= LONG_HEAD
+
+
+def registers_asked_for(problem: Problem, tile: TileShape) -> dict[str, int]:
+    """The compiler's limit of registers a thread, where a warp of its own asks: two programs share an SM if memory lets them."""
+    two_fit = 2 * (gluon_shared_memory(problem, tile) + RESERVED_BYTES) <= SM_SHARED_BYTES
+    return {"maxnreg": HALF_AN_SM_REGISTERS} if asks_by_page(problem, tile) and tile.num_warps == WARPGROUP and two_fit else {}
+
+
 def gluon_shared_memory(problem: Problem, tile: TileShape) -> int:
     """Bytes of shared memory: the ring, the query tile, barriers, and where the warps' accumulators meet.
 
-    They meet in the ring, unless it is being filled for the next unit by then.
+    They meet in the ring, unless it is being filled for the next unit by then, or a warp of its own fills it.
     """
     dim, dim_v = box_dim(problem.head_dim), box_dim(problem.head_dim_v)
     ring = tile.num_stages * tile.block_n * (dim + dim_v) * INPUT_BYTES
     merge = max(0, tile.num_warps * tile.block_m - MERGE_KEPT_ROWS) * dim_v * 4 if owns_keys(tile) else 0
     q_bytes = max(INSTRUCTION_ROWS, tile.block_m) * dim * INPUT_BYTES
-    return (ring + merge if shares_tiles(problem) else max(ring, merge)) + q_bytes + SHARED_SCRATCH
+    apart = shares_tiles(problem) or asks_by_page(problem, tile)
+    return (ring + merge if apart else max(ring, merge)) + q_bytes + SHARED_SCRATCH
 
 
 def gluon_registers(problem: Problem, tile: TileShape, features: int) -> int:
@@ -81,7 +99,8 @@ def gluon_registers(problem: Problem, tile: TileShape, features: int) -> int:
     """
     dim, dim_v = box_dim(problem.head_dim), box_dim(problem.head_dim_v)
     accumulator = INSTRUCTION_ROWS * dim_v / WARP
-    gathered = tile.block_n / (ROWS_COPIED_AT_ONCE * tile.num_warps) if problem.page_size and problem.page_size % tile.block_n else 0.0
+    by_threads = problem.page_size % tile.block_n != 0 and not asks_by_page(problem, tile) if problem.page_size else False
+    gathered = tile.block_n / (ROWS_COPIED_AT_ONCE * tile.num_warps) if by_threads else 0.0
     shares, long_head = shares_tiles(problem), max(dim, dim_v) > LONG_HEAD
     if owns_keys(tile):
         q = INSTRUCTION_ROWS * dim * INPUT_BYTES / 4 / WARP

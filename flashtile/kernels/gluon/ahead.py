@@ -1,11 +1,11 @@
-"""What is asked for ahead of its use: the keys that rows may see, and the next tile of the line with its place in memory."""
+"""What is known of tiles ahead of their use: the keys that rows may see, a split's tiles, the line's next tile and its place."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from flashtile.kernels.gluon.ring import place_of
 from flashtile.kernels.tile.band import keys_of
-from flashtile.kernels.tile.schedule import next_unit, sequence_keys, sequence_rows
+from flashtile.kernels.tile.schedule import next_unit, sequence_keys, sequence_rows, split_keys
 
 
 @gluon.jit
@@ -15,6 +15,41 @@ def visible_to_rows(band, row_block, seqlen_q, seqlen_k, GROUP: gl.constexpr, BL
     first_position = row_block * BLOCK_M // GROUP
     last_position = gl.minimum((row_block * BLOCK_M + BLOCK_M - 1) // GROUP, seqlen_q - 1)
     return keys_of(band, first_position + offset, last_position + offset, seqlen_k)
+
+
+@gluon.jit
+def unit_of_split(num_heads_kv, row_blocks):
+    """(sequence, key head, row block, split, splits) of a program on the grid of splits; the last splits come first."""
+    program, num_splits = gl.program_id(0), gl.num_programs(1)
+    unit = program // row_blocks
+    return unit // num_heads_kv, unit % num_heads_kv, program % row_blocks, num_splits - 1 - gl.program_id(1), num_splits
+
+
+@gluon.jit
+def tiles_of_split(
+    band, row_block, seqlen_q, seqlen_k, split, num_splits, min_keys_per_split,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, IN_TURN: gl.constexpr,
+):  # fmt: skip
+    """(first, last, key, step, count): what the rows may see, and the split's tiles, ``step`` keys apart from ``key`` on.
+
+    IN_TURN: the splits take the tiles in turn.
+    """
+    first, last = visible_to_rows(band, row_block, seqlen_q, seqlen_k, GROUP, BLOCK_M)
+    if IN_TURN:
+        first_tile = first // BLOCK_N
+        key = (first_tile + split) * BLOCK_N
+        step = num_splits * BLOCK_N
+        count = gl.cdiv(gl.maximum(gl.cdiv(last, BLOCK_N) - first_tile - split, 0), num_splits)
+    else:
+        key, end = split_keys(first, last, split, num_splits, min_keys_per_split, BLOCK_N)
+        step = split * 0 + BLOCK_N
+        count = gl.where(end > key, gl.cdiv(end - key, BLOCK_N), 0)
+    if not SPLIT:
+        # somebody writes the rows of a sequence that sees no key
+        count = gl.maximum(count, 1)
+    if row_block * BLOCK_M >= seqlen_q * GROUP:
+        count = count * 0
+    return first, last, key, step, count
 
 
 @gluon.jit

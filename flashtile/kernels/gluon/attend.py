@@ -2,7 +2,7 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from flashtile.kernels.gluon.ahead import next_tile, place_ahead, visible_to_rows
 from flashtile.kernels.gluon.names import barrier
@@ -67,19 +67,21 @@ def attend(
     key, step, count, done, ahead, ahead_at, stop,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, ON_LINE: gl.constexpr, UNIT_COST: gl.constexpr, STAGES: gl.constexpr, NUM_WARPS: gl.constexpr,
+    ASKED_FOR: gl.constexpr,
 ):  # fmt: skip
     """A unit's rows over ``count`` tiles of keys, ``step`` keys apart: (m, l, acc), base 2, not normalised, as the warps have them.
 
-    The tiles are the program's number ``done`` and on. What is ahead is asked for until it reaches ``stop``: the number of
-    tiles, or on a line a position, where it may be another unit's, so that it is returned too.
+    The tiles are the program's number ``done`` and on. Unless a warp of its own asks for tiles, what is ahead is asked for here
+    until it reaches ``stop``: the number of tiles, or on a line a position, where it may be another unit's, so that it is
+    returned too.
     """
-    k_ring, k_tiles, v_ring, v_tiles, full = ring
+    k_ring, k_tiles, v_ring, v_tiles, full, empty = ring
     OWN_ROWS: gl.constexpr = BLOCK_M >= 64
     ROWS: gl.constexpr = max(16, BLOCK_M)
     D: gl.constexpr = held_dim(HEAD_DIM)
     DV: gl.constexpr = held_dim(HEAD_DIM_V)
     SHAPED: gl.constexpr = scores.softcap is not None or scores.slopes is not None
-    GATHERED: gl.constexpr = gathers(PAGE_SIZE, BLOCK_N)
+    GATHERED: gl.constexpr = gathers(PAGE_SIZE, BLOCK_N) and not ASKED_FOR
     # q's fragments stay in registers where the accumulator, and what a line is kept track of by, leave room
     HOLD_Q: gl.constexpr = D + DV <= 384 and not ON_LINE
     factor = gl.maximum(gl.abs(scores.scale_log2), 1e-30)
@@ -124,11 +126,13 @@ def attend(
     for i in range(count):
         stage = (done + i) % STAGES
         # page ids are asked for before the wait, so that they come meanwhile
-        if ON_LINE:
+        if ASKED_FOR:
+            place = b
+        elif ON_LINE:
             place = place_ahead(lengths, band, pages, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE, NUM_WARPS)
         else:
             place = place_of(pages, b, key + STAGES * step, first, last, BLOCK_N, PAGE_SIZE, NUM_WARPS)
-        if GATHERED:
+        if gathers(PAGE_SIZE, BLOCK_N):
             page = page_of(pages, b, key + n, (key + n >= first) & (key + n < last), PAGE_SIZE)
         elif PAGE_SIZE > 0:
             page = page_of(pages, b, key, (key + BLOCK_N > first) & (key < last), PAGE_SIZE)
@@ -156,7 +160,10 @@ def attend(
             acc = row_values(p, v_tiles.index(stage), acc, unseen, first, last, key, BLOCK_N, DV, NUM_WARPS)
         else:
             acc = own_values(p, v_tiles.index(stage), acc, unseen, first, last, key, BLOCK_N, DV, NUM_WARPS)
-        if GATHERED or ahead_at < stop:
+        if ASKED_FOR:
+            barrier()
+            mbarrier.arrive(empty.index(stage), count=1)
+        elif GATHERED or ahead_at < stop:
             barrier()
             ahead_h, ahead_key = h, key + STAGES * step
             if ON_LINE:
@@ -165,7 +172,7 @@ def attend(
                 k, v, k_ring, v_ring, full, stage, pages, place, ahead_h, ahead_key, ahead_at < stop,
                 HEAD_DIM, HEAD_DIM_V, BLOCK_N, PAGE_SIZE, NUM_WARPS,
             )  # fmt: skip
-        if ON_LINE:
+        if ON_LINE and not ASKED_FOR:
             ahead, ahead_at = next_tile(lengths, band, batch, num_heads_kv, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
         else:
             ahead_at += 1

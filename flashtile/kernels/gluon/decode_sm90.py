@@ -21,15 +21,19 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from flashtile.kernels.call import DecodeRunner
 from flashtile.kernels.combine import combine_spec, combines
+from flashtile.kernels.gluon.asking import ask_for_split, ask_on_line
 from flashtile.kernels.gluon.attend import held_dim
 from flashtile.kernels.gluon.ring import gathers, tile_ring
 from flashtile.kernels.gluon.walk import walk_line, walk_split
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Descriptor, Launch, Spec, launcher
 from flashtile.kernels.run import bind_split, split_args, split_constants
 from flashtile.kernels.tile.views import KeysView
+from flashtile.planner.footprint_gluon import asks_by_page, registers_asked_for
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import DTYPE_BYTES, Problem
 from flashtile.rounding import length_bucket
+
+ASKING_REGISTERS = gl.constexpr(40)  # of a thread that only asks for tiles
 
 
 @gluon.jit
@@ -38,39 +42,73 @@ def decode_sm90_kernel(
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, SPLIT: gl.constexpr, SEQUENCES: gl.constexpr, ONE_STEP: gl.constexpr, UNIT_COST: gl.constexpr,
     STAGES: gl.constexpr, NUM_WARPS: gl.constexpr, IN_TURN: gl.constexpr, MERGES: gl.constexpr, PDL: gl.constexpr,
+    ASKED_FOR: gl.constexpr,
 ):  # fmt: skip
     """Grid: (units, splits), the last splits first; with stream-K, where SEQUENCES > 0, programs."""
     D: gl.constexpr = held_dim(HEAD_DIM)
     DV: gl.constexpr = held_dim(HEAD_DIM_V)
     dtype: gl.constexpr = q.ptr.dtype.element_ty
-    k_ring, k_tiles = tile_ring(k, dtype, STAGES, BLOCK_N, D, gathers(PAGE_SIZE, BLOCK_N))
-    v_ring, v_tiles = tile_ring(v, dtype, STAGES, BLOCK_N, DV, gathers(PAGE_SIZE, BLOCK_N))
+    k_ring, k_tiles = tile_ring(k, dtype, STAGES, BLOCK_N, D, gathers(PAGE_SIZE, BLOCK_N) and not ASKED_FOR)
+    v_ring, v_tiles = tile_ring(v, dtype, STAGES, BLOCK_N, DV, gathers(PAGE_SIZE, BLOCK_N) and not ASKED_FOR)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = full
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-    ring = (k_ring, k_tiles, v_ring, v_tiles, full)
-    if SEQUENCES > 0:
+    if ASKED_FOR:
+        empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(empty.index(stage), count=1)
+    ring = (k_ring, k_tiles, v_ring, v_tiles, full, empty)
+    # a warp of its own asks for pages; constants are written inside the calls, for a tuple bound to a name makes numbers of them
+    if SEQUENCES > 0 and ASKED_FOR:
+        gl.warp_specialize([
+            (walk_line, (
+                q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch,
+                GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SEQUENCES, ONE_STEP, UNIT_COST, STAGES, NUM_WARPS, MERGES, PDL,
+                ASKED_FOR,
+            )),
+            (ask_on_line, (
+                k, v, ring, lengths, pages, band, num_heads_kv, batch,
+                GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE, SEQUENCES, ONE_STEP, UNIT_COST, STAGES,
+            )),
+        ], [1], [ASKING_REGISTERS])  # fmt: skip
+    elif SEQUENCES > 0:
         walk_line(
             q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch,
             GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SEQUENCES, ONE_STEP, UNIT_COST, STAGES, NUM_WARPS, MERGES, PDL,
+            ASKED_FOR,
         )  # fmt: skip
+    elif ASKED_FOR:
+        gl.warp_specialize([
+            (walk_split, (
+                q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks,
+                min_keys_per_split, planned_keys,
+                GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SPLIT, STAGES, NUM_WARPS, IN_TURN, PDL, ASKED_FOR,
+            )),
+            (ask_for_split, (
+                k, v, ring, lengths, pages, band, num_heads_kv, row_blocks, min_keys_per_split,
+                GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE, SPLIT, STAGES, IN_TURN,
+            )),
+        ], [1], [ASKING_REGISTERS])  # fmt: skip
     else:
         walk_split(
             q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks,
             min_keys_per_split, planned_keys,
-            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SPLIT, STAGES, NUM_WARPS, IN_TURN, PDL,
+            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SPLIT, STAGES, NUM_WARPS, IN_TURN, PDL, ASKED_FOR,
         )  # fmt: skip
 
 
 def decode_spec(problem: Problem, plan: DecodePlan) -> Spec:
     """The split kernel's specialisation."""
-    gathered = gathers(problem.page_size, plan.block_n)
+    asked_for = asks_by_page(problem, plan)
+    gathered = gathers(problem.page_size, plan.block_n) and not asked_for
+    box_keys = problem.page_size if asked_for else plan.block_n
 
     def keys(dtype: str, dim: int) -> KeysView | Descriptor:
         if gathered:
             stride = Arg("i64", max(1, problem.alignment // DTYPE_BYTES[dtype]))
             return KeysView(Arg("*" + TRITON_DTYPES[dtype], problem.alignment), stride, stride, stride)
-        return Descriptor(TRITON_DTYPES[dtype], (1, plan.block_n, 1, held_dim(dim)))
+        return Descriptor(TRITON_DTYPES[dtype], (1, box_keys, 1, held_dim(dim)))
 
     return Spec(
         decode_sm90_kernel,
@@ -86,8 +124,9 @@ def decode_spec(problem: Problem, plan: DecodePlan) -> Spec:
             "NUM_WARPS": plan.num_warps,
             "IN_TURN": plan.min_keys_per_split <= plan.block_n,
             "MERGES": merges_parts(problem, plan),
+            "ASKED_FOR": asked_for,
         },
-        options={"num_warps": plan.num_warps, "num_stages": 1},
+        options={"num_warps": plan.num_warps, "num_stages": 1} | registers_asked_for(problem, plan),
     )
 
 
@@ -117,7 +156,7 @@ def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
 def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunner:
     """What runs calls of ``problem`` as ``plan`` says: the split kernel and, where keys are split, combine."""
     launch = launcher(decode_spec(problem, plan), device)
-    gathered = gathers(problem.page_size, plan.block_n)
+    gathered = gathers(problem.page_size, plan.block_n) and not asks_by_page(problem, plan)
 
     def with_keys(k: torch.Tensor, v: torch.Tensor) -> tuple[Launch, Any, Any]:
         if gathered:

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from flashtile.kernels.gluon.ahead import next_tile, place_ahead, visible_to_rows
+from flashtile.kernels.gluon.ahead import next_tile, place_ahead, tiles_of_split, unit_of_split
 from flashtile.kernels.gluon.attend import attend, fetch_rows, held_dim, merged, share_rows
 from flashtile.kernels.gluon.parts import leave_part, merged_parts
 from flashtile.kernels.gluon.results import (
@@ -22,7 +22,7 @@ from flashtile.kernels.gluon.results import (
     store_partial,
 )
 from flashtile.kernels.gluon.ring import place_of, start_tile
-from flashtile.kernels.tile.schedule import line_length, next_unit, sequence_keys, sequence_rows, share, slot_of, split_keys, unit_at
+from flashtile.kernels.tile.schedule import line_length, next_unit, sequence_keys, sequence_rows, share, slot_of, unit_at
 
 
 @gluon.jit
@@ -31,20 +31,16 @@ def walk_split(
     min_keys_per_split, planned_keys,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, NUM_WARPS: gl.constexpr, IN_TURN: gl.constexpr, PDL: gl.constexpr,
+    ASKED_FOR: gl.constexpr,
 ):  # fmt: skip
     """A grid of splits: one unit, and of its keys one split's share.
 
     IN_TURN: the splits take the tiles in turn, so that a program knows its first tiles before it knows the length. As
     far as the plan says that there are keys, it asks for them at once, and reads q and the length meanwhile.
     """
-    k_ring, k_tiles, v_ring, v_tiles, full = ring
+    k_ring, k_tiles, v_ring, v_tiles, full, empty = ring
     EARLY: gl.constexpr = IN_TURN and PAGE_SIZE == 0 and band.left is None and lengths.cu_seqlens_q is None
-    program = gl.program_id(0)
-    num_splits = gl.num_programs(1)
-    split = num_splits - 1 - gl.program_id(1)
-    b = program // row_blocks // num_heads_kv
-    h = (program // row_blocks) % num_heads_kv
-    row_block = program % row_blocks
+    b, h, row_block, split, num_splits = unit_of_split(num_heads_kv, row_blocks)
     row_start, seqlen_q = sequence_rows(lengths, b)
     seqlen_k = sequence_keys(lengths, b)
     if EARLY:
@@ -59,23 +55,12 @@ def walk_split(
     q_rows = fetch_rows(q, b, h, row_block, row_start, seqlen_q, True, PACKED, GROUP, BLOCK_M, HEAD_DIM, NUM_WARPS)
     q_shared = share_rows(q_rows, scores, BLOCK_M)
 
-    first, last = visible_to_rows(band, row_block, seqlen_q, seqlen_k, GROUP, BLOCK_M)
-    if IN_TURN:
-        first_tile = first // BLOCK_N
-        key = (first_tile + split) * BLOCK_N
-        step = num_splits * BLOCK_N
-        count = gl.cdiv(gl.maximum(gl.cdiv(last, BLOCK_N) - first_tile - split, 0), num_splits)
-    else:
-        key, end = split_keys(first, last, split, num_splits, min_keys_per_split, BLOCK_N)
-        step = BLOCK_N
-        count = gl.where(end > key, gl.cdiv(end - key, BLOCK_N), 0)
+    first, last, key, step, count = tiles_of_split(
+        band, row_block, seqlen_q, seqlen_k, split, num_splits, min_keys_per_split, GROUP, BLOCK_M, BLOCK_N, SPLIT, IN_TURN
+    )
     if not SPLIT:
-        # somebody writes the rows of a sequence that sees no key
-        count = gl.maximum(count, 1)
         clear_unowned(out, lse, lengths, batch, num_heads_kv * GROUP, HEAD_DIM_V, held_dim(HEAD_DIM_V), NUM_WARPS)
-    if row_block * BLOCK_M >= seqlen_q * GROUP:
-        count = count * 0
-    if not EARLY or last > planned_keys:
+    if not ASKED_FOR and (not EARLY or last > planned_keys):
         for i in gl.static_range(STAGES):
             ahead = key + i * step
             wanted = i < count
@@ -89,7 +74,7 @@ def walk_split(
         m, l, acc, _, _ = attend(
             k, v, ring, q_shared, lengths, pages, scores, band, num_heads_kv, batch, b, h, row_block, seqlen_q, seqlen_k,
             key, step, count, count * 0, no_unit, count * 0 + STAGES, count,
-            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, False, 0, STAGES, NUM_WARPS,
+            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, False, 0, STAGES, NUM_WARPS, ASKED_FOR,
         )  # fmt: skip
         if EARLY:
             _drain(full, count, split, num_splits, planned_keys, BLOCK_N, STAGES)
@@ -125,10 +110,10 @@ def walk_line(
     q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, SEQUENCES: gl.constexpr, ONE_STEP: gl.constexpr, UNIT_COST: gl.constexpr, STAGES: gl.constexpr,
-    NUM_WARPS: gl.constexpr, MERGES: gl.constexpr, PDL: gl.constexpr,
+    NUM_WARPS: gl.constexpr, MERGES: gl.constexpr, PDL: gl.constexpr, ASKED_FOR: gl.constexpr,
 ):  # fmt: skip
     """Stream-K: this program's share of the line of all tiles, unit by unit; and if it MERGES, a unit that others began."""
-    k_ring, k_tiles, v_ring, v_tiles, full = ring
+    k_ring, k_tiles, v_ring, v_tiles, full, empty = ring
     PACKED: gl.constexpr = lengths.cu_seqlens_q is not None
     DV: gl.constexpr = held_dim(HEAD_DIM_V)
     program, num_programs = gl.program_id(0), gl.num_programs(0)
@@ -142,14 +127,15 @@ def walk_line(
     position = gl.maximum(begin, unit[3])
     # the tile that is asked for next, STAGES tiles ahead of the one in use
     ahead, ahead_at = unit, position
-    for stage in gl.static_range(STAGES):
-        place = place_ahead(lengths, band, pages, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE, NUM_WARPS)
-        key = (ahead[5] + ahead_at - ahead[3]) * BLOCK_N
-        start_tile(
-            k, v, k_ring, v_ring, full, stage, pages, place, ahead[1], key, ahead_at < stop,
-            HEAD_DIM, HEAD_DIM_V, BLOCK_N, PAGE_SIZE, NUM_WARPS,
-        )  # fmt: skip
-        ahead, ahead_at = next_tile(lengths, band, batch, num_heads_kv, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
+    if not ASKED_FOR:
+        for stage in gl.static_range(STAGES):
+            place = place_ahead(lengths, band, pages, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE, NUM_WARPS)
+            key = (ahead[5] + ahead_at - ahead[3]) * BLOCK_N
+            start_tile(
+                k, v, k_ring, v_ring, full, stage, pages, place, ahead[1], key, ahead_at < stop,
+                HEAD_DIM, HEAD_DIM_V, BLOCK_N, PAGE_SIZE, NUM_WARPS,
+            )  # fmt: skip
+            ahead, ahead_at = next_tile(lengths, band, batch, num_heads_kv, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
     row_start, seqlen_q = sequence_rows(lengths, unit[0])
     q_rows = fetch_rows(q, unit[0], unit[1], unit[2], row_start, seqlen_q, position < stop, PACKED, GROUP, BLOCK_M, HEAD_DIM, NUM_WARPS)
     if PDL and not MERGES:
@@ -175,7 +161,7 @@ def walk_line(
         m, l, acc, ahead, ahead_at = attend(
             k, v, ring, q_shared, lengths, pages, scores, band, num_heads_kv, batch, b, h, row_block, seqlen_q, seqlen_k,
             (first_tile + position - start) * BLOCK_N, BLOCK_N, until - position, done, ahead, ahead_at, stop,
-            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, True, UNIT_COST, STAGES, NUM_WARPS,
+            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, True, UNIT_COST, STAGES, NUM_WARPS, ASKED_FOR,
         )  # fmt: skip
         m, l, acc = merged(m, l, acc, BLOCK_M, DV, NUM_WARPS)
         rows = (b, h, row_block, row_start, seqlen_q)

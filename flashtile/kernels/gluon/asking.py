@@ -1,0 +1,96 @@
+"""A warp that asks for the pages of every tile, so that the warps that multiply need not.
+
+It walks the same tiles as they do. A tile of several pages is a box for each page: K's and V's count into one barrier, and
+the tile's place in the ring is free again when all of the others have been done with it.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from flashtile.kernels.gluon.ahead import next_tile, tiles_of_split, unit_of_split, visible_to_rows
+from flashtile.kernels.tile.cache import page_of
+from flashtile.kernels.tile.schedule import line_length, sequence_keys, sequence_rows, share, unit_at
+
+
+@gluon.jit
+def ask_on_line(
+    k, v, ring, lengths, pages, band, num_heads_kv, batch,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, SEQUENCES: gl.constexpr,
+    ONE_STEP: gl.constexpr, UNIT_COST: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Asks for this program's share of the line of all tiles, in its order."""
+    n = gl.arange(0, SEQUENCES, gl.BlockedLayout([SEQUENCES // 32], [32], [1], [0]))
+    total = line_length(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP)
+    begin, stop = share(total, gl.program_id(0), gl.num_programs(0))
+    unit = unit_at(lengths, band, batch, num_heads_kv, n, begin, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP)
+    position = gl.maximum(begin, unit[3])
+    ids = _tile_on_line(lengths, band, pages, unit, position, stop, GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE)
+    done = position * 0
+    while position < stop:
+        h = unit[1]
+        unit, position = next_tile(lengths, band, batch, num_heads_kv, unit, position, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
+        # the next tile's page ids come while this one's place is waited for
+        next_ids = _tile_on_line(lengths, band, pages, unit, position, stop, GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE)
+        _ask(k, v, ring, done, h, ids, BLOCK_N, PAGE_SIZE, STAGES)
+        ids = next_ids
+        done += 1
+
+
+@gluon.jit
+def ask_for_split(
+    k, v, ring, lengths, pages, band, num_heads_kv, row_blocks, min_keys_per_split,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, SPLIT: gl.constexpr,
+    STAGES: gl.constexpr, IN_TURN: gl.constexpr,
+):  # fmt: skip
+    """Asks for this program's share of its unit's tiles, on a grid of splits."""
+    b, h, row_block, split, num_splits = unit_of_split(num_heads_kv, row_blocks)
+    _, seqlen_q = sequence_rows(lengths, b)
+    first, last, key, step, count = tiles_of_split(
+        band, row_block, seqlen_q, sequence_keys(lengths, b), split, num_splits, min_keys_per_split,
+        GROUP, BLOCK_M, BLOCK_N, SPLIT, IN_TURN,
+    )  # fmt: skip
+    ids = _pages_of_tile(pages, b, key, first, last, BLOCK_N, PAGE_SIZE)
+    for done in range(count):
+        key += step
+        next_ids = _pages_of_tile(pages, b, key, first, last, BLOCK_N, PAGE_SIZE)
+        _ask(k, v, ring, done, h, ids, BLOCK_N, PAGE_SIZE, STAGES)
+        ids = next_ids
+
+
+@gluon.jit
+def _tile_on_line(
+    lengths, band, pages, unit, position, stop, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr
+):
+    """The ids of a tile's pages; none of a tile beyond ``stop``."""
+    b, _, row_block, start, _, first_tile, _ = unit
+    key = (first_tile + position - start) * BLOCK_N
+    first, last = b * 0, b * 0
+    if position < stop:
+        _, seqlen_q = sequence_rows(lengths, b)
+        first, last = visible_to_rows(band, row_block, seqlen_q, sequence_keys(lengths, b), GROUP, BLOCK_M)
+    return _pages_of_tile(pages, b, key, first, last, BLOCK_N, PAGE_SIZE)
+
+
+@gluon.jit
+def _pages_of_tile(pages, b, key, first, last, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """The ids of a tile's pages; -1, which reads as zeros, for pages without a key in [first, last)."""
+    ids = ()
+    for i in gl.static_range(BLOCK_N // PAGE_SIZE):
+        at = key + i * PAGE_SIZE
+        ids = ids + (page_of(pages, b, at, (at + PAGE_SIZE > first) & (at < last), PAGE_SIZE),)
+    return ids
+
+
+@gluon.jit
+def _ask(k, v, ring, done, h, ids, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr):
+    """Asks for the program's tile number ``done``."""
+    k_ring, _k_tiles, v_ring, _v_tiles, full, empty = ring
+    PAGES: gl.constexpr = BLOCK_N // PAGE_SIZE
+    stage = done % STAGES
+    mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(stage), PAGES * (k.block_type.nbytes + v.block_type.nbytes))
+    for i in gl.static_range(PAGES):
+        tma.async_copy_global_to_shared(k, [ids[i], 0, h, 0], full.index(stage), k_ring.index(stage).slice(i * PAGE_SIZE, PAGE_SIZE, 1))
+    for i in gl.static_range(PAGES):
+        tma.async_copy_global_to_shared(v, [ids[i], 0, h, 0], full.index(stage), v_ring.index(stage).slice(i * PAGE_SIZE, PAGE_SIZE, 1))
