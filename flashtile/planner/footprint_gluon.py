@@ -18,6 +18,7 @@ LONG_HEAD = 128
 DEEP_LONG_RING = 12  # registers for a ring of more than two stages beside a head dim beyond LONG_HEAD
 SHARED_SCRATCH = 1024  # barriers and alignment of the ring
 LEAST_PAGE_BOX = 16  # keys
+ASKING_BYTES = 256  # what a warp of its own is told, and its barriers
 MOST_ASKED_KEYS = 64  # of a tile that a warp of its own asks for: more would spill
 WARPGROUP = 4  # warps, of which a kernel with a warp of its own for asking has whole ones
 SM_SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of an SM, and what each program takes beside its own
@@ -95,7 +96,7 @@ def gluon_shared_memory(problem: Problem, tile: TileShape) -> int:
     merge = max(0, tile.num_warps * tile.block_m - MERGE_KEPT_ROWS) * dim_v * 4 if owns_keys(tile) else 0
     q_bytes = max(INSTRUCTION_ROWS, tile.block_m) * dim * INPUT_BYTES
     apart = shares_tiles(problem) or asks_by_page(problem, tile)
-    scratch = SHARED_SCRATCH * (1 if dim >= dim_v else 2)
+    scratch = SHARED_SCRATCH * (1 if dim >= dim_v else 2) + (ASKING_BYTES if asks_by_page(problem, tile) else 0)
     return (ring + merge if apart else max(ring, merge)) + q_bytes + scratch
 
 
