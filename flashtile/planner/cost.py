@@ -74,7 +74,6 @@ class Work(NamedTuple):
     dim_v: int
     kv_bytes_per_key: int
     partial_bytes_per_row: int
-    paged: bool
 
 
 def work_of(problem: Problem) -> Work:
@@ -82,7 +81,6 @@ def work_of(problem: Problem) -> Work:
     return Work(
         problem.rows, problem.total_q * problem.group, problem.batch, problem.num_heads_kv, problem.keys_read,
         padded(problem.head_dim), padded(problem.head_dim_v), per_key, 4 * problem.head_dim_v + 4,
-        problem.page_size > 0,
     )  # fmt: skip
 
 

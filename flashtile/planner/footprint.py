@@ -229,12 +229,16 @@ def registers_limit(tile: TileShape, device: Device) -> int:
 
 
 class Footprint(NamedTuple):
-    """What one program takes of an SM, and how many programs an SM holds at a time."""
+    """What one program takes of an SM, and how many programs an SM holds at a time.
+
+    ``gathers``: the threads that multiply also copy a tile's keys one by one.
+    """
 
     shared_memory: int
     registers: int
     resident: int
     mma: Mma | None
+    gathers: bool = False
 
 
 def footprint_of(problem: Problem, tile: TileShape, device: Device) -> Footprint:
@@ -244,9 +248,10 @@ def footprint_of(problem: Problem, tile: TileShape, device: Device) -> Footprint
     shared = shared_memory_bytes(problem, tile, device)
     registers = registers_per_thread(problem, tile, device)
     resident = programs_that_fit(shared, registers, tile.num_warps, device)
-    if tile.kernel == GLUON_SM90 and asks_by_page(problem, tile):
+    asks = tile.kernel == GLUON_SM90 and asks_by_page(problem, tile)
+    if asks:
         resident = 2 if registers_asked_for(problem, tile) else 1
-    return Footprint(shared, registers, resident, mma_of(problem, tile, device))
+    return Footprint(shared, registers, resident, mma_of(problem, tile, device), gathers(problem, tile) and not asks)
 
 
 def programs_that_fit(shared_memory: int, registers: int, num_warps: int, device: Device) -> int:

@@ -17,9 +17,8 @@ WARP = 32
 LONG_HEAD = 128
 DEEP_LONG_RING = 12  # registers for a ring of more than two stages beside a head dim beyond LONG_HEAD
 SHARED_SCRATCH = 1024  # barriers and alignment of the ring
+SHARED_SCRATCH_LONG_VALUES = 2304  # the same where values are longer than keys
 LEAST_PAGE_BOX = 16  # keys
-ASKING_BYTES = 256  # what a warp of its own is told, and its barriers
-MOST_ASKED_KEYS = 64  # of a tile that a warp of its own asks for: more would spill
 WARPGROUP = 4  # warps, of which a kernel with a warp of its own for asking has whole ones
 SM_SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of an SM, and what each program takes beside its own
 HALF_AN_SM_REGISTERS = 128  # a thread, for two programs of two warpgroups: the one that asks gives most of its registers away
@@ -71,7 +70,7 @@ def shares_tiles(problem: Problem) -> bool:
 def asks_by_page(problem: Problem, tile: TileShape) -> bool:
     """Whether a tile is a few whole pages, which a warp of its own asks the copy engine for, each in a box."""
     page = problem.page_size
-    pages = LEAST_PAGE_BOX <= page < tile.block_n <= MOST_ASKED_KEYS and tile.block_n % page == 0
+    pages = LEAST_PAGE_BOX <= page < tile.block_n and tile.block_n % page == 0
     return (
         pages
         and owns_keys(tile)
@@ -96,7 +95,7 @@ def gluon_shared_memory(problem: Problem, tile: TileShape) -> int:
     merge = max(0, tile.num_warps * tile.block_m - MERGE_KEPT_ROWS) * dim_v * 4 if owns_keys(tile) else 0
     q_bytes = max(INSTRUCTION_ROWS, tile.block_m) * dim * INPUT_BYTES
     apart = shares_tiles(problem) or asks_by_page(problem, tile)
-    scratch = SHARED_SCRATCH * (1 if dim >= dim_v else 2) + (ASKING_BYTES if asks_by_page(problem, tile) else 0)
+    scratch = SHARED_SCRATCH if dim >= dim_v else SHARED_SCRATCH_LONG_VALUES
     return (ring + merge if apart else max(ring, merge)) + q_bytes + scratch
 
 

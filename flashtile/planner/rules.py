@@ -16,7 +16,6 @@ from flashtile.planner.device import Device
 from flashtile.planner.footprint import (
     Footprint,
     footprint_of,
-    gathers,
     mma_of,
     registers_limit,
     registers_per_thread,
@@ -298,11 +297,15 @@ def _fitting_tiles(
     )  # fmt: skip
 
     def first(variant: Variant, shapes: tuple[tuple[int, int, int], ...]) -> Fit | None:
-        tiles: Iterable[Tile] = (Tile(*variant, *shape, kernel) for shape in shapes)
+        fits = [
+            (tile, footprint_of(problem, tile, device))
+            for tile in (Tile(*variant, *shape, kernel) for shape in shapes)
+            if not misfits(problem, tile, device)
+        ]
         if kernel == GLUON_SM90:
-            tiles = (tile for tile in tiles if tile.block_n <= MOST_GATHERED_KEYS or not gathers(problem, tile))
-        tile = next((tile for tile in tiles if not misfits(problem, tile, device)), None)
-        return tile and (tile, footprint_of(problem, tile, device))
+            copied = [fit for fit in fits if not fit[1].gathers]
+            fits = copied or [fit for fit in fits if fit[0].block_n <= MOST_GATHERED_KEYS]
+        return fits[0] if fits else None
 
     return tuple(
         (variant[0], tuple((regime.most_units_percent, first(variant, regime.shapes)) for regime in regimes))

@@ -19,7 +19,9 @@ from flashtile.problem import Problem
 MAX_SPLITS = 65_535  # the grid's second dimension
 MAX_STREAM_TILES = 2**31 - 1  # the device counts a batch's key tiles in 32 bits
 MANY_WAVES = 2  # waves of units from which cutting few of them matters more than beginning few of them
-PAGED_PROGRAMS_PER_SM = 2  # small pages keep the threads that ask for them at work: one program's asking hides behind another's products
+GATHERING_PROGRAMS_PER_SM = (
+    2  # gathered keys keep the threads that ask for them at work: one program's asking hides behind another's products
+)
 PROGRAMS_A_WAVE = 2  # resident programs of an SM that splits may fill: more only make waves and partials
 SPLIT_GAIN_PERCENT = 4  # what more splits must gain: partials and their combine have costs beyond the model
 COMBINE_COLUMNS = 32  # of a combine program, while there are few rows
@@ -109,12 +111,12 @@ def _by_time(work: Work, tile: TileShape, footprint: Footprint, device: Device, 
 
 
 def _by_units(work: Work, tile: TileShape, footprint: Footprint, device: Device, units: int, tiles: int) -> int:
-    """One program for each SM while units leave two of three SMs free, else no split; two for each SM from a paged cache.
+    """One program for each SM while units leave two of three SMs free, else no split; two for each SM where threads gather keys.
 
     On an H200 with head dim 128, 64 units on 64 SMs reach 93 % of a plain read, and a combine would cost what more SMs gain.
     """
-    if work.paged:
-        return max(1, min(tiles, PAGED_PROGRAMS_PER_SM * device.num_sms // units))
+    if footprint.gathers:
+        return max(1, min(tiles, GATHERING_PROGRAMS_PER_SM * device.num_sms // units))
     return min(tiles, device.num_sms // units) if units * 100 <= SPLIT_UNITS_PERCENT * device.num_sms else 1
 
 

@@ -100,7 +100,7 @@ _TRITON: dict[Variant, tuple[Shape, ...]] = {
 # has for it; where that has none (16 rows at less than 128 units, 64 and more rows beyond 132) it is taken over from its neighbours.
 # The later shapes are for longer heads.
 _OWN_KEYS_SMALL = ((64, 4, 3), (64, 4, 2), (32, 2, 3), (32, 2, 2))
-_OWN_KEYS_CROWDED = ((64, 2, 2), (32, 2, 3), (64, 4, 2), (32, 2, 2))
+_OWN_KEYS_CROWDED = ((64, 2, 2), (64, 4, 2), (32, 2, 3), (32, 2, 2))
 _OWN_KEYS = (
     Regime(SPLIT_UNITS_PERCENT, _OWN_KEYS_SMALL),
     Regime(DEEP_UNITS_PERCENT, ((128, 4, 3), *_OWN_KEYS_SMALL)),

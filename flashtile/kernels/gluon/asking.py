@@ -1,7 +1,8 @@
 """A warp that asks for the pages of every tile, so that the warps that multiply need not.
 
 It walks the same tiles as they do. A tile of several pages is a box for each page: K's and V's count into one barrier, and
-the tile's place in the ring is free again when all of the others have been done with it.
+the tile's place in the ring is free again when all of the others have been done with it. Which pages exist they learn from a
+number beside the ring.
 """
 
 from triton.experimental import gluon
@@ -9,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from flashtile.kernels.gluon.ahead import next_tile, tiles_of_split, unit_of_split, visible_to_rows
-from flashtile.kernels.tile.cache import page_of
+from flashtile.kernels.tile.cache import is_page, page_of
 from flashtile.kernels.tile.schedule import line_length, sequence_keys, sequence_rows, share, unit_at
 
 
@@ -32,7 +33,7 @@ def ask_on_line(
         unit, position = next_tile(lengths, band, batch, num_heads_kv, unit, position, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
         # the next tile's page ids come while this one's place is waited for
         next_ids = _tile_on_line(lengths, band, pages, unit, position, stop, GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE)
-        _ask(k, v, ring, done, h, ids, BLOCK_N, PAGE_SIZE, STAGES)
+        _ask(k, v, ring, pages, done, h, ids, BLOCK_N, PAGE_SIZE, STAGES)
         ids = next_ids
         done += 1
 
@@ -54,8 +55,17 @@ def ask_for_split(
     for done in range(count):
         key += step
         next_ids = _pages_of_tile(pages, b, key, first, last, BLOCK_N, PAGE_SIZE)
-        _ask(k, v, ring, done, h, ids, BLOCK_N, PAGE_SIZE, STAGES)
+        _ask(k, v, ring, pages, done, h, ids, BLOCK_N, PAGE_SIZE, STAGES)
         ids = next_ids
+
+
+@gluon.jit
+def on_pages(s, known, stage, n, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """Scores s of a tile's keys n, -inf where there is no such page."""
+    bits = gl.max(known.index(stage).load(gl.BlockedLayout([1], [32], [gl.num_warps()], [0])), 0)
+    if bits != (1 << BLOCK_N // PAGE_SIZE) - 1:
+        s = gl.where((bits >> (n // PAGE_SIZE)) & 1 != 0, s, float("-inf"))
+    return s
 
 
 @gluon.jit
@@ -83,12 +93,16 @@ def _pages_of_tile(pages, b, key, first, last, BLOCK_N: gl.constexpr, PAGE_SIZE:
 
 
 @gluon.jit
-def _ask(k, v, ring, done, h, ids, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr):
-    """Asks for the program's tile number ``done``."""
-    k_ring, _k_tiles, v_ring, _v_tiles, full, empty = ring
+def _ask(k, v, ring, pages, done, h, ids, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr):
+    """Asks for the program's tile number ``done``, and leaves word which of its pages exist."""
+    k_ring, _k_tiles, v_ring, _v_tiles, full, empty, known = ring
     PAGES: gl.constexpr = BLOCK_N // PAGE_SIZE
     stage = done % STAGES
     mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
+    bits = done * 0
+    for i in gl.static_range(PAGES):
+        bits += is_page(pages, ids[i]).to(gl.int32) << i
+    known.index(stage).store(gl.full([1], bits, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
     mbarrier.expect(full.index(stage), PAGES * (k.block_type.nbytes + v.block_type.nbytes))
     for i in gl.static_range(PAGES):
         tma.async_copy_global_to_shared(k, [ids[i], 0, h, 0], full.index(stage), k_ring.index(stage).slice(i * PAGE_SIZE, PAGE_SIZE, 1))

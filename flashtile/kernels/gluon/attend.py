@@ -5,6 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from flashtile.kernels.gluon.ahead import next_tile, place_ahead, visible_to_rows
+from flashtile.kernels.gluon.asking import on_pages
 from flashtile.kernels.gluon.names import barrier
 from flashtile.kernels.gluon.own_keys import merge_warps, own_keys_layout, own_scores, own_values, repeated_rows
 from flashtile.kernels.gluon.own_rows import own_rows_layout, row_scores, row_values
@@ -75,7 +76,7 @@ def attend(
     until it reaches ``stop``: the number of tiles, or on a line a position, where it may be another unit's, so that it is
     returned too.
     """
-    k_ring, k_tiles, v_ring, v_tiles, full, empty = ring
+    k_ring, k_tiles, v_ring, v_tiles, full, empty, known = ring
     OWN_ROWS: gl.constexpr = BLOCK_M >= 64
     ROWS: gl.constexpr = max(16, BLOCK_M)
     D: gl.constexpr = held_dim(HEAD_DIM)
@@ -132,9 +133,9 @@ def attend(
             place = place_ahead(lengths, band, pages, ahead, ahead_at, GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE, NUM_WARPS)
         else:
             place = place_of(pages, b, key + STAGES * step, first, last, BLOCK_N, PAGE_SIZE, NUM_WARPS)
-        if gathers(PAGE_SIZE, BLOCK_N):
+        if GATHERED:
             page = page_of(pages, b, key + n, (key + n >= first) & (key + n < last), PAGE_SIZE)
-        elif PAGE_SIZE > 0:
+        elif PAGE_SIZE > 0 and not ASKED_FOR:
             page = page_of(pages, b, key, (key + BLOCK_N > first) & (key < last), PAGE_SIZE)
         wait_for_tile(full, stage, (done + i) // STAGES, OWN_ROWS, STAGES, GATHERED)
         if OWN_ROWS:
@@ -149,7 +150,9 @@ def attend(
                 s = softcapped(s, scores.softcap * LOG2E)
             if scores.slopes is not None:
                 s = s - gl.expand_dims(slope, KEY_AXIS) * gl.abs(key + n - gl.expand_dims(at, KEY_AXIS)).to(gl.float32)
-        if PAGE_SIZE > 0:
+        if ASKED_FOR:
+            s = on_pages(s, known, stage, n, BLOCK_N, PAGE_SIZE)
+        elif PAGE_SIZE > 0:
             s = gl.where(is_page(pages, page), s, float("-inf"))
         if (key < lowest_of_all) | (key + BLOCK_N - 1 > highest_of_all):
             s = gl.where((key + n >= gl.expand_dims(lowest, KEY_AXIS)) & (key + n <= gl.expand_dims(highest, KEY_AXIS)), s, float("-inf"))

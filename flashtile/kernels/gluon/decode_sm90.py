@@ -51,14 +51,15 @@ def decode_sm90_kernel(
     k_ring, k_tiles = tile_ring(k, dtype, STAGES, BLOCK_N, D, gathers(PAGE_SIZE, BLOCK_N) and not ASKED_FOR)
     v_ring, v_tiles = tile_ring(v, dtype, STAGES, BLOCK_N, DV, gathers(PAGE_SIZE, BLOCK_N) and not ASKED_FOR)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = full
+    empty, known = full, full
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
     if ASKED_FOR:
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
             mbarrier.init(empty.index(stage), count=1)
-    ring = (k_ring, k_tiles, v_ring, v_tiles, full, empty)
+        known = gl.allocate_shared_memory(gl.int32, [STAGES, 1], mbarrier.MBarrierLayout())
+    ring = (k_ring, k_tiles, v_ring, v_tiles, full, empty, known)
     # a warp of its own asks for pages; constants are written inside the calls, for a tuple bound to a name makes numbers of them
     if SEQUENCES > 0 and ASKED_FOR:
         gl.warp_specialize([

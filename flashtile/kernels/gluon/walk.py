@@ -38,7 +38,7 @@ def walk_split(
     IN_TURN: the splits take the tiles in turn, so that a program knows its first tiles before it knows the length. As
     far as the plan says that there are keys, it asks for them at once, and reads q and the length meanwhile.
     """
-    k_ring, k_tiles, v_ring, v_tiles, full, empty = ring
+    k_ring, k_tiles, v_ring, v_tiles, full, _empty, _known = ring
     EARLY: gl.constexpr = IN_TURN and PAGE_SIZE == 0 and band.left is None and lengths.cu_seqlens_q is None
     b, h, row_block, split, num_splits = unit_of_split(num_heads_kv, row_blocks)
     row_start, seqlen_q = sequence_rows(lengths, b)
@@ -113,7 +113,7 @@ def walk_line(
     NUM_WARPS: gl.constexpr, MERGES: gl.constexpr, PDL: gl.constexpr, ASKED_FOR: gl.constexpr,
 ):  # fmt: skip
     """Stream-K: this program's share of the line of all tiles, unit by unit; and if it MERGES, a unit that others began."""
-    k_ring, k_tiles, v_ring, v_tiles, full, empty = ring
+    k_ring, k_tiles, v_ring, v_tiles, full, _empty, _known = ring
     PACKED: gl.constexpr = lengths.cu_seqlens_q is not None
     DV: gl.constexpr = held_dim(HEAD_DIM_V)
     program, num_programs = gl.program_id(0), gl.num_programs(0)
