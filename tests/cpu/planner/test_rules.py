@@ -207,12 +207,13 @@ def test_hoppers_kernel_has_a_program_for_each_unit_of_many_waves() -> None:
     assert choose_splits(many, H200, Tile(8, False, 64, 2, 2, GLUON_SM90)).num_programs == 128 * 8
 
 
-def test_small_pages_have_two_programs_an_sm() -> None:
+@pytest.mark.parametrize(("page_size", "programs"), [(16, 1), (64, 1), (1, 2), (24, 2)])
+def test_gathered_keys_have_two_programs_an_sm(page_size: int, programs: int) -> None:
     tile = Tile(8, False, 64, 4, 3, GLUON_SM90)
-    assert choose_splits(LLAMA.with_(page_size=16), H200, tile).num_splits == 2 * choose_splits(LLAMA, H200, tile).num_splits
+    assert choose_splits(LLAMA.with_(page_size=page_size), H200, tile).num_splits == programs * choose_splits(LLAMA, H200, tile).num_splits
 
 
-@pytest.mark.parametrize(("page_size", "block_n"), [(0, 128), (128, 128), (64, 64), (1, 64)])
+@pytest.mark.parametrize(("page_size", "block_n"), [(0, 128), (128, 128), (64, 128), (16, 128), (24, 64), (8, 64), (1, 64)])
 def test_gathered_tiles_stay_small(page_size: int, block_n: int) -> None:
     tile = choose_tile(LLAMA.with_(batch=8, total_q=8, page_size=page_size), H200, GLUON_SM90)
     assert tile is not None
