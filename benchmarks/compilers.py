@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from multiprocessing import active_children, get_context
 from typing import Any
 
@@ -24,6 +25,7 @@ class Compilers:
     def __init__(self, device: torch.device, workers: int) -> None:
         self._pool: ProcessPoolExecutor | None = None
         self._compiled: set[Any] = set()
+        self._jobs: list[Future[None]] = []
         if device.type == "cuda" and workers > 1:
             major, minor = torch.cuda.get_device_capability(device)
             self._target = GPUTarget("cuda", 10 * major + minor, 32)
@@ -31,19 +33,31 @@ class Compilers:
 
     def compile(self, wanted: Iterable[tuple[Problem, Plan]], seconds: float = SECONDS_A_BATCH) -> int:
         """Compiles what no earlier call has; returns how many kinds of plan that were."""
+        count = self.start(wanted)
+        self.wait(seconds)
+        return count
+
+    def start(self, wanted: Iterable[tuple[Problem, Plan]]) -> int:
+        """Hands the workers what no earlier call has, where that is more than one kind of plan; returns how many."""
         if self._pool is None:
             return 0
         new = {key: job for job in wanted if (key := _kind(*job)) not in self._compiled}
         if len(new) < 2:
             return 0
         self._compiled |= set(new)
-        problems, plans = zip(*new.values())
+        self._jobs = [self._pool.submit(_compile, problem, plan, self._target) for problem, plan in new.values()]
+        return len(new)
+
+    def wait(self, seconds: float = SECONDS_A_BATCH) -> None:
+        """Until all is compiled, ``seconds`` at most; a worker that is then still at work is ended."""
+        end = time.monotonic() + seconds
         try:
-            list(self._pool.map(_compile, problems, plans, [self._target] * len(plans), timeout=seconds))
+            for job in self._jobs:
+                job.result(timeout=max(0.0, end - time.monotonic()))
         except Exception as error:  # a broken worker costs time alone: the plans are compiled where they are timed
             print(f"compiling ahead ends: {type(error).__name__} {error}", flush=True)
             self.close()
-        return len(new)
+        self._jobs = []
 
     def close(self) -> None:
         """Ends the workers, also one that hangs in a kernel."""

@@ -26,10 +26,14 @@ CACHE = {"FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED": "1"}  # read when the package
 SMALL = 512  # queries of a problem that is compiled ahead: more than any tile
 
 
+def lies_in(folder: Path) -> bool:
+    return (folder / "fa4").is_dir()
+
+
 def load(folder: Path) -> str | None:
     """Imports it from ``folder``; why not, where it is missing or does not load."""
     root = folder / "fa4"
-    if not root.is_dir():
+    if not lies_in(folder):
         return f"{root} does not exist"
     os.environ.update(CACHE)
     for path in (root, root / "nvidia_cutlass_dsl" / "dsl_packages"):
@@ -102,7 +106,7 @@ class Ahead:
 
     def close(self) -> None:
         if self._pool is not None:
-            processes = list(self._pool._processes.values())
+            processes = list((self._pool._processes or {}).values())
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
             for process in processes:

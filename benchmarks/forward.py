@@ -6,7 +6,7 @@ All contestants of a problem are timed in turn in one process, each only after i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,8 +58,8 @@ def main(
     wanted = wanted_peers(with_peers, peer, forward_peers.DEFAULT if on_gpu else ("sdpa",), forward_peers.PEERS)
     problems = {name: [shape for shape in _problems(name, dry_run) if only in shape.name] for name in names}
     missing = died_in_peers(out, "forward", names, wanted) if resume else {}
-    if on_gpu and with_peers:
-        missing = forward_peers.load(peers_dir, [name for name in wanted if name not in missing]) | missing
+    wanted = tuple(name for name in wanted if name not in missing)
+    missing |= _prepare(problems, where, wanted, peers_dir, compilers, 0.35 * budget)
     for name, why in missing.items():
         print(f"no {name}: {why}", flush=True)
     wanted = tuple(name for name in wanted if name not in missing)
@@ -68,10 +68,11 @@ def main(
         peers = tuple(one for one in wanted if one in PEERS_OF.get(name, wanted))
         return measure(shape, Options(where, peers, rounds, host_times=name == "host"), step)
 
-    _prepare(problems, where, "fa4" in wanted, peers_dir, compilers, 0.35 * budget)
     protocol = PROTOCOL if on_gpu else timing.WALL_PROTOCOL
     limit = {"limit": STEP_SECONDS} if on_gpu else {}
-    runner = Runner("forward", where, out, commit, missing, measured, line, protocol, resume, dry_run, left_out=tuple(missing), **limit)
+    runner = Runner(
+        "forward", where, out, commit, missing, measured, line, protocol, resume, dry_run, peers=wanted, left_out=tuple(missing), **limit
+    )
     for name, budget_now in shares(names, SHARES, end - time.monotonic()).items():
         runner.run(name, problems[name], budget_now())
 
@@ -80,18 +81,23 @@ def _problems(name: str, dry_run: bool) -> list[Shape]:
     return [forward_grids.shrunk(shape) if dry_run else shape for shape in forward_grids.grid(name)]
 
 
-def _prepare(problems: dict[str, list[Shape]], device: torch.device, with_fa4: bool, folder: Path, workers: int, seconds: float) -> None:
-    """Compiles what will be timed, in processes that take no GPU, so that the device's time goes to timing."""
+def _prepare(
+    problems: dict[str, list[Shape]], device: torch.device, wanted: Sequence[str], folder: Path, workers: int, seconds: float
+) -> dict[str, str]:
+    """Compiles what will be timed, in processes that take no GPU, and loads the peers meanwhile; returns why which peer is missing."""
     if device.type != "cuda":
-        return
+        return {}
     began = time.monotonic()
-    with_peers = [shape for name, shapes in problems.items() for shape in shapes if "fa4" in PEERS_OF.get(name, ("fa4",))]
-    ahead = fa4.Ahead(with_peers if with_fa4 else (), folder, device)
-    timed = [one for shapes in problems.values() for shape in shapes for one in (shape, shape.beside) if one is not None]
-    with closing(ahead), closing(Compilers(device, workers)) as pool:
-        count = pool.compile(_planned(timed, Device.of(device)), seconds)
-        theirs = ahead.wait(began + seconds - time.monotonic())
-    print(f"prepared in {time.monotonic() - began:.0f} s: {count} kernels of ours, {theirs} of FlashAttention-4", flush=True)
+    with_fa4 = "fa4" in wanted and fa4.lies_in(folder)
+    theirs = [shape for name, shapes in problems.items() for shape in shapes if with_fa4 and "fa4" in PEERS_OF.get(name, wanted)]
+    ours = [one for shapes in problems.values() for shape in shapes for one in (shape, shape.beside) if one is not None]
+    with closing(Compilers(device, workers)) as pool, closing(fa4.Ahead(theirs, folder, device)) as ahead:
+        count = pool.start(_planned(ours, Device.of(device)))
+        missing = forward_peers.load(folder, wanted)
+        pool.wait(began + seconds - time.monotonic())
+        compiled = ahead.wait(began + seconds - time.monotonic())
+    print(f"prepared in {time.monotonic() - began:.0f} s: {count} kinds of plan, {compiled} kernels of FlashAttention-4", flush=True)
+    return missing
 
 
 def _planned(shapes: list[Shape], device: Device) -> list[tuple[Problem, Plan]]:

@@ -35,13 +35,14 @@ def fa3(sets: InputSets) -> Contestant:
     op = operator("_vllm_fa3_C", "fwd")
     shape, table = sets.shape, sets.page_table
     left, right = (-1 if side is None else side for side in shape.window or (None, None))
-    flat = lambda t: t if shape.packed else t.flatten(0, 1)  # noqa: E731
+    flat = lambda several: [t if shape.packed else t.flatten(0, 1) for t in several]  # noqa: E731
+    q, k, v = flat(sets.q), flat(sets.k), flat(sets.v)
     cu_seqlens_k, seqused_k = (sets.cu_seqlens_k, None) if table is None else (None, sets.seqused_k)
     numbers = (sets.scale, shape.causal, left, 0 if shape.causal and shape.window is not None else right, 0.0)
 
     def call(i: int) -> list[torch.Tensor]:
-        return op(flat(sets.q[i]), flat(sets.k[i]), flat(sets.v[i]), None, None, None, None, sets.cu_seqlens_q, cu_seqlens_k, None, None,
-                  seqused_k, sets.max_seqlen_q, sets.max_seqlen_k, table, None, None, None, None, None, None, None, None, *numbers, True,
+        return op(q[i], k[i], v[i], None, None, None, None, sets.cu_seqlens_q, cu_seqlens_k, None, None, seqused_k,
+                  sets.max_seqlen_q, sets.max_seqlen_k, table, None, None, None, None, None, None, None, None, *numbers, True,
                   None, 1, None, 0, None, 1, 0, None)  # fmt: skip
 
     return call

@@ -7,7 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,9 +55,11 @@ class Watch:
 
     limit: float = inf
     note: Callable[[str], None] = lambda name: None
+    current: str = ""
 
     def step(self, name: str) -> None:
         """The step before is over; ``name`` is what runs now."""
+        self.current = name
         self.note(name)
         if self.limit < inf and sys.__stderr__ is not None:
             faulthandler.dump_traceback_later(self.limit, exit=True, file=sys.__stderr__)
@@ -72,8 +74,9 @@ class Runner:
     """What a run of one operation's grids shares.
 
     ``measure(entry, grid, seconds, step)`` gives a row of the result file; it may call ``step`` with whose turn it is. ``describe`` makes
-    a line for the terminal of a row. ``limit`` is the most seconds that a step may take before the process ends; a run that
-    resumes then goes on without the contestant whose step it was (``died_in_peers``), or leaves the entry as failed.
+    a line for the terminal of a row. ``limit`` is the most seconds that a step may take before the process ends. Where it ended, or the
+    device was lost, in the step of one of ``peers``, a run that resumes does without it (``died_in_peers``: ``left_out``); else it leaves
+    the entry as failed.
     """
 
     operation: str
@@ -87,7 +90,8 @@ class Runner:
     resume: bool = False
     dry_run: bool = False
     limit: float = inf
-    left_out: Collection[str] = field(default_factory=tuple)
+    peers: Collection[str] = ()
+    left_out: Collection[str] = ()
 
     def run(self, name: str, entries: Sequence[Entry], budget: Budget) -> None:
         """One grid into OUT/<operation>_<name>.json, an entry at a time; exits with 3 where the device was lost."""
@@ -115,6 +119,9 @@ class Runner:
             result = self.measure(entry, name, seconds, watch.step)
             ensure_alive(self.device)
         except DeviceLost as error:
+            if watch.current in self.peers:
+                print(f"device lost at {entry.name} in {watch.current}'s call: {error}", flush=True)
+                raise typer.Exit(3) from error
             result, lost = {**entry.facts(), "failed": f"device lost: {error}"}, error
         except Exception as error:  # the next problem may well run
             result = {**entry.facts(), "failed": f"{type(error).__name__}: {error}"[:500]}

@@ -1,4 +1,4 @@
-"""Decode variants for compute-sanitizer, and how many launches it watched.
+"""Variants of our kernels for compute-sanitizer, and how many launches it watched.
 
     python -m benchmarks.sanitize prepare --out OUT                                # unwatched: compiles, checks, counts launches
     compute-sanitizer --tool memcheck --log-file OUT/memcheck_1.log python -m benchmarks.sanitize watch memcheck --part 1/4 --out OUT
@@ -16,42 +16,19 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Protocol
 
 import torch
 import typer
 
-import flashtile
+from benchmarks import sanitize_decode, sanitize_forward
 from benchmarks.record import heading
-from flashtile import Device, Problem, UnsupportedError, reference
-from flashtile.planner.tiles import Variant
-from flashtile.testing import poison
-from flashtile.testing.cases import Case
-from flashtile.testing.inputs import hide_unseen, make_inputs
-from flashtile.testing.tolerance import assert_close
-from flashtile.testing.variants import HOPPER, HOPPER_SHAPES, ONE, PORTABLE, PORTABLE_TILES, Shape, Share, explicit_plan, fitting_plan
+from flashtile import UnsupportedError
 
-SHARES = (ONE, Share(3), Share(1, 5))
-BASE = Case("contiguous", (130, 17), 1, 8, 2, head_dim=128, dtype="bfloat16")
-CASES = (
-    BASE,
-    replace(BASE, name="pages of 16", page_size=16),
-    replace(BASE, name="packed queries", seqlens_q=(3, 9), ragged_q=True, spare_rows=2),
-    replace(BASE, name="window", window=(31, 0), seqlens_q=4),
-    replace(BASE, name="sinks", sinks=True),
-    replace(BASE, name="pages of 64", page_size=64),
-    replace(BASE, name="pages of 1", page_size=1),
-    replace(BASE, name="head dim 64", head_dim=64, head_dim_v=64, dtype="float16"),
-    replace(BASE, name="head dims 192 and 128", head_dim=192),
-    replace(BASE, name="head dim 256", head_dim=256, head_dim_v=256),
-    replace(BASE, name="softcap and ALiBi, HND", softcap=9.0, alibi=True, layout="HND", seqlens_q=2),
-)
-OURS = ("decode", "combine")
+OURS = ("decode", "combine", "forward")
 _ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
@@ -59,57 +36,28 @@ Out = Annotated[Path, typer.Option(help="Folder for counts and results.")]
 On = Annotated[str, typer.Option(help="cuda, or cpu to try the script itself.")]
 
 
-class Trial(NamedTuple):
-    """One call: a case with a kernel, the query tile (block_m, swapped) and how programs share the keys."""
+class Trial(Protocol):
+    """One checked call: ``run`` raises where its result is wrong, and UnsupportedError where the planner refuses it."""
 
-    case: Case
-    kernel: str
-    tile: Variant
-    share: Share
+    @property
+    def kernel(self) -> str: ...
 
-    def __str__(self) -> str:
-        return f"{self.kernel} m{self.tile[0]}{'s' if self.tile[1] else ''} {self.share} {self.case.name}"
+    def run(self, device: str) -> None: ...
 
 
-def trials(device: str) -> list[Trial]:
-    """Every query tile of every kernel with every case, and with every share of the keys; the shares take turns at the cases."""
-    found = []
-    for position, case in enumerate(CASES):
-        for turn, (kernel, tile) in enumerate(_tiles(device)):
-            ways = SHARES[:2] if device == "cpu" else SHARES  # the CPU engine has no programs to share
-            shares = ways if position == 0 else (ways[(position + turn) % len(ways)],)
-            found += [Trial(case, kernel, tile, share) for share in shares]
+def trials(device: str, operation: str = "") -> list[Trial]:
+    """Every trial of both operations, or of one."""
+    found: list[Trial] = []
+    for name, make in (("decode", sanitize_decode.trials), ("forward", sanitize_forward.trials)):
+        if operation in ("", name):
+            found += make(device)
     return found
-
-
-def _tiles(device: str) -> Iterator[tuple[str, Variant]]:
-    if device == "cpu":
-        yield from (("cpu.decode", (rows, False)) for rows in (8, 64))
-        return
-    if Device.of(device).arch == "sm_90":
-        yield from ((HOPPER, (rows, False)) for rows in HOPPER_SHAPES)
-    yield from ((PORTABLE, tile) for tile in PORTABLE_TILES if tile[0] < 128)
-
-
-def run(trial: Trial, device: str) -> None:
-    """One checked call; raises UnsupportedError where no shape with that query tile fits."""
-    case, kernel, tile, share = trial
-    inputs = hide_unseen(make_inputs(case, device, seed=1))
-    problem = Problem.decode(**inputs.args, lse=True)
-    if device == "cpu":
-        plan = explicit_plan(problem, Device.of(device), kernel, Shape(*tile[:1], 64, 4, 2), share)
-    else:
-        plan = fitting_plan(problem, Device.of(device), kernel, tile, share)
-    out, _ = poison.outputs(inputs.args["q"], case.head_dim_v)
-    got, lse = flashtile.decode_with_lse(**inputs.args, out=out, plan=plan)
-    expected = reference.decode(**make_inputs(case, "cpu", seed=1).args)
-    assert_close(got.cpu(), lse.cpu(), *expected, dtype=got.dtype, cpu_engine=device == "cpu", what=str(trial))
 
 
 def attempt(trial: Trial, device: str) -> dict[str, Any]:
     """What became of a trial: ``ok``, ``refused`` or ``failed`` with the reason."""
     try:
-        run(trial, device)
+        trial.run(device)
     except UnsupportedError as error:
         return {"refused": " ".join(str(error).split())[:300]}
     except Exception as error:
@@ -123,7 +71,7 @@ def launches(trial: Trial, device: str) -> dict[str, int]:
         return {trial.kernel: 1}
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities) as profile:
-        run(trial, device)
+        trial.run(device)
     names = Counter({event.key: event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA})
     return {name: count for name, count in names.items() if any(part in name for part in OURS)} or {f"{trial.kernel} calls": 1}
 
@@ -135,9 +83,14 @@ def examine(trial: Trial, device: str) -> dict[str, Any]:
 
 
 @app.command()
-def prepare(out: Out, device: On = "cuda", workers: Annotated[int, typer.Option(help="Processes that compile.")] = 15) -> None:
+def prepare(
+    out: Out,
+    device: On = "cuda",
+    workers: Annotated[int, typer.Option(help="Processes that compile.")] = 15,
+    operation: Annotated[str, typer.Option(help="decode or forward alone.")] = "",
+) -> None:
     """Compiles and checks every trial unwatched, counts its launches, and writes OUT/trials.json."""
-    every, began = trials(device), time.monotonic()
+    every, began = trials(device, operation), time.monotonic()
     if workers > 1:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             outcomes = list(pool.map(examine, every, [device] * len(every)))
@@ -161,7 +114,7 @@ def watch(
     """Runs its part of the trials that are known to run, and notes each that ended."""
     first, step = (int(number) for number in part.split("/"))
     known = json.loads((out / "trials.json").read_text())
-    mine = [trial for trial in trials(device) if "ok" in known[str(trial)]][first - 1 :: step]
+    mine = [trial for trial in trials(device) if "ok" in known.get(str(trial), {})][first - 1 :: step]
     ended: dict[str, Any] = {}
     end = time.monotonic() + budget
     for trial in mine:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from benchmarks.forward_check import Oracle
 from benchmarks.forward_grids import Shape, shrunk, square
 from benchmarks.forward_sets import InputSets, num_sets, problem_of
 from benchmarks.refusals import Refused, WrongResult
+from benchmarks.trials import DeviceLost
 from flashtile.band import Band
 from flashtile.planner.choose import plan_forward
 from flashtile.planner.device import Device
@@ -287,6 +289,26 @@ def test_a_dry_run_measures_and_a_resumed_one_goes_on(tmp_path: Path) -> None:
     assert again["entries"][0]["results"].keys() == {"flashtile"}
     assert again["peers_missing"] == {"sdpa": f"{runner.DIED} at 128 causal 1x256"}
     assert invoke(tmp_path, *flags, "--resume")["forward_host"]["peers_missing"] == again["peers_missing"]
+
+
+def test_a_device_lost_in_a_peers_call_is_the_peers_loss(tmp_path: Path) -> None:
+    def lost_in(who: str) -> runner.Runner:
+        def measured(shape: Shape, grid: str, seconds: float, step: Callable[[str], None]) -> dict[str, Any]:
+            step(who)
+            raise DeviceLost("gone")
+
+        return runner.Runner("forward", CPU, tmp_path, "abc", {}, measured, forward_report.line, "medians", limit=30.0, peers=("fa4",))
+
+    shape = one_of("host")
+    for who in ("fa4", "flashtile"):
+        with pytest.raises(typer.Exit):
+            lost_in(who).run("host", [shape], runner.Budget(time.monotonic() + 60))
+        written = json.loads((tmp_path / "forward_host.json").read_text())
+        if who == "fa4":
+            assert written["entries"] == []
+            assert runner.died_in_peers(tmp_path, "forward", ["host"], ("fa4",)) == {"fa4": f"{runner.DIED} at {shape.name}"}
+        else:
+            assert written["entries"][0]["failed"] == "device lost: gone"
 
 
 def test_a_step_that_hangs_ends_the_process_and_says_where() -> None:

@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from benchmarks import report, sanitize
+from benchmarks import report, sanitize, sanitize_forward
+from flashtile import Device, Problem, UnsupportedError
+from flashtile.planner.catalog import GLUON_FORWARD_SM90
+from flashtile.planner.forward_tiles import HOPPER_TILES
+from flashtile.testing.forward_inputs import make_forward_inputs
 
 CLEAN = {
     "memcheck": "========= ERROR SUMMARY: 0 errors\n",
@@ -38,11 +42,12 @@ def watched(left_behind: Path, tmp_path: Path) -> Path:
 def test_every_trial_is_counted_once_for_each_tool(watched: Path) -> None:
     sanitize.collect(watched, device="cpu", commit="abc")
     data = json.loads((watched / "sanitize.json").read_text())
-    count = len(sanitize.trials("cpu"))
+    counts = {f"cpu.{operation}": len(sanitize.trials("cpu", operation)) for operation in ("decode", "forward")}
+    count = sum(counts.values())
     assert data["trials"] == count
     assert data["commit"] == "abc"
     for tool in CLEAN:
-        assert data["tools"][tool] == {"found": 0, "launches": {"cpu.decode": count}, "ended": count, "trials": count, "failed": []}
+        assert data["tools"][tool] == {"found": 0, "launches": counts, "ended": count, "trials": count, "failed": []}
 
 
 @pytest.mark.parametrize(
@@ -69,8 +74,33 @@ def test_a_tool_that_watched_nothing_fails(watched: Path) -> None:
 
 def test_the_report_states_the_launches(watched: Path) -> None:
     sanitize.collect(watched, device="cpu", commit="abc")
-    count = len(sanitize.trials("cpu"))
+    decode, forward = (len(sanitize.trials("cpu", operation)) for operation in ("decode", "forward"))
     table = report.tables(report.load(watched))["sanitize"]
-    assert f"| memcheck | 0 | {count} of cpu.decode | {count} of {count} |" in table
+    both = decode + forward
+    assert f"| memcheck | 0 | {decode} of cpu.decode, {forward} of cpu.forward | {both} of {both} |" in table
     assert "was reported 1 times" in table
     assert "commit abc" in table
+
+
+def test_one_operation_can_be_watched_alone(tmp_path: Path) -> None:
+    sanitize.prepare(tmp_path, device="cpu", workers=1, operation="forward")
+    sanitize.watch("memcheck", tmp_path, device="cpu")
+    ended = json.loads((tmp_path / "watched_memcheck_1.json").read_text())["ended"]
+    assert len(ended) == len(sanitize.trials("cpu", "forward"))
+    assert all(outcome == {"ok": True} for outcome in ended.values())
+
+
+def test_every_forward_tile_of_hopper_serves_some_trial() -> None:
+    device = Device.named("h200")
+    served = set()
+    for case in sanitize_forward.CASES:
+        problem = Problem.forward(**make_forward_inputs(case).args, lse=True)
+        for tile in HOPPER_TILES:
+            trial = sanitize_forward.Trial(case, GLUON_FORWARD_SM90, tile.block_m, tile, 2)
+            try:
+                plan = trial._plan(problem, device)
+            except UnsupportedError:
+                continue
+            assert plan.num_programs == 2
+            served.add(tile)
+    assert served == set(HOPPER_TILES)
