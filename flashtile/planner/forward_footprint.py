@@ -19,21 +19,24 @@ from flashtile.problem import DTYPE_BYTES, Problem
 SMALLEST_PART = 16  # of a head dim: a matrix instruction's operand
 SMALLEST_REST = 32  # of a head dim's second part
 TENSOR_MEMORY_SCRATCH = 1024  # bytes: barriers of tcgen05 and the address of its memory
-PAGE_ID_BYTES = 8  # of a key that is looked up by itself
+PAGE_ID_BYTES = 8  # of a key that is looked up by itself,
+GATHERED_SCRATCH = 1024  # and for them together
 SHARED_SCRATCH = 1024  # row statistics where warps share rows
 REGISTERS_BASE = {"cuda": 75, "hip": 60}  # addresses, loop counters, row statistics, fragments on their way into an instruction
 REGISTERS_PER_SCORE = 1.5  # a score and its packed probability
-REGISTERS_PER_FEATURE = {"cuda": 7, "hip": 12}  # each of softcap, ALiBi, paging and packed queries
+REGISTERS_PER_FEATURE = {"cuda": 5, "hip": 12}  # each of softcap, ALiBi, paging and packed queries
 # Where the matrix instruction reads shared memory:
 TENSOR_MEMORY_ROWS = 128  # of tcgen05: with fewer, half of the lanes hold all scores
-TENSOR_MEMORY_FEATURE = 18  # what a feature takes beyond, beside values that pass between tensor memory and registers
+TENSOR_MEMORY_FEATURE = 8  # what a feature takes beyond, beside values that pass between tensor memory and registers
+WGMMA_GATHERED_REGISTERS = {16: 0, 32: 7, 64: 28, 128: 56}  # places of keys that are looked up one by one, by keys a step
 WIDE_WGMMA_REGISTERS = 100  # wgmma takes four-byte values in one order only: they are turned around on the way
-TWO_PARTS_REGISTERS = {1: 30, 4: 16}  # a second part of the key dim beside the first, by the warps of an instruction
+TWO_PARTS_REGISTERS = {1: 30, 4: 22}  # a second part of the key dim beside the first, by the warps of an instruction
 # Where fragments go through registers:
 ONE_STEP_REGISTERS = -20  # where the second product is one step, q is read again from shared memory
 REGISTERS_PER_COPY = 2  # the address of one copy of a key tile, for each tile that is on its way (of four-byte values, small copies alone),
 MOST_COPY_REGISTERS = 64  # of which the compiler keeps so many
-PAGED_REGISTERS = 9  # what paging takes beyond another feature,
+FEATURE_REGISTERS = 2  # what a feature takes beyond,
+PAGED_REGISTERS = 9  # paging beyond that,
 GATHERED_REGISTERS = 20  # and places of keys that are looked up one by one
 SHARED_ROW_REGISTERS = 0.5  # warps that share rows hold fragments of all of them: a row
 WIDE_REGISTERS = {"cuda": 25, "hip": 45}  # four-byte inputs,
@@ -45,7 +48,8 @@ COPY_BYTES = 16  # of one asynchronous copy
 MIN_COPY_BYTES = 4  # the least that one brings
 # Where there is no matrix instruction:
 FMA_OPERANDS_LIVE = 0.12  # share of both FMA dots' operand elements that live in registers at a time
-FMA_TWO_PARTS_REGISTERS = 60
+FMA_TWO_PARTS_REGISTERS = 30
+FMA_FEATURE_PER_ROW = 10 / 64  # what a feature takes beside dots that fill the registers by themselves
 FMA_LOADED_SHARE = 0.4  # operands pass through registers anyway
 FMA_BYTES = 4  # of an operand, whatever it was in memory
 
@@ -102,7 +106,7 @@ def forward_shared_memory(problem: Problem, tile: ForwardTileShape, device: Devi
     gathered = problem.page_size % tile.block_n != 0
     buffers = tile.num_stages if reads_shared or (gathered and device.backend == "hip") else max(1, tile.num_stages - 1)
     ring = buffers * tile.block_n * (dim * size + dim_v * size_v)
-    ring += PAGE_ID_BYTES * tile.num_stages * tile.block_n if gathered else 0
+    ring += PAGE_ID_BYTES * tile.num_stages * tile.block_n + GATHERED_SCRATCH if gathered else 0
     q_bytes = tile.block_m * dim * size
     probabilities = tile.block_m * tile.block_n * size_v
     if device.backend == "hip":
@@ -141,6 +145,8 @@ def forward_registers(problem: Problem, tile: ForwardTileShape, device: Device) 
         scores *= 2 if tile.block_m < TENSOR_MEMORY_ROWS else 1
     elif problem.dtype_k == "float32":
         need += WIDE_WGMMA_REGISTERS
+    if problem.page_size % tile.block_n:
+        need += WGMMA_GATHERED_REGISTERS.get(tile.block_n, 0)
     return int(need + scores + loaded)
 
 
@@ -170,9 +176,14 @@ def _fragment_registers(problem: Problem, tile: ForwardTileShape, device: Device
     if device.backend == "hip":
         return wide + FRAGMENTS_SHARE * tile.block_n * dims * size / 8 / device.warp_size
     q = tile.block_m * dim * size / 4 / threads
-    need = wide + (PAGED_REGISTERS if problem.page_size else 0) + (GATHERED_REGISTERS if problem.page_size % tile.block_n else 0)
+    need = (
+        wide
+        + FEATURE_REGISTERS * _features(problem)
+        + (PAGED_REGISTERS if problem.page_size else 0)
+        + (GATHERED_REGISTERS if problem.page_size % tile.block_n else 0)
+    )
     need += SHARED_ROW_REGISTERS * tile.block_m if tile.num_warps > 1 and _shares_rows(problem, tile, mma) else 0
-    if size == 2 or problem.alignment < COPY_BYTES:
+    if (size == 2 or problem.alignment < COPY_BYTES) and not _misaligned(problem, device):
         copies = tile.block_n * dims * size / min(COPY_BYTES, problem.alignment) / threads * max(1, tile.num_stages - 1)
         need += min(MOST_COPY_REGISTERS, REGISTERS_PER_COPY * copies)
     if size == 4:
@@ -184,7 +195,8 @@ def _fma_registers(problem: Problem, tile: ForwardTileShape, threads: int) -> fl
     """What both FMA dots hold of their operands, each over its whole inner dimension."""
     first = _fma_operands(tile.block_m, tile.block_n, held_dim(problem.head_dim), threads)
     second = _fma_operands(tile.block_m, held_dim(problem.head_dim_v), tile.block_n, threads)
-    return FMA_OPERANDS_LIVE * (first + second) + (FMA_TWO_PARTS_REGISTERS if parts_of(problem.head_dim)[1] else 0)
+    features = FMA_FEATURE_PER_ROW * tile.block_m * _features(problem)
+    return features + FMA_OPERANDS_LIVE * (first + second) + (FMA_TWO_PARTS_REGISTERS if parts_of(problem.head_dim)[1] else 0)
 
 
 def _fma_operands(rows: int, columns: int, inner: int, threads: int) -> int:

@@ -120,3 +120,35 @@ def test_compile_states_what_the_kernel_takes() -> None:
     assert compiled["spilled_bytes"] == 0
     assert 0 < compiled["registers"] <= 255
     assert "m16n8" in compiled["mma"] or "m64" in compiled["mma"]
+
+
+def test_forward_has_as_many_queries_as_keys_unless_told() -> None:
+    document = explain("forward", "--device", "h200", "--batch", "4", "--seqlen-k", "4096", "--heads", "16", "--kv-heads", "16")
+    assert document["problem"]["operation"] == "forward"
+    assert (document["problem"]["seqlen_q"], document["problem"]["seqlen_k"]) == (4096, 4096)
+    assert document["plan"]["kernel"] == "gluon.forward_sm90"
+    assert document["limiter"] == "matrix"
+    assert {other["kernel"] for other in document["alternatives"]} == {"gluon.forward_sm90", "triton.forward"}
+    assert explain("forward", "--device", "h200", "--seqlen-q", "512", "--seqlen-k", "16384")["problem"]["seqlen_q"] == 512
+
+
+def test_forward_lengths_are_planned_in_steps_which_is_said() -> None:
+    document = explain("forward", "--device", "a100", "--seqlen-q", "1001", "--seqlen-k", "4100")
+    assert document["problem"]["seqlen_q"] > 1001
+    assert any("1001 queries are planned as" in note for note in document["notes"])
+
+
+def test_forward_obeys_block_m_and_has_no_splits() -> None:
+    document = explain("forward", "--device", "a100", "--block-m", "64")
+    assert (document["plan"]["block_m"], document["plan"]["source"]) == (64, "explicit")
+    refused = CliRunner().invoke(app, ["explain", "forward", "--num-splits", "4"])
+    assert refused.exit_code == 2
+    assert "forward splits no keys" in refused.stderr
+
+
+def test_forward_is_told_to_a_person_with_a_table_of_the_other_tiles() -> None:
+    result = CliRunner().invoke(app, ["explain", "forward", "--device", "h200", "--head-dim", "64"])
+    assert result.exit_code == 0
+    assert "kernel gluon.forward_sm90, chosen by the rule" in result.stdout
+    assert "Limited by exp" in result.stdout
+    assert "16 of triton.forward" in result.stdout

@@ -30,3 +30,8 @@ def test_bad_shapes_are_refused() -> None:
     assert result.exit_code == 2
     assert "head_dim" in result.stderr
     assert result.stdout == ""
+
+
+def test_forward_shapes_are_planned_too() -> None:
+    document = json.loads(CliRunner().invoke(app, ["warmup", "forward", "--device", "cpu", "--seqlen-k", "256", "--json"]).stdout)
+    assert [row["kernel"] for row in document["problems"]] == ["cpu.forward"]

@@ -1,25 +1,34 @@
-"""The planner's choices against the golden table; ``golden.py`` says how to regenerate it after a deliberate change."""
+"""The planner's choices against the golden tables; ``golden*.py`` say how to regenerate them after a deliberate change."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 
-_SPEC = importlib.util.spec_from_file_location("planner_golden", Path(__file__).with_name("golden.py"))
-assert _SPEC is not None
-assert _SPEC.loader is not None
-golden = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(golden)
 
-EXPECTED = golden.TABLE.read_text(encoding="utf-8").splitlines()
-
-
-def test_every_problem_has_a_line() -> None:
-    assert len(EXPECTED) == len(golden.PROBLEMS)
+def module(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
 
 
-@pytest.mark.parametrize(("row", "expected"), list(zip(golden.PROBLEMS, EXPECTED)))
-def test_choice(row: tuple[str, int, int, int, str, int, str, str], expected: str) -> None:
-    assert golden.line_of(row) == expected
+TABLES = (module("golden"), module("golden_forward"))
+EXPECTED = [table.TABLE.read_text(encoding="utf-8").splitlines() for table in TABLES]
+ROWS = [(table, row, line) for table, lines in zip(TABLES, EXPECTED) for row, line in zip(table.PROBLEMS, lines)]
+
+
+@pytest.mark.parametrize(("table", "lines"), list(zip(TABLES, EXPECTED)), ids=["decode", "forward"])
+def test_every_problem_has_a_line(table: ModuleType, lines: list[str]) -> None:
+    assert len(lines) == len(table.PROBLEMS)
+
+
+@pytest.mark.parametrize(("table", "row", "expected"), ROWS, ids=[line.partition("|")[0].strip() for _, _, line in ROWS])
+def test_choice(table: ModuleType, row: tuple[Any, ...], expected: str) -> None:
+    assert table.line_of(row) == expected
