@@ -18,7 +18,7 @@ from flashtile.kernels.cpu_scores import Partials, computes_natively, flash, nee
 from flashtile.planner.plans import ForwardPlan
 from flashtile.problem import Problem
 
-_ROWS_AT_ONCE = 512  # packed rows whose masks, or scores, are in memory together
+_ROWS_AT_ONCE = 256  # packed rows whose masks, or scores, are in memory together
 _WORTH_UNPACKED = 64  # query positions from which reading the keys once a query head beats packing the heads of a group
 
 
