@@ -8,9 +8,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from flashtile.kernels.gluon.forward_memory import PANEL, ROWS, bytes_of_tile, main_dim, rest_dim
-from flashtile.kernels.gluon.forward_schedule import blocks_of_rows, tile_numbered, write_note
+from flashtile.kernels.gluon.forward_memory import PANEL, ROWS, box_rows, bytes_of_tile, main_dim, rest_dim
+from flashtile.kernels.gluon.forward_schedule import blocks_of_rows, keys_of_sequence, tile_numbered, write_note
 from flashtile.kernels.gluon.names import barrier
+from flashtile.kernels.tile.cache import is_page, page_of
 from flashtile.kernels.tile.schedule import sequence_rows, stored_keys
 
 
@@ -18,7 +19,7 @@ from flashtile.kernels.tile.schedule import sequence_rows, stored_keys
 def load_tiles(
     q, k, v, tokens, pages, band, counter, batch, num_heads, heads_at_once, memory,
     CONSUMERS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
-    PAGE_SIZE: gl.constexpr, BOX_ROWS: gl.constexpr, STAGES: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Brings every tile of rows that this program takes, and at the end says that there are no more."""
     q_tiles, k_ring, v_ring, notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
@@ -36,16 +37,19 @@ def load_tiles(
         low, high = blocks_of_rows(band, row, seqlen_q, seqlen_k, BLOCK_M, BLOCK_N)
         b_rows = b * 0 if tokens.cu_seqlens_q is not None else b
         b_keys = b * 0 if tokens.cu_seqlens_k is not None else b
+        first, last = keys_of_sequence(band, seqlen_q, seqlen_k)
+        sequence = (key_start, first, last)
+        h_kv = h // GROUP
+        key = (high - 1) * BLOCK_N
         # the first keys need not wait until the last tile's q is done with
-        key = key_start + (high - 1) * BLOCK_N
-        _load_block(k_way, b_keys, key, h // GROUP, turn, BLOCK_N, HEAD_DIM, STAGES)
+        _load_block(k_way, known, pages, b_keys, sequence, key, h_kv, turn, True, BLOCK_N, HEAD_DIM, PAGE_SIZE, STAGES)
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(c), (tiles_done & 1) ^ 1)
-            write_note(notes.index(c), b, h, row, row_start, seqlen_q, seqlen_k, low, high)
+            write_note(notes.index(2 * c + (tiles_done & 1)), b, h, row, row_start, seqlen_q, seqlen_k, turn)
             barrier()
             mbarrier.expect(q_full.index(c), bytes_of_tile(ROWS, HEAD_DIM))
             _load_box(q, q_tiles, q_full.index(c), c, b_rows, row_start + row + c * ROWS, h, 0, 1, HEAD_DIM)
-        _load_block(v_way, b_keys, key, h // GROUP, turn, BLOCK_N, HEAD_DIM_V, STAGES)
+        _load_block(v_way, known, pages, b_keys, sequence, key, h_kv, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, STAGES)
         turn += 1
         # the next tile's number comes while this one's keys do
         if counter is not None:
@@ -54,14 +58,14 @@ def load_tiles(
             t += gl.num_programs(0)
         for _ in range(high - low - 1):
             key -= BLOCK_N
-            _load_block(k_way, b_keys, key, h // GROUP, turn, BLOCK_N, HEAD_DIM, STAGES)
-            _load_block(v_way, b_keys, key, h // GROUP, turn, BLOCK_N, HEAD_DIM_V, STAGES)
+            _load_block(k_way, known, pages, b_keys, sequence, key, h_kv, turn, True, BLOCK_N, HEAD_DIM, PAGE_SIZE, STAGES)
+            _load_block(v_way, known, pages, b_keys, sequence, key, h_kv, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, STAGES)
             turn += 1
         tiles_done += 1
         b, h, row_block, walk = tile_numbered(t, tokens, batch, num_heads, heads_at_once, walk, BLOCK_M, LAST_FIRST)
     for c in gl.static_range(CONSUMERS):
         mbarrier.wait(q_empty.index(c), (tiles_done & 1) ^ 1)
-        write_note(notes.index(c), b, b, b, b, b, b, b, b)
+        write_note(notes.index(2 * c + (tiles_done & 1)), b, b, b, b, b, b, b)
         barrier()
         mbarrier.arrive(q_full.index(c), count=1)
     if counter is not None:
@@ -72,13 +76,45 @@ def load_tiles(
 
 
 @gluon.jit
-def _load_block(way, b, key, h, turn, BLOCK_N: gl.constexpr, DIM: gl.constexpr, STAGES: gl.constexpr):
-    """A block of keys or values into its stage of the ring, once that is empty."""
+def _load_block(
+    way, known, pages, b, sequence, key, h, turn, OF_KEYS: gl.constexpr,
+    BLOCK_N: gl.constexpr, DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """A block of keys or values, from key ``key`` of the sequence on, into its stage of the ring once that is empty.
+
+    ``sequence`` is (first token within the tensor, first key that any query sees, keys). On pages, also says which of the
+    block's boxes are there: one that is not reads as zero, as the copy engine has it for all that lies outside a tensor.
+    """
     box, ring, full, empty = way
+    key_start, first, last = sequence
+    BOX_ROWS: gl.constexpr = box_rows(BLOCK_N, PAGE_SIZE)
+    BOXES: gl.constexpr = BLOCK_N // BOX_ROWS
     stage = turn % STAGES
+    # a number that the compiler does not know keeps loops over boxes rolled up: the producer has few registers
+    boxes = gl.where(turn >= 0, BOXES, 0)
+    if PAGE_SIZE > 0 and OF_KEYS:
+        # table entries are asked for before the wait, so that they come meanwhile
+        bits = key * 0
+        for i in range(boxes):
+            page = _page_of_box(pages, b, key + i * BOX_ROWS, first, last, BOX_ROWS, PAGE_SIZE)
+            bits += is_page(pages, page).to(gl.int32) << i
     mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
+    if PAGE_SIZE > 0 and OF_KEYS:
+        known.index(stage).store(gl.full([1], bits, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+        barrier()
     mbarrier.expect(full.index(stage), bytes_of_tile(BLOCK_N, DIM))
-    _load_box(box, ring, full.index(stage), stage, b, key, h, 0, 1, DIM)
+    if PAGE_SIZE > 0:
+        for i in range(boxes):
+            page = _page_of_box(pages, b, key + i * BOX_ROWS, first, last, BOX_ROWS, PAGE_SIZE)
+            _load_box(box, ring, full.index(stage), stage, page, key % PAGE_SIZE if BOXES == 1 else 0, h, i, BOXES, DIM)
+    else:
+        _load_box(box, ring, full.index(stage), stage, b, key_start + key, h, 0, 1, DIM)
+
+
+@gluon.jit
+def _page_of_box(pages, b, key, first, last, BOX_ROWS: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """The page of a box of keys, -1 where no query sees any of them: such entries are not read."""
+    return page_of(pages, b, key, (key + BOX_ROWS > first) & (key < last), PAGE_SIZE)
 
 
 @gluon.jit

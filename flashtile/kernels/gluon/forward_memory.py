@@ -103,7 +103,7 @@ def allocate_exchange(CONSUMERS: gl.constexpr, STAGES: gl.constexpr):
     consumer's rows of q, and of each stage of the rings of keys and of values.
     """
     LAYOUT: gl.constexpr = mbarrier.MBarrierLayout()
-    notes = gl.allocate_shared_memory(gl.int32, [CONSUMERS, NOTE], LAYOUT)
+    notes = gl.allocate_shared_memory(gl.int32, [2 * CONSUMERS, NOTE], LAYOUT)
     known = gl.allocate_shared_memory(gl.int32, [STAGES, 1], LAYOUT)
     q_full = allocate_barriers(CONSUMERS, 1)
     q_empty = allocate_barriers(CONSUMERS, 1)

@@ -17,7 +17,7 @@ def store_rows(
     out_box, out, lse, tokens, sinks, ring, out_tiles, turn, o, m, l, p, b, h, row, row_start, seqlen_q, factor,
     C: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OWN_OUT: gl.constexpr,
 ):  # fmt: skip
-    """Adds the last block's values, of turn ``turn``, and stores the rows' out and lse. Returns the next turn."""
+    """Adds the last block's values, of turn ``turn``, and stores the rows' out and lse."""
     k_ring, v_ring, known, k_full, k_empty, v_full, v_empty = ring
     stage = turn % STAGES
     mbarrier.wait(v_full.index(stage), (turn // STAGES) & 1)
@@ -43,7 +43,6 @@ def store_rows(
         _store_masked(out, o[0], b_rows, row, row_start, h, seqlen_q, 0, HEAD_DIM_V - rest_dim(HEAD_DIM_V))
         if rest_dim(HEAD_DIM_V) > 0:
             _store_masked(out, o[1], b_rows, row, row_start, h, seqlen_q, main_dim(HEAD_DIM_V), HEAD_DIM_V - main_dim(HEAD_DIM_V))
-    return turn + 1
 
 
 @gluon.jit

@@ -13,8 +13,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from flashtile.kernels.gluon.forward_memory import ROWS, main_dim, rest_dim
 from flashtile.kernels.gluon.forward_results import store_rows
-from flashtile.kernels.gluon.forward_schedule import blocks_of_rows, read_note
+from flashtile.kernels.gluon.forward_schedule import blocks_of_rows, keys_of_sequence, read_note
 from flashtile.kernels.gluon.forward_scores import (
+    clear_values,
     first_softmax,
     masked,
     next_softmax,
@@ -44,15 +45,15 @@ def attend_tiles(
     q_tiles, k_ring, v_ring, notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
     ring = (k_ring, v_ring, known, k_full, k_empty, v_full, v_empty)
     SHAPED: gl.constexpr = scores.softcap is not None or scores.slopes is not None
+    # of a dense k and v, what lies behind the last key reads as zero
+    FOREIGN: gl.constexpr = tokens.cu_seqlens_k is not None or tokens.seqused_k is not None
     # a negative scale is in q: maxima want a factor that keeps the order of scores
     scale = gl.maximum(gl.abs(scores.scale_log2), 1e-30)
     factor = 1.0 if SHAPED else scale
-    turn = gl.program_id(0) * 0
-    tiles_done = turn
+    tiles_done = gl.program_id(0) * 0
     mbarrier.wait(q_full.index(C), 0)
-    b, h, row, row_start, seqlen_q, seqlen_k, low, high = read_note(notes.index(C), tokens, band)
+    b, h, row, row_start, seqlen_q, seqlen_k, turn = read_note(notes, tiles_done, C)
     while b >= 0:
-        row += C * ROWS
         q = fetch_rows(q_tiles, C, scores.scale_log2, BLOCK_N, HEAD_DIM, Q_IN_REGISTERS)
         if Q_IN_REGISTERS:
             barrier()
@@ -60,8 +61,10 @@ def attend_tiles(
         slope = 0.0
         if scores.slopes is not None:
             slope = gl.load(scores.slopes + b.to(gl.int64) * scores.slopes_stride_b + h) * LOG2E
-        place = (row + seqlen_k - seqlen_q, seqlen_k, slope, scale, factor)
+        first, _ = keys_of_sequence(band, seqlen_q, seqlen_k)
+        place = (row + seqlen_k - seqlen_q, first, seqlen_k, slope, scale, factor)
 
+        low, high = blocks_of_rows(band, row - C * ROWS, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N)
         own_low, own_high = blocks_of_rows(band, row, seqlen_q, seqlen_k, ROWS, BLOCK_N)
         own_high = gl.maximum(gl.minimum(own_high, high), low + 1)
         own_low = gl.maximum(gl.minimum(own_low, own_high - 1), low)
@@ -74,7 +77,7 @@ def attend_tiles(
         p_type: gl.constexpr = out_tiles[0].dtype
         o, m, l, p = first_block(
             ring, q, scores, band, place, block, turn, block > own_low, (block < whole_low) | (block >= whole_high),
-            p_type, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES,
+            p_type, FOREIGN, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES,
         )  # fmt: skip
         for _ in range(block - own_low):
             block -= 1
@@ -83,15 +86,17 @@ def attend_tiles(
                 BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, CONSUMERS == 2,
             )  # fmt: skip
             turn += 1
+        b, h, row, row_start, seqlen_q, seqlen_k, _ = read_note(notes, tiles_done, C)
         if OWN_OUT and not Q_IN_REGISTERS:
             # all products with q are done
             barrier()
             mbarrier.arrive(q_empty.index(C), count=1)
-        turn = store_rows(
+        store_rows(
             out_box, out, lse, tokens, sinks, ring, out_tiles, turn, o, m, l, p, b, h, row, row_start, seqlen_q, factor,
             C, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, OWN_OUT,
         )  # fmt: skip
-        turn = hand_back(ring, turn, block - low, STAGES)
+        low, _ = blocks_of_rows(band, row - C * ROWS, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N)
+        hand_back(ring, turn + 1, block - low, STAGES)
         if not OWN_OUT:
             # rows of out lie where q's were
             tma.store_wait(0)
@@ -99,7 +104,7 @@ def attend_tiles(
             mbarrier.arrive(q_empty.index(C), count=1)
         tiles_done += 1
         mbarrier.wait(q_full.index(C), tiles_done & 1)
-        b, h, row, row_start, seqlen_q, seqlen_k, low, high = read_note(notes.index(C), tokens, band)
+        b, h, row, row_start, seqlen_q, seqlen_k, turn = read_note(notes, tiles_done, C)
     tma.store_wait(0)
 
 
@@ -163,13 +168,13 @@ def whole_blocks(band, row, seqlen_q, seqlen_k, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def first_block(
-    ring, q, scores, band, place, block, turn, more, at_edge, P_TYPE: gl.constexpr,
+    ring, q, scores, band, place, block, turn, more, at_edge, P_TYPE: gl.constexpr, MAY_BE_FOREIGN: gl.constexpr,
     BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, BOX_ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """(o, m, l, p) of a tile's first block: the probabilities wait for their product with values."""
     k_ring, v_ring, known, k_full, k_empty, v_full, v_empty = ring
-    position, seqlen_k, slope, scale, factor = place
+    position, first, seqlen_k, slope, scale, factor = place
     D: gl.constexpr = main_dim(HEAD_DIM_V)
     R: gl.constexpr = rest_dim(HEAD_DIM_V)
     stage = turn % STAGES
@@ -191,6 +196,10 @@ def first_block(
     if R > 0:
         o_rest = gl.zeros([ROWS, R], gl.float32, products_layout(R))
     p = gl.convert_layout(p.to(P_TYPE), operand_layout(D))
+    if MAY_BE_FOREIGN or band.left is not None:
+        if (key < first) | (key + BLOCK_N > seqlen_k):
+            mbarrier.wait(v_full.index(stage), (turn // STAGES) & 1)
+            clear_values(v_ring, stage, key, first, seqlen_k, BLOCK_N, HEAD_DIM_V)
     mbarrier.wait(k_full.index((turn + 1) % STAGES), ((turn + 1) // STAGES) & 1, pred=more)
     return (o, o_rest), m, l, p
 
@@ -206,7 +215,7 @@ def next_block(
     EARLY_P: the new probabilities are rounded meanwhile too, where registers hold both.
     """
     k_ring, v_ring, known, k_full, k_empty, v_full, v_empty = ring
-    position, seqlen_k, slope, scale, factor = place
+    position, first, seqlen_k, slope, scale, factor = place
     D: gl.constexpr = main_dim(HEAD_DIM_V)
     last_stage = turn % STAGES
     stage = (turn + 1) % STAGES
@@ -241,6 +250,10 @@ def next_block(
         o = rescaled(o, alpha, HEAD_DIM_V)
     if not EARLY_P:
         p_next = gl.convert_layout(p_next.to(p.dtype), operand_layout(D))
+    if band.left is not None:
+        if key < first:
+            mbarrier.wait(v_full.index(stage), ((turn + 1) // STAGES) & 1)
+            clear_values(v_ring, stage, key, first, seqlen_k, BLOCK_N, HEAD_DIM_V)
     return o, m, l, p_next
 
 

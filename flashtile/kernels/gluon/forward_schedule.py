@@ -8,7 +8,7 @@ form one line: a sequence without queries has none, and who looks for a tile onl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from flashtile.kernels.gluon.forward_memory import NOTE
+from flashtile.kernels.gluon.forward_memory import NOTE, ROWS
 from flashtile.kernels.tile.band import keys_of
 from flashtile.kernels.tile.order import row_block_of
 from flashtile.kernels.tile.schedule import sequence_rows
@@ -73,29 +73,34 @@ def blocks_of_rows(band, row, seqlen_q, seqlen_k, NUM_ROWS: gl.constexpr, BLOCK_
 
 
 @gluon.jit
-def write_note(note, b, h, row, row_start, seqlen_q, seqlen_k, low, high):
-    """The producer's note to a consumer: a tile's sequence (-1: there are no more), head and rows, and its blocks [low, high)."""
+def keys_of_sequence(band, seqlen_q, seqlen_k):
+    """[first, last) keys that any query of the sequence sees; there may be anything outside."""
+    return keys_of(band, seqlen_k - seqlen_q, seqlen_k - 1, seqlen_k)
+
+
+@gluon.jit
+def write_note(note, b, h, row, row_start, seqlen_q, seqlen_k, turn):
+    """The producer's note to a consumer: a tile's sequence (-1: there are no more), head and rows, and its first block's turn."""
     i = gl.arange(0, NOTE, gl.BlockedLayout([1], [32], [1], [0]))
     numbers = gl.where(i == 0, b, gl.where(i == 1, h, gl.where(i == 2, row, row_start)))
-    others = gl.where(i == 4, seqlen_q, gl.where(i == 5, seqlen_k, gl.where(i == 6, low, high)))
+    others = gl.where(i == 4, seqlen_q, gl.where(i == 5, seqlen_k, turn))
     note.store(gl.where(i < 4, numbers, others))
 
 
 @gluon.jit
-def read_note(note, tokens, band):
-    """(b, h, row, row_start, seqlen_q, seqlen_k, low, high) as the producer wrote them.
+def read_note(notes, tiles_done, C: gl.constexpr):
+    """(b, h, row, row_start, seqlen_q, seqlen_k, turn) of consumer C's rows of the tile.
 
-    What is the same for all tiles is taken from where it takes no registers.
+    The last note stays until the next but one is written. So it is read again at a tile's end, which leaves its numbers'
+    registers to the main loop.
     """
     # every thread has all numbers
-    numbers = note.load(gl.BlockedLayout([NOTE], [32], [4], [0]))
-    b = _number(numbers, 0)
-    row_start, low = b * 0, b * 0
-    if tokens.cu_seqlens_q is not None:
-        row_start = _number(numbers, 3)
-    if band.left is not None:
-        low = _number(numbers, 6)
-    return b, _number(numbers, 1), _number(numbers, 2), row_start, _number(numbers, 4), _number(numbers, 5), low, _number(numbers, 7)
+    numbers = notes.index(2 * C + (tiles_done & 1)).load(gl.BlockedLayout([NOTE], [32], [4], [0]))
+    row = _number(numbers, 2) + C * ROWS
+    return (
+        _number(numbers, 0), _number(numbers, 1), row, _number(numbers, 3),
+        _number(numbers, 4), _number(numbers, 5), _number(numbers, 6),
+    )  # fmt: skip
 
 
 @gluon.jit

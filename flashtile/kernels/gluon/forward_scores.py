@@ -2,11 +2,14 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from flashtile.kernels.gluon.forward_memory import ROWS, main_dim, rest_dim
+from flashtile.kernels.gluon.forward_memory import PANEL, ROWS, main_dim, rest_dim, tile_layout
+from flashtile.kernels.gluon.names import barrier
 from flashtile.kernels.tile.band import visible_keys
 from flashtile.kernels.tile.softmax import LOG2E, softcapped
+
+_CLEARED = gl.constexpr(16)  # keys at a time
 
 
 @gluon.constexpr_function
@@ -110,6 +113,35 @@ def masked(s, band, position, key, seqlen_k, BLOCK_N: gl.constexpr):
     if band.left is not None:
         seen = seen & (n >= lowest)
     return gl.where(seen, s, float("-inf"))
+
+
+@gluon.jit
+def clear_values(v_ring, stage, key, first, last, BLOCK_N: gl.constexpr, DIM: gl.constexpr):
+    """Overwrites values of keys outside [first, last) in a block by zeros: no row sees them, but 0 x NaN is NaN.
+
+    Every warpgroup does so before it reads the block. They write the same, so that it does not matter who comes first.
+    """
+    _, main, _, rest = v_ring
+    PANELS: gl.constexpr = main.shape[2] // PANEL
+    for part in range(BLOCK_N // _CLEARED):
+        at = key + part * _CLEARED
+        if (at < first) | (at + _CLEARED > last):
+            for panel in gl.static_range(PANELS):
+                _clear_rows(main, (stage * PANELS + panel) * (BLOCK_N // _CLEARED) + part, at, first, last)
+            if rest_dim(DIM) > 0:
+                _clear_rows(rest, stage * (BLOCK_N // _CLEARED) + part, at, first, last)
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def _clear_rows(tiles, number, at, first, last):
+    """Clears rows of a panel. Where a panel's rows lie one after another, 16 of them are a small tile."""
+    COUNT: gl.constexpr = tiles.shape[0] * tiles.shape[1] * tiles.shape[2] // (_CLEARED * PANEL)
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = tiles._reinterpret(tiles.dtype, [COUNT, _CLEARED, PANEL], tile_layout(_CLEARED, PANEL, tiles.dtype)).index(number)
+    key = at + gl.arange(0, _CLEARED, gl.SliceLayout(1, L))
+    rows.store(gl.where(gl.expand_dims((key >= first) & (key < last), 1), rows.load(L), 0.0))
 
 
 @gluon.jit

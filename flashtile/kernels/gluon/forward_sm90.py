@@ -42,8 +42,9 @@ _ROWS = 64  # of a warpgroup
 _PANEL = 64
 _SHARED_MEMORY = 227 * 1024  # of a program
 _FOR_BARRIERS = 1024
-_CONSUMER_REGISTERS = {2: 240, 3: 160}
-_PRODUCER_REGISTERS = 24
+# registers of a thread, (consumers', producer's): q's rows take what the producer can do without
+_REGISTERS = {2: (232, 40), 3: (160, 32)}
+_REGISTERS_WITH_Q = {2: (240, 24), 3: (160, 32)}
 _MAX_TILES = 2**30  # which the device counts in 32 bits, and some more
 
 
@@ -75,7 +76,7 @@ def forward_sm90_kernel(
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, memory, out_tiles, 1, CONSUMERS, BLOCK_N,
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
             (load_tiles, (q, k, v, tokens, pages, band, counter, batch, num_heads, heads_at_once, memory,
-                          CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES)),
+                          CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -86,7 +87,7 @@ def forward_sm90_kernel(
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, memory, out_tiles, 2, CONSUMERS, BLOCK_N,
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
             (load_tiles, (q, k, v, tokens, pages, band, counter, batch, num_heads, heads_at_once, memory,
-                          CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES)),
+                          CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
@@ -101,6 +102,7 @@ def own_out(problem: Problem, plan: ForwardPlan) -> bool:
 def forward_spec(problem: Problem, plan: ForwardPlan) -> Spec:
     """The kernel's specialisation."""
     consumers = plan.block_m // _ROWS
+    registers, producer_registers = (_REGISTERS_WITH_Q if plan.q_in_registers else _REGISTERS)[consumers]
     keys = box_rows(plan.block_n, problem.page_size)
     i32 = Arg("i32")
     packed = problem.ragged_q
@@ -139,8 +141,8 @@ def forward_spec(problem: Problem, plan: ForwardPlan) -> Spec:
             "RESCALE_LOG2": plan.rescale_log2,
             "Q_IN_REGISTERS": plan.q_in_registers,
             "OWN_OUT": own_out(problem, plan),
-            "REGISTERS": _CONSUMER_REGISTERS[consumers],
-            "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
+            "REGISTERS": registers,
+            "PRODUCER_REGISTERS": producer_registers,
         },
         options={"num_warps": 4, "num_stages": 1},
     )  # fmt: skip
