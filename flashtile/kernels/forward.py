@@ -157,7 +157,7 @@ def _walk(
             tile = tl.where(i < left_edge, first // BLOCK_N + i, whole_end + i - left_edge) * BLOCK_N
         else:
             tile = i * BLOCK_N
-        block, slot, inside = locate(pages, b, tile, n, first, last, BLOCK_N, PAGE_SIZE)
+        block, slot, inside = locate(pages, b, tile, n, first if EDGES else None, last, BLOCK_N, PAGE_SIZE)
         # a whole tile of keys that are not on pages is there
         exists = inside if EDGES or PAGE_SIZE > 0 else None
         # [BLOCK_N, D]

@@ -10,10 +10,11 @@ def locate(pages, b, start, n, first, last, BLOCK_N: tl.constexpr, PAGE_SIZE: tl
 
     ``block`` is the sequence or the page (int64, scalar or one a key), ``slot`` the first key's place in it (scalar or one
     a key), ``inside`` whether each key lies in [first, last) and exists. Ids outside the cache are masked; table entries
-    of pages outside [first, last) are not read, so that an engine may have freed them.
+    of pages outside [first, last) are not read, so that an engine may have freed them. ``first`` is None where all keys of
+    the tile are known to lie there.
     """
     key = start + n
-    inside = (key >= first) & (key < last)
+    inside = n >= 0 if first is None else (key >= first) & (key < last)
     if PAGE_SIZE == 0:
         return b.to(tl.int64), tl.full([], 0, tl.int64) + start, inside
     elif PAGE_SIZE % BLOCK_N == 0:
