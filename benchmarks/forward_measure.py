@@ -106,9 +106,9 @@ def _enter_ours(trials: Trials, name: str, sets: InputSets, oracle: Oracle) -> N
 
     def checked() -> timing.Contestant:
         with poison.allocations():
-            result = sets.call(0, out=sets.out_like(float("nan")), **forced)
+            result = sets.contestant(out=sets.out_like(float("nan")), **forced)(0)
         trials.results[name]["error"] = round(oracle.exact(result), 6)
-        return lambda i: sets.call(i, **forced)
+        return sets.contestant(**forced)
 
     trials.enter(name, checked, None)
 

@@ -10,6 +10,7 @@ import torch
 
 import flashtile
 from benchmarks.forward_grids import Shape
+from benchmarks.timing import Contestant
 from flashtile.problem import Problem
 
 MAX_SETS = 64
@@ -45,11 +46,12 @@ class InputSets:
         self.max_seqlen_q, self.max_seqlen_k = max(shape.seqlens_q), max(shape.seqlens_k)
         self.page_table = self._scattered_pages() if shape.page_size else None
         rows_q = (sum(shape.seqlens_q),) if shape.packed else (shape.batch, self.max_seqlen_q)
-        self.q = self._draw((count, *rows_q, shape.num_heads_q, shape.head_dim))
-        self.k = self._draw((count, *self._key_rows(), shape.num_heads_kv, shape.head_dim))
-        self.v = self._draw((count, *self._key_rows(), shape.num_heads_kv, shape.head_dim_v))
+        q = self._draw((count, *rows_q, shape.num_heads_q, shape.head_dim))
+        k = self._draw((count, *self._key_rows(), shape.num_heads_kv, shape.head_dim))
+        v = self._draw((count, *self._key_rows(), shape.num_heads_kv, shape.head_dim_v))
         if shape.growth:
-            self._let_scores_grow()
+            self._let_scores_grow(q, k)
+        self.q, self.k, self.v = q.unbind(0), k.unbind(0), v.unbind(0)
 
     def _key_rows(self) -> tuple[int, ...]:
         if self.page_table is not None:
@@ -65,14 +67,14 @@ class InputSets:
         ids = torch.randperm(self.shape.batch * per_sequence, device=self.device, generator=self.generator)
         return ids.to(torch.int32).view(self.shape.batch, per_sequence)
 
-    def _let_scores_grow(self) -> None:
+    def _let_scores_grow(self, q: torch.Tensor, k: torch.Tensor) -> None:
         """One feature carries the key's position: the first of q is a constant, that of k rises in even key heads and falls in odd ones."""
         steps = self.max_seqlen_k / KEYS_A_STEP
         highest = self.shape.growth * log(2) * steps / self.scale  # what q0 * k0 reaches
         ramp = torch.linspace(0, highest**0.5, self.max_seqlen_k, device=self.device)
-        self.q[..., 0] = highest**0.5
-        self.k[..., 0::2, 0] = ramp[:, None].to(self.dtype)
-        self.k[..., 1::2, 0] = ramp.flip(0)[:, None].to(self.dtype)
+        q[..., 0] = highest**0.5
+        k[..., 0::2, 0] = ramp[:, None].to(self.dtype)
+        k[..., 1::2, 0] = ramp.flip(0)[:, None].to(self.dtype)
 
     def args(self, i: int) -> dict[str, Any]:
         """Keyword arguments of ``flashtile.attention`` or ``attention_varlen`` for set ``i``."""
@@ -84,10 +86,12 @@ class InputSets:
             args |= {"page_table": self.page_table, "seqused_k": self.seqused_k} if paged else {}
         return args
 
-    def call(self, i: int, **more: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """flashtile's (out, lse) for set ``i``."""
+    def contestant(self, **more: Any) -> Contestant:
+        """flashtile's (out, lse) for set i; every call's arguments lie ready, as a caller has them."""
         function = flashtile.attention_varlen_with_lse if self.shape.packed else flashtile.attention_with_lse
-        return function(**self.args(i), **more)
+        calls = [self.args(i) | more for i in range(self.count)]
+        count = self.count
+        return lambda i: function(**calls[i % count])
 
     def out_like(self, value: float) -> torch.Tensor:
         """An ``out`` of set 0, filled with ``value``."""

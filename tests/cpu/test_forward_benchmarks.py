@@ -103,7 +103,7 @@ def test_real_inputs_pose_the_problem_that_was_planned(name: str) -> None:
 def test_the_check_passes_what_is_right_and_names_what_is_not(name: str) -> None:
     sets = InputSets(one_of(name), CPU)
     oracle = Oracle(sets)
-    out, lse = sets.call(0)
+    out, lse = sets.contestant()(0)
     assert oracle.exact((out, lse)) < 5e-3
     assert oracle.error([out, None]) < 5e-3
     with pytest.raises(WrongResult, match="lse differs"):
@@ -252,7 +252,7 @@ def test_on_a_gpu_what_a_graph_cannot_hold_is_issued_call_by_call(monkeypatch: p
     trials = forward_measure.Trials(CPU)
     forward_measure._enter_ours(trials, "flashtile", sets, oracle)
     trials.enter("sdpa", lambda: stubborn, oracle)
-    trials.enter("off", lambda: lambda i: sets.call(i)[0] * 2, oracle)
+    trials.enter("off", lambda: lambda i: sets.contestant()(i)[0] * 2, oracle)
     judges = {"flashtile": oracle.exact, "sdpa": oracle.error}
     forward_measure._time_gpu(trials, judges, sets, forward_measure.Options(CPU))
     assert trials.results["flashtile"]["gpu_us"] == 2.0
