@@ -89,13 +89,16 @@ from flashtile.problem import Problem
 for arch, problem, plan in json.load(sys.stdin):
     problem, plan = Problem.from_json(problem), ForwardPlan.from_json(plan)
     facts = asdict(compile_facts(forward_spec(problem, plan), arch))
-    ttgir = compile_spec(forward_spec(problem, plan), target_of(arch)).asm["ttgir"]
-    # each loop over tiles by the copies and the selects of scores in it
-    loops = [body.split("scf.yield")[0] for body in re.split(r"scf\\.for|scf\\.while", ttgir)[1:]]
-    loops = [body for body in loops if re.search(r"tt\\.dot|warp_group_dot|tc_gen5_mma", body)]
-    score = f"tensor<{plan.block_m}x{plan.block_n}xi1"
-    facts["copies"] = [body.count("async_copy_global_to_local") for body in loops]
-    facts["selects"] = [len(re.findall(r"arith\\.select[^\\n]*" + re.escape(score), body)) for body in loops]
+    asm = compile_spec(forward_spec(problem, plan), target_of(arch)).asm
+
+    def loops(text):  # those over tiles
+        bodies = [body.split("scf.yield")[0] for body in re.split(r"scf\\.for|scf\\.while", text)[1:]]
+        return [body for body in bodies if re.search(r"tt\\.dot|warp_group_dot|tc_gen5_mma", body)]
+
+    select = r"arith\\.select[^\\n]*" + re.escape(f"tensor<{plan.block_m}x{plan.block_n}xi1")
+    facts["copies"] = [body.count("async_copy_global_to_local") for body in loops(asm["ttgir"])]
+    facts["selects"] = [len(re.findall(select, body)) for body in loops(asm["ttir"])]
+    facts["masked_loads"] = [len(re.findall(r"tt\\.load %[\\w#]+, ", body)) for body in loops(asm["ttir"])]
     print(json.dumps(facts), flush=True)
 """
 
@@ -123,16 +126,23 @@ def test_a_tile_compiles_to_what_the_architecture_has(name: str, compiled: dict[
 
 @pytest.mark.slow
 @pytest.mark.compiles
-@pytest.mark.parametrize("name", [name for name, point in POINTS.items() if point.arch.startswith("sm_") and point.mma])
-def test_only_the_loop_over_edges_selects_scores(name: str, compiled: dict[str, dict[str, Any]]) -> None:
-    """Two loops, each with its products; the second has no mask, but for pages that do not exist."""
+@pytest.mark.parametrize("name", POINTS)
+def test_only_the_loop_over_edges_has_masks(name: str, compiled: dict[str, dict[str, Any]]) -> None:
+    """Two loops, each with its products; the second masks neither scores nor loads, but for pages and dims that do not exist."""
     point, facts = POINTS[name], compiled[name]
     edges, whole = facts["selects"]
     assert edges > 0
-    assert whole == 0 or point.problem.page_size
-    # both loops keep tiles on their way to shared memory while others are computed on
-    if point.copies:
-        assert all(facts["copies"])
+    assert whole == bool(point.problem.page_size)
+    masked_at_edges, masked = facts["masked_loads"]
+    assert masked_at_edges > 0
+    assert masked == 0 or point.problem.page_size or point.head_dims == (40, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", [name for name, point in POINTS.items() if point.copies])
+def test_tiles_are_on_their_way_while_others_are_computed_on(name: str, compiled: dict[str, dict[str, Any]]) -> None:
+    assert all(compiled[name]["copies"])
 
 
 @pytest.mark.slow
