@@ -39,12 +39,11 @@ from flashtile.kernels.tile.results import clear_unowned, store_lse, store_rows
 from flashtile.kernels.tile.schedule import sequence_rows, stored_keys
 from flashtile.kernels.tile.softmax import LOG2E, join_sink, normaliser, online_step, softcapped
 from flashtile.kernels.tile.views import TokensView, band_view, row_offsets
+from flashtile.planner.forward_footprint import SMALLEST_PART, parts_of
 from flashtile.planner.plans import ForwardPlan
-from flashtile.problem import DTYPE_BYTES, MAX_HEAD_DIM, Problem
+from flashtile.problem import DTYPE_BYTES, Problem
 
 _MAX_GRID_X = 2**31 - 1
-_SMALLEST_DIM = 16  # of a matrix instruction's operand
-_SMALLEST_REST = 32  # a second part below this costs more than padding
 _L2_SHARE = 0.5  # of the cache, for the keys of the heads that are taken together
 _L2_BYTES = 32 << 20  # where no device says
 
@@ -189,26 +188,18 @@ def _walk(
     return m, l, acc, acc_rest
 
 
-def parts(head_dim: int, widest: int = MAX_HEAD_DIM) -> tuple[int, int]:
-    """The powers of two that a head dim is held in, the second 0 where one will do: 96 is 64 + 32, and 40 is padded to 64.
+def value_parts(head_dim_v: int, block_m: int) -> tuple[int, int]:
+    """``parts_of`` the values' head dim; a lone part that is wider than the tile has rows is halved.
 
-    One part wider than ``widest`` is halved.
+    Of a result wider than high Triton has warps share rows, and they have to agree on each row's maximum.
     """
-    whole = 1 << head_dim.bit_length() - 1
-    rest = head_dim - whole
-    if rest:
-        padded_rest = max(_SMALLEST_REST, 1 << (rest - 1).bit_length())
-        if padded_rest < whole:
-            return whole, padded_rest
-        whole *= 2
-    whole = max(_SMALLEST_DIM, whole)
-    return (whole // 2, whole // 2) if whole > widest else (whole, 0)
+    whole, rest = parts_of(head_dim_v)
+    return (whole // 2, whole // 2) if rest == 0 and whole > max(block_m, SMALLEST_PART) else (whole, rest)
 
 
 def forward_spec(problem: Problem, plan: ForwardPlan, layout: Layout | None = None, *, negative_scale: bool = False) -> Spec:
     """The kernel's specialisation for a layout of K and V, by default the usual one."""
-    # a result no wider than high: else Triton has warps share rows, and they have to agree on each row's maximum
-    (dim, rest), (dim_v, rest_v) = parts(problem.head_dim), parts(problem.head_dim_v, max(_SMALLEST_DIM, plan.block_m))
+    (dim, rest), (dim_v, rest_v) = parts_of(problem.head_dim), value_parts(problem.head_dim_v, plan.block_m)
     i32 = Arg("i32")
     return Spec(
         forward_kernel,

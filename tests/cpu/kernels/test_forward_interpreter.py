@@ -16,6 +16,7 @@ import torch
 from flashtile import reference
 from flashtile.band import Band
 from flashtile.errors import UnsupportedError
+from flashtile.planner.forward_footprint import parts_of
 from flashtile.planner.plans import ForwardPlan
 from flashtile.problem import Problem
 from flashtile.testing import poison
@@ -207,18 +208,19 @@ def test_a_grid_that_no_launch_holds_is_refused() -> None:
 @pytest.mark.parametrize("head_dim", range(8, 264, 8))
 def test_parts_hold_a_head_dim_and_no_more_than_padding_would(head_dim: int) -> None:
     padded = max(16, 1 << (head_dim - 1).bit_length())
-    for widest in (16, 64, 128, 256):
-        whole, rest = forward.parts(head_dim, widest)
+    for whole, rest in (parts_of(head_dim), *(forward.value_parts(head_dim, block_m) for block_m in (16, 64, 128))):
         assert all(part & (part - 1) == 0 for part in (whole, rest))
         assert head_dim <= whole + rest <= padded
         assert rest == 0 or whole < head_dim
 
 
 def test_head_dims_of_two_parts() -> None:
-    assert {dim: forward.parts(dim) for dim in (40, 64, 80, 96, 192, 256)} == {
-        40: (64, 0), 64: (64, 0), 80: (64, 32), 96: (64, 32), 192: (128, 64), 256: (256, 0),
+    assert {dim: parts_of(dim) for dim in (8, 40, 64, 80, 96, 192, 256)} == {
+        8: (16, 0), 40: (64, 0), 64: (64, 0), 80: (64, 32), 96: (64, 32), 192: (128, 64), 256: (256, 0),
     }  # fmt: skip
-    assert forward.parts(256, widest=128) == (128, 128)
+    assert forward.value_parts(256, block_m=128) == (128, 128)
+    assert forward.value_parts(192, block_m=64) == (128, 64)
+    assert forward.value_parts(16, block_m=16) == (16, 0)
 
 
 def test_a_float32_result_of_float16_inputs_is_nearer_to_the_reference() -> None:
