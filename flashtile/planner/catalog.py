@@ -73,7 +73,7 @@ CATALOG: tuple[Kernel, ...] = (
     Kernel(TRITON, "flashtile.kernels.decode", "decode", ("cuda", "hip"), _FLOATS, _FLOATS),
     Kernel(CPU, "flashtile.kernels.cpu", "decode", ("cpu",), _FLOATS, _FLOATS),
     Kernel(
-        GLUON_FORWARD_SM90, "flashtile.kernels.gluon.forward_sm90", "forward", ("cuda",), _HALVES, _FLOATS,
+        GLUON_FORWARD_SM90, "flashtile.kernels.gluon.forward_sm90", "forward", ("cuda",), _HALVES, _HALVES,
         architectures=("sm_90",),
         min_alignment=16,  # what tensor maps take
     ),

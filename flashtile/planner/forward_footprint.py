@@ -30,7 +30,8 @@ TENSOR_MEMORY_ROWS = 128  # of tcgen05: with fewer, half of the lanes hold all s
 TENSOR_MEMORY_FEATURE = 8  # what a feature takes beyond, beside values that pass between tensor memory and registers
 WGMMA_GATHERED_REGISTERS = {16: 0, 32: 7, 64: 28, 128: 56}  # places of keys that are looked up one by one, by keys a step
 WIDE_WGMMA_REGISTERS = 100  # wgmma takes four-byte values in one order only: they are turned around on the way
-TWO_PARTS_REGISTERS = {1: 30, 4: 22}  # a second part of the key dim beside the first, by the warps of an instruction
+TWO_PARTS_PER_ROW = {1: 30 / 128, 4: 22 / 64}  # a second part of the key dim beside the first, by the warps of an instruction,
+MOST_TWO_PARTS_REGISTERS = 30  # and a row of the tile
 # Where fragments go through registers:
 ONE_STEP_REGISTERS = -20  # where the second product is one step, q is read again from shared memory
 REGISTERS_PER_COPY = 2  # the address of one copy of a key tile, for each tile that is on its way (of four-byte values, small copies alone),
@@ -43,7 +44,8 @@ WIDE_REGISTERS = {"cuda": 25, "hip": 45}  # four-byte inputs,
 WIDE_Q_SHARE = 0.5  # of which q is held in part
 FRAGMENTS_SHARE = 1.75  # of a whole tile's K and V fragments, which AMD's compiler asks for early
 LOADED_REGISTERS = {"cuda": 0.7, "hip": 5.0}  # an element of a key tile that no asynchronous copy can bring,
-LOADED_REGISTERS_PER_STAGE = {"cuda": 1.3, "hip": 0.0}  # and more of them the earlier it is asked for
+LOADED_REGISTERS_PER_STAGE = {"cuda": 1.3, "hip": 0.0}  # and more of them the earlier it is asked for,
+LOADED_PARTS_PER_ROW = 3 / 128  # and beside a tall tile of a head dim in two parts
 COPY_BYTES = 16  # of one asynchronous copy
 MIN_COPY_BYTES = 4  # the least that one brings
 # Where there is no matrix instruction:
@@ -133,11 +135,12 @@ def forward_registers(problem: Problem, tile: ForwardTileShape, device: Device) 
     loaded = 0.0
     if _misaligned(problem, device):
         each = LOADED_REGISTERS[device.backend] + LOADED_REGISTERS_PER_STAGE[device.backend] * tile.num_stages
+        each += LOADED_PARTS_PER_ROW * tile.block_m if parts_of(problem.head_dim)[1] else 0.0
         loaded = each * tile.block_n * dims / threads
     if mma is None:
         return int(need + scores + FMA_LOADED_SHARE * loaded + _fma_registers(problem, tile, threads))
     if device.backend == "cuda" and parts_of(problem.head_dim)[1]:
-        need += TWO_PARTS_REGISTERS[mma.warps]
+        need += min(MOST_TWO_PARTS_REGISTERS, TWO_PARTS_PER_ROW[mma.warps] * tile.block_m)
     if mma.warps == 1:
         return int(need + scores + loaded + _fragment_registers(problem, tile, device, mma))
     if mma.name.startswith("tcgen05"):

@@ -1,42 +1,69 @@
 """What one program of Hopper's Gluon forward kernel takes of an SM: shared memory, registers. Estimates on the high side.
 
-A program has consumers, warpgroups of 64 rows each, and a producer; setmaxnreg shares an SM's registers out among them.
+A program has consumers, warpgroups of 64 rows each, and a producer; setmaxnreg shares an SM's registers out among them. Tiles lie
+in shared memory as panels of 64 columns.
 """
 
 from __future__ import annotations
 
-from flashtile.planner.footprint_gluon import box_dim
 from flashtile.planner.forward_tiles import ForwardTileShape
 from flashtile.problem import Problem
 
-INPUT_BYTES = 2
+PANEL_BYTES = 128  # of a row of a panel: 64 columns of 16 bits
+PANEL = 64
 WARPGROUP = 128  # threads, which hold 64 rows
 ROWS = 64
-LONG_HEAD = 128  # beyond, results leave through the place of q
-SHARED_SCRATCH = 1024  # barriers, and the tile that the scheduler hands over
-REGISTERS_BASE = 24  # addresses, barriers' phases, row statistics
+SHARED_SCRATCH = 1024  # barriers, and what the producer tells about a tile
+SHARED_MEMORY = 227 * 1024  # of a program on sm_90
+LEAST_PAGE = 8  # keys: rows of the pattern in which shared memory is swizzled
+LONG_HEAD = 128
+REGISTERS_BASE = 23  # addresses, barriers' phases, row statistics
 REGISTERS_PER_SCORE = 1.5  # a score and its packed probability
-REGISTERS_PER_FEATURE = 7  # each of softcap, ALiBi, paging and packed queries
+REGISTERS_PER_FEATURE = 9  # each of softcap, ALiBi, paging and packed queries
+LONG_HEAD_PER_KEY = 24 / 64  # head dims beyond LONG_HEAD: tiles that span several panels
+SMALL_PAGES_PER_KEY = 36 / 128  # a bit for each of several pages that a tile lies on
 CONSUMER_REGISTERS = {8: 240, 12: 160}  # what setmaxnreg leaves a consumer's threads, by the number of consumer warps
 
 
+def panels_of(dim: int) -> int:
+    """Panels of a head dim: of 64 and a power of two, and of what is left up to the next smaller one."""
+    whole = max(PANEL, 1 << (dim - 1).bit_length())
+    half = whole // 2
+    if half >= PANEL and dim - half <= half // 2:
+        return half // PANEL + 1
+    return whole // PANEL
+
+
 def gluon_forward_shared_memory(problem: Problem, tile: ForwardTileShape) -> int:
-    """Bytes of shared memory: the ring of K and V tiles, q, and results on their way out, beside q or in its place."""
-    dim, dim_v = box_dim(problem.head_dim), box_dim(problem.head_dim_v)
-    ring = tile.num_stages * tile.block_n * (dim + dim_v) * INPUT_BYTES
-    q_bytes, out_bytes = tile.block_m * dim * INPUT_BYTES, tile.block_m * dim_v * INPUT_BYTES
-    return ring + SHARED_SCRATCH + (max(q_bytes, out_bytes) if max(dim, dim_v) > LONG_HEAD else q_bytes + out_bytes)
+    """Bytes of shared memory: the ring of K and V tiles, q, and results on their way out: in the place of q where room is short."""
+    q_bytes = tile.block_m * panels_of(problem.head_dim) * PANEL_BYTES
+    out_bytes = tile.block_m * panels_of(problem.head_dim_v) * PANEL_BYTES
+    ring = tile.num_stages * tile.block_n * (panels_of(problem.head_dim) + panels_of(problem.head_dim_v)) * PANEL_BYTES
+    both = ring + q_bytes + out_bytes + SHARED_SCRATCH
+    in_place = not tile.q_in_registers and problem.head_dim == problem.head_dim_v
+    return both if both <= SHARED_MEMORY or not in_place else both - out_bytes
 
 
 def gluon_forward_registers(problem: Problem, tile: ForwardTileShape) -> int:
     """32-bit registers that one thread of a consumer would like to have."""
-    dim, dim_v = box_dim(problem.head_dim), box_dim(problem.head_dim_v)
+    dim, dim_v = panels_of(problem.head_dim) * PANEL, max(PANEL, problem.head_dim_v)
     features = problem.softcap + problem.alibi + problem.ragged_q + (problem.page_size > 0)
-    accumulator, scores = ROWS * dim_v / WARPGROUP, ROWS * tile.block_n / WARPGROUP
-    q = ROWS * dim / 2 / WARPGROUP if tile.q_in_registers else 0.0
-    return int(REGISTERS_BASE + REGISTERS_PER_FEATURE * features + accumulator + REGISTERS_PER_SCORE * scores + q)
+    need: float = REGISTERS_BASE + REGISTERS_PER_FEATURE * features
+    need += ROWS * (dim_v + REGISTERS_PER_SCORE * tile.block_n) / WARPGROUP
+    need += ROWS * dim / 2 / WARPGROUP if tile.q_in_registers else 0.0
+    need += LONG_HEAD_PER_KEY * tile.block_n if max(dim, dim_v) > LONG_HEAD else 0.0
+    need += SMALL_PAGES_PER_KEY * tile.block_n if 0 < problem.page_size < tile.block_n else 0.0
+    return int(need)
 
 
 def gluon_forward_registers_limit(tile: ForwardTileShape) -> int:
     """Registers that each thread of a consumer is given."""
     return CONSUMER_REGISTERS[tile.num_warps]
+
+
+def gluon_page_reasons(problem: Problem, tile: ForwardTileShape) -> list[str]:
+    """Why a tile's keys cannot lie on the problem's pages: one copy brings a part of one page, or the whole tile."""
+    page = problem.page_size
+    if not page or (page >= LEAST_PAGE and (page % tile.block_n == 0 or tile.block_n % page == 0)):
+        return []
+    return [f"pages of {page} keys neither divide tiles of {tile.block_n} keys nor are multiples of them, with {LEAST_PAGE} keys at least"]

@@ -21,6 +21,7 @@ from flashtile.planner.forward_footprint import (
     forward_registers_limit,
     forward_shared_memory,
 )
+from flashtile.planner.forward_footprint_gluon import gluon_page_reasons
 from flashtile.planner.forward_tiles import FORWARD_LIMITS, LONG_WALK, SHORT_HEAD, ForwardTile, ForwardTileShape, forward_candidates
 from flashtile.planner.forward_work import mean_keys, row_tiles
 from flashtile.planner.plans import ForwardPlan
@@ -71,8 +72,8 @@ def _malformed(plan: ForwardPlan, device: Device) -> list[str]:
 
 
 def forward_misfits(problem: Problem, tile: ForwardTileShape, device: Device) -> list[str]:
-    """Which resource of the device a tile exceeds: shared memory a program, or registers a thread."""
-    reasons = []
+    """Which resource of the device a tile exceeds: shared memory a program, or registers a thread; and pages that it cannot take."""
+    reasons = gluon_page_reasons(problem, tile) if tile.kernel == GLUON_FORWARD_SM90 else []
     shared, limit = forward_shared_memory(problem, tile, device), device.smem_per_block
     if shared > limit:
         reasons.append(
@@ -182,7 +183,7 @@ def _fits(
     )  # fmt: skip
     able, unable = [], []
     tall = forward_mma(kind, ForwardTile(128, 64, 8, 2), device)
-    for tiles in forward_candidates(kernel, max(head_dim, head_dim_v), tall, long_walk):
+    for tiles in forward_candidates(kernel, head_dim, head_dim_v, tall, long_walk):
         tile = next((tile for tile in tiles if not forward_misfits(kind, tile, device)), None)
         if tile is None:
             unable.append((tiles[-1], tuple(forward_misfits(kind, tiles[-1], device))))

@@ -1,7 +1,6 @@
 """Forward tiles: which tiles of query rows each kernel has, in which shapes, in order of preference, and the limits behind them.
 
-Of the portable kernel, the first shape of each block_m that fits the device
-is taken; Hopper's kernel has one shape for each kind of head and length.
+Of each block_m, the first shape that fits the device and the problem's features is taken.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from flashtile.planner.figures import Mma
 FORWARD_BLOCK_MS = (16, 32, 64, 128, 192)
 SHORT_HEAD = 64  # head dims up to here leave registers for three warpgroups of rows, and wait for exp2
 USUAL_HEAD = 128
+LONG_KEYS_HEAD = 192  # key dims up to here leave registers for as many keys a step as usual heads have, where values are no longer
 LONG_WALK = 4096  # mean keys of a row from which three warpgroups of short heads pay: 16 more warps' start is spread over them
 
 
@@ -56,23 +56,33 @@ class ForwardLimits(NamedTuple):
 
 
 FORWARD_LIMITS: dict[str, ForwardLimits] = {
-    GLUON_FORWARD_SM90: ForwardLimits((128, 192), (64, 128), (2, 4), {128: (8,), 192: (12,)}),
+    GLUON_FORWARD_SM90: ForwardLimits((128, 192), (32, 128), (2, 4), {128: (8,), 192: (12,)}),
     TRITON_FORWARD: ForwardLimits((16, 32, 64, 128), (16, 128), (1, 4), {}),
 }
 
-# Hopper's kernel, measured on one H200 in bfloat16: benchmarks of 16,384 tokens at 1k to 16k keys, full and causal.
-_SHORT_LONG_WALK = ForwardTile(192, 128, 12, 4, GLUON_FORWARD_SM90)
-_SHORT = ForwardTile(128, 128, 8, 4, GLUON_FORWARD_SM90, q_in_registers=True)
-_USUAL = ForwardTile(128, 128, 8, 2, GLUON_FORWARD_SM90, rescale_log2=8, q_in_registers=True)
-_LONG = ForwardTile(128, 64, 8, 2, GLUON_FORWARD_SM90, rescale_log2=8)
-HOPPER_TILES = (_SHORT_LONG_WALK, _SHORT, _USUAL, _LONG)
+
+# Hopper's kernel, measured on one H200 in bfloat16: benchmarks of 16,384 tokens at 1k to 16k keys, full and causal. The first shape of
+# each block_m is what measured best; the later ones are for features that want registers.
+def _hopper(block_m: int, block_n: int, num_stages: int, rescale_log2: int = 0, q_in_registers: bool = False) -> ForwardTile:
+    return ForwardTile(block_m, block_n, block_m // 16, num_stages, GLUON_FORWARD_SM90, rescale_log2, q_in_registers)
 
 
-def hopper_tiles(head_dim: int, long_walk: bool) -> tuple[ForwardTile, ...]:
-    """The tiles of Hopper's kernel for heads of ``head_dim`` (the larger one), best first; ``long_walk``: rows see LONG_WALK keys."""
-    if head_dim <= SHORT_HEAD:
-        return (_SHORT_LONG_WALK, _SHORT) if long_walk else (_SHORT, _SHORT_LONG_WALK)
-    return (_USUAL,) if head_dim <= USUAL_HEAD else (_LONG,)
+_SHORT_TALL = (_hopper(192, 128, 4), _hopper(192, 64, 4))
+_SHORT = (_hopper(128, 128, 4, 0, True), _hopper(128, 128, 4), _hopper(128, 64, 4))
+_USUAL_TALL = (_hopper(192, 64, 3), _hopper(192, 32, 4))
+_USUAL = (_hopper(128, 128, 2, 8, True), _hopper(128, 128, 2, 8), _hopper(128, 64, 3, 8))
+_LONG = (_hopper(128, 64, 2, 8), _hopper(128, 32, 2, 8))
+_LONG_KEYS = (_hopper(128, 128, 2, 8), *_LONG)
+
+
+def hopper_tiles(head_dim: int, head_dim_v: int, long_walk: bool) -> tuple[tuple[ForwardTile, ...], ...]:
+    """The tiles of Hopper's kernel for such heads: for each block_m, best first, its shapes; ``long_walk``: queries see LONG_WALK keys."""
+    longest = max(head_dim, head_dim_v)
+    if longest <= SHORT_HEAD:
+        return (_SHORT_TALL, _SHORT) if long_walk else (_SHORT, _SHORT_TALL)
+    if longest <= USUAL_HEAD:
+        return _USUAL, _USUAL_TALL
+    return (_LONG_KEYS if head_dim <= LONG_KEYS_HEAD and head_dim_v <= USUAL_HEAD else _LONG,)
 
 
 # The portable kernel: for each way to multiply the shapes (keys a step, warps, stages) of a block_m in order of preference; the
@@ -111,8 +121,10 @@ def portable_tiles(head_dim: int, mma: Mma | None) -> tuple[tuple[ForwardTile, .
     return tuple(tuple(ForwardTile(block_m, *shape) for shape in shapes[block_m]) for block_m in sorted(shapes, reverse=True))
 
 
-def forward_candidates(kernel: str, head_dim: int, mma: Mma | None, long_walk: bool) -> tuple[tuple[ForwardTile, ...], ...]:
-    """All tiles that a kernel's rule may choose, best first: a tuple for each of which the first that fits counts."""
+def forward_candidates(
+    kernel: str, head_dim: int, head_dim_v: int, mma: Mma | None, long_walk: bool
+) -> tuple[tuple[ForwardTile, ...], ...]:
+    """All tiles that a kernel's rule may choose, best first: a tuple for each block_m, of which the first that fits counts."""
     if kernel == TRITON_FORWARD:
-        return portable_tiles(head_dim, mma)
-    return tuple((tile,) for tile in hopper_tiles(head_dim, long_walk))
+        return portable_tiles(max(head_dim, head_dim_v), mma)
+    return hopper_tiles(head_dim, head_dim_v, long_walk)

@@ -26,7 +26,7 @@ from flashtile.planner.forward_rules import ROWS_GAIN_PERCENT, choose_forward_ti
 from flashtile.planner.forward_tiles import FORWARD_LIMITS, ForwardTile, forward_candidates
 from flashtile.planner.forward_work import mean_keys, row_tiles, tile_kinds, visible_pairs, walked_tiles
 from flashtile.planner.plans import ForwardPlan
-from flashtile.problem import Problem
+from flashtile.problem import DTYPE_BYTES, Problem
 
 H200 = Device.named("H200")
 A100 = Device.named("A100")
@@ -77,7 +77,14 @@ def test_flops_are_those_of_visible_pairs() -> None:
 
 
 problems = st.builds(
-    lambda group, num_heads_kv, **facts: Problem("forward", num_heads_q=group * num_heads_kv, num_heads_kv=num_heads_kv, **facts),
+    lambda group, num_heads_kv, dtype_q, alignment, **facts: Problem(
+        "forward",
+        num_heads_q=group * num_heads_kv,
+        num_heads_kv=num_heads_kv,
+        dtype_q=dtype_q,
+        alignment=max(alignment, DTYPE_BYTES[dtype_q]),
+        **facts,
+    ),
     group=st.sampled_from([1, 4, 7]),
     num_heads_kv=st.sampled_from([1, 8, 32]),
     batch=st.integers(0, 100),
@@ -157,6 +164,32 @@ def test_a_chunk_of_queries_is_hoppers() -> None:
     assert plan_forward(prefill(512, batch=8, seqlen_k=16384, page_size=16), H200).kernel == GLUON_FORWARD_SM90
 
 
+@pytest.mark.parametrize(("page_size", "kernel"), [(8, GLUON_FORWARD_SM90), (16, GLUON_FORWARD_SM90), (64, GLUON_FORWARD_SM90),
+                                                   (256, GLUON_FORWARD_SM90), (1, TRITON_FORWARD), (24, TRITON_FORWARD)])  # fmt: skip
+def test_pages_that_one_copy_cannot_bring_go_to_the_portable_kernel(page_size: int, kernel: str) -> None:
+    assert plan_forward(prefill(page_size=page_size), H200).kernel == kernel
+    against = forward_infeasible(prefill(page_size=page_size), ForwardPlan(GLUON_FORWARD_SM90, 128, 128, num_warps=8), H200)
+    assert any("neither divide tiles" in reason for reason in against) == (kernel == TRITON_FORWARD)
+
+
+def test_features_take_registers_from_q_and_then_from_keys_a_step() -> None:
+    plain, paged = prefill(), prefill(page_size=16, ragged_q=True)
+    shaped = paged.with_(softcap=True, alibi=True)
+    plans = [plan_forward(problem, H200) for problem in (plain, paged, shaped)]
+    assert [(plan.block_n, plan.q_in_registers) for plan in plans] == [(128, True), (128, False), (64, False)]
+    assert {plan.kernel for plan in plans} == {GLUON_FORWARD_SM90}
+
+
+def test_hoppers_shared_memory_is_what_its_tiles_take() -> None:
+    """Compiled: 197,256 bytes at head dim 128, 181,028 with 192 rows at 64, 197,208 at 256, 197,448 at 192; barriers are rounded up."""
+    tiles = {128: ForwardTile(128, 128, 8, 2, GLUON_FORWARD_SM90, 8, True), 64: ForwardTile(192, 128, 12, 4, GLUON_FORWARD_SM90),
+             256: ForwardTile(128, 64, 8, 2, GLUON_FORWARD_SM90), 192: ForwardTile(128, 64, 8, 2, GLUON_FORWARD_SM90)}  # fmt: skip
+    compiled = {128: 197256, 64: 181028, 256: 197208, 192: 197448}
+    for head_dim, tile in tiles.items():
+        shared = forward_shared_memory(prefill(head_dim=head_dim), tile, H200)
+        assert compiled[head_dim] <= shared <= compiled[head_dim] + 1024
+
+
 def test_less_shared_memory_means_a_smaller_ring_or_tile() -> None:
     problem = prefill(band=FULL, dtype_q="float32", allow_tf32=True)
     large, small = (choose_forward_tile(problem, Device.named(name), TRITON_FORWARD) for name in ("A100", "L40S"))
@@ -213,7 +246,7 @@ def test_features_and_wider_values_take_more() -> None:
 def test_candidates_are_within_the_limits_of_their_kernels() -> None:
     for kernel, limits in FORWARD_LIMITS.items():
         for head_dim in (64, 96, 128, 192, 256):
-            offered = [forward_candidates(kernel, head_dim, mma, True) for mma in (None, *H200.mma_shapes, *A100.mma_shapes)]
+            offered = [forward_candidates(kernel, head_dim, head_dim, mma, True) for mma in (None, *H200.mma_shapes, *A100.mma_shapes)]
             for tile in (tile for shapes in offered for tiles in shapes for tile in tiles):
                 assert tile.kernel == kernel
                 assert tile.block_m in limits.block_ms
