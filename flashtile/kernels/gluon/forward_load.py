@@ -17,11 +17,11 @@ from flashtile.kernels.tile.schedule import sequence_rows, stored_keys
 
 @gluon.jit
 def load_tiles(
-    q, k, v, tokens, pages, band, counter, batch, num_heads, heads_at_once, memory,
+    q, k, v, tokens, pages, scores, band, counter, batch, num_heads, heads_at_once, memory,
     CONSUMERS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Brings every tile of rows that this program takes, and at the end says that there are no more."""
+    """Brings every tile of rows that this program takes, and says at the end that there are no more."""
     q_tiles, k_ring, v_ring, notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
     k_way, v_way = (k, k_ring, k_full, k_empty), (v, v_ring, v_full, v_empty)
     BLOCK_M: gl.constexpr = ROWS * CONSUMERS
@@ -29,6 +29,7 @@ def load_tiles(
     t = gl.program_id(0)
     turn = t * 0
     tiles_done = t * 0
+    negated = gl.where(scores.scale_log2 < 0.0, 1, 0)
     b, h, row_block, walk = tile_numbered(t, tokens, batch, num_heads, heads_at_once, (t * 0, t * 0), BLOCK_M, LAST_FIRST)
     while b >= 0:
         row = row_block * BLOCK_M
@@ -45,7 +46,7 @@ def load_tiles(
         _load_block(k_way, known, pages, b_keys, sequence, key, h_kv, turn, True, BLOCK_N, HEAD_DIM, PAGE_SIZE, STAGES)
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(c), (tiles_done & 1) ^ 1)
-            write_note(notes.index(2 * c + (tiles_done & 1)), b, h, row, row_start, seqlen_q, seqlen_k, turn)
+            write_note(notes.index(2 * c + (tiles_done & 1)), b, h, row, row_start, seqlen_q, seqlen_k, turn, negated)
             barrier()
             mbarrier.expect(q_full.index(c), bytes_of_tile(ROWS, HEAD_DIM))
             _load_box(q, q_tiles, q_full.index(c), c, b_rows, row_start + row + c * ROWS, h, 0, 1, HEAD_DIM)
@@ -65,7 +66,7 @@ def load_tiles(
         b, h, row_block, walk = tile_numbered(t, tokens, batch, num_heads, heads_at_once, walk, BLOCK_M, LAST_FIRST)
     for c in gl.static_range(CONSUMERS):
         mbarrier.wait(q_empty.index(c), (tiles_done & 1) ^ 1)
-        write_note(notes.index(2 * c + (tiles_done & 1)), b, b, b, b, b, b, b)
+        write_note(notes.index(2 * c + (tiles_done & 1)), b, b, b, b, b, b, b, b)
         barrier()
         mbarrier.arrive(q_full.index(c), count=1)
     if counter is not None:

@@ -15,7 +15,8 @@ from flashtile.kernels.tile.views import row_offsets
 @gluon.jit
 def store_rows(
     out_box, out, lse, tokens, sinks, ring, out_tiles, turn, o, m, l, p, b, h, row, row_start, seqlen_q, factor,
-    C: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, OWN_OUT: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
+    STAGES: gl.constexpr, OWN_OUT: gl.constexpr,
 ):  # fmt: skip
     """Adds the last block's values, of turn ``turn``, and stores the rows' out and lse."""
     k_ring, v_ring, known, k_full, k_empty, v_full, v_empty = ring
@@ -37,7 +38,7 @@ def store_rows(
     mbarrier.arrive(v_empty.index(stage), count=1)
     o = rescaled(o, alpha * normaliser(l), HEAD_DIM_V)
     if tokens.cu_seqlens_q is None or row + ROWS <= seqlen_q:
-        _store_boxes(out_box, out_tiles, o, b_rows, row_start + row, h, C, HEAD_DIM, HEAD_DIM_V, OWN_OUT)
+        _store_boxes(out_box, out_tiles, o, b_rows, row_start + row, h, row % BLOCK_M, HEAD_DIM, HEAD_DIM_V, OWN_OUT)
     else:
         # behind these rows lie another sequence's
         _store_masked(out, o[0], b_rows, row, row_start, h, seqlen_q, 0, HEAD_DIM_V - rest_dim(HEAD_DIM_V))
@@ -47,24 +48,25 @@ def store_rows(
 
 @gluon.jit
 def _store_boxes(
-    box, tiles, o, b, row, h, C: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, OWN_OUT: gl.constexpr
+    box, tiles, o, b, row, h, row_in_tile, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr, OWN_OUT: gl.constexpr
 ):  # fmt: skip
     """Rows of out by way of shared memory. What reaches beyond the tensor's rows or dims is not written."""
     boxes, main, rest_boxes, rest = tiles
     PANELS: gl.constexpr = main_dim(HEAD_DIM_V) // PANEL
-    TILE: gl.constexpr = C if OWN_OUT else C * (main_dim(HEAD_DIM) // main_dim(HEAD_DIM_V))
+    at = row_in_tile // ROWS
+    tile = at if OWN_OUT else at * (main_dim(HEAD_DIM) // main_dim(HEAD_DIM_V))
     # the last tile's rows have left
     tma.store_wait(0)
     barrier()
-    main.index(TILE).store(o[0].to(box.dtype))
+    main.index(tile).store(o[0].to(box.dtype))
     if rest_dim(HEAD_DIM_V) > 0:
-        part_of(main, rest.index(C), HEAD_DIM_V).store(o[1].to(box.dtype))
+        part_of(main, rest.index(at), HEAD_DIM_V).store(o[1].to(box.dtype))
     fence_async_shared()
     barrier()
     for panel in gl.static_range(PANELS):
-        tma.async_copy_shared_to_global(box, [b, row, h, panel * PANEL], boxes.index(TILE * PANELS + panel))
+        tma.async_copy_shared_to_global(box, [b, row, h, panel * PANEL], boxes.index(tile * PANELS + panel))
     if rest_dim(HEAD_DIM_V) > 0:
-        tma.async_copy_shared_to_global(box, [b, row, h, main_dim(HEAD_DIM_V)], rest_boxes.index(C))
+        tma.async_copy_shared_to_global(box, [b, row, h, main_dim(HEAD_DIM_V)], rest_boxes.index(at))
 
 
 @gluon.jit

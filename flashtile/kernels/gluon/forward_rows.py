@@ -31,12 +31,13 @@ from flashtile.kernels.gluon.forward_scores import (
     wait_for_values,
 )
 from flashtile.kernels.gluon.names import barrier
+from flashtile.kernels.gluon.results import clear_unowned
 from flashtile.kernels.tile.softmax import LOG2E
 
 
 @gluon.jit
 def attend_tiles(
-    out_box, out, lse, tokens, scores, band, sinks, memory, out_tiles,
+    out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles,
     C: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, BOX_ROWS: gl.constexpr, STAGES: gl.constexpr, RESCALE_LOG2: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, OWN_OUT: gl.constexpr,
@@ -52,9 +53,9 @@ def attend_tiles(
     factor = 1.0 if SHAPED else scale
     tiles_done = gl.program_id(0) * 0
     mbarrier.wait(q_full.index(C), 0)
-    b, h, row, row_start, seqlen_q, seqlen_k, turn = read_note(notes, tiles_done, C)
+    b, h, row, row_start, seqlen_q, seqlen_k, turn, negated = read_note(notes, tiles_done, C)
     while b >= 0:
-        q = fetch_rows(q_tiles, C, scores.scale_log2, BLOCK_N, HEAD_DIM, Q_IN_REGISTERS)
+        q = fetch_rows(q_tiles, C, negated, BLOCK_N, HEAD_DIM, Q_IN_REGISTERS)
         if Q_IN_REGISTERS:
             barrier()
             mbarrier.arrive(q_empty.index(C), count=1)
@@ -86,14 +87,14 @@ def attend_tiles(
                 BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, CONSUMERS == 2,
             )  # fmt: skip
             turn += 1
-        b, h, row, row_start, seqlen_q, seqlen_k, _ = read_note(notes, tiles_done, C)
+        b, h, row, row_start, seqlen_q, seqlen_k, _, _ = read_note(notes, tiles_done, C)
         if OWN_OUT and not Q_IN_REGISTERS:
             # all products with q are done
             barrier()
             mbarrier.arrive(q_empty.index(C), count=1)
         store_rows(
             out_box, out, lse, tokens, sinks, ring, out_tiles, turn, o, m, l, p, b, h, row, row_start, seqlen_q, factor,
-            C, HEAD_DIM, HEAD_DIM_V, BLOCK_N, STAGES, OWN_OUT,
+            ROWS * CONSUMERS, BLOCK_N, HEAD_DIM, HEAD_DIM_V, STAGES, OWN_OUT,
         )  # fmt: skip
         low, _ = blocks_of_rows(band, row - C * ROWS, seqlen_q, seqlen_k, ROWS * CONSUMERS, BLOCK_N)
         hand_back(ring, turn + 1, block - low, STAGES)
@@ -104,26 +105,28 @@ def attend_tiles(
             mbarrier.arrive(q_empty.index(C), count=1)
         tiles_done += 1
         mbarrier.wait(q_full.index(C), tiles_done & 1)
-        b, h, row, row_start, seqlen_q, seqlen_k, turn = read_note(notes, tiles_done, C)
+        b, h, row, row_start, seqlen_q, seqlen_k, turn, negated = read_note(notes, tiles_done, C)
+    if C == 0:
+        clear_unowned(out, lse, tokens, batch, num_heads, HEAD_DIM_V, 2 * main_dim(HEAD_DIM_V), 4)
     tma.store_wait(0)
 
 
 @gluon.jit
-def fetch_rows(q_tiles, C: gl.constexpr, scale_log2, BLOCK_N: gl.constexpr, DIM: gl.constexpr, IN_REGISTERS: gl.constexpr):
+def fetch_rows(q_tiles, C: gl.constexpr, negated, BLOCK_N: gl.constexpr, DIM: gl.constexpr, IN_REGISTERS: gl.constexpr):
     """The consumer's rows of q in both parts, as an operand. A negative scale becomes a negated q, which is exact."""
     _, main, _, rest = q_tiles
     if IN_REGISTERS:
         q = main.index(C).load(operand_layout(BLOCK_N))
-        if scale_log2 < 0.0:
+        if negated > 0:
             q = -q
         q_rest = q
         if rest_dim(DIM) > 0:
             q_rest = part_of(main, rest.index(C), DIM).load(operand_layout(BLOCK_N))
-            if scale_log2 < 0.0:
+            if negated > 0:
                 q_rest = -q_rest
         return q, q_rest
     else:
-        if scale_log2 < 0.0:
+        if negated > 0:
             _negate(main.index(C))
             if rest_dim(DIM) > 0:
                 _negate(rest.index(C))
@@ -162,7 +165,7 @@ def whole_blocks(band, row, seqlen_q, seqlen_k, BLOCK_N: gl.constexpr):
     if band.left is not None:
         low = gl.cdiv(gl.maximum(gl.minimum(row + ROWS, seqlen_q) - 1 + offset - band.left, 0), BLOCK_N)
     if band.right is not None:
-        high = gl.maximum(gl.minimum(high, row + offset + band.right + 1), 0)
+        high = gl.maximum(gl.minimum(high - 1, row + offset + band.right) + 1, 0)
     return low, high // BLOCK_N
 
 

@@ -79,17 +79,21 @@ def keys_of_sequence(band, seqlen_q, seqlen_k):
 
 
 @gluon.jit
-def write_note(note, b, h, row, row_start, seqlen_q, seqlen_k, turn):
-    """The producer's note to a consumer: a tile's sequence (-1: there are no more), head and rows, and its first block's turn."""
+def write_note(note, b, h, row, row_start, seqlen_q, seqlen_k, turn, negated):
+    """The producer's note to a consumer about a tile.
+
+    Its sequence (-1: there are no more tiles), head and rows, the turn of its first block in the ring, and whether q is to
+    be negated: what is the same for all tiles would be kept in registers from the start.
+    """
     i = gl.arange(0, NOTE, gl.BlockedLayout([1], [32], [1], [0]))
     numbers = gl.where(i == 0, b, gl.where(i == 1, h, gl.where(i == 2, row, row_start)))
-    others = gl.where(i == 4, seqlen_q, gl.where(i == 5, seqlen_k, turn))
+    others = gl.where(i == 4, seqlen_q, gl.where(i == 5, seqlen_k, gl.where(i == 6, turn, negated)))
     note.store(gl.where(i < 4, numbers, others))
 
 
 @gluon.jit
 def read_note(notes, tiles_done, C: gl.constexpr):
-    """(b, h, row, row_start, seqlen_q, seqlen_k, turn) of consumer C's rows of the tile.
+    """(b, h, row, row_start, seqlen_q, seqlen_k, turn, negated) of consumer C's rows of the tile.
 
     The last note stays until the next but one is written. So it is read again at a tile's end, which leaves its numbers'
     registers to the main loop.
@@ -99,7 +103,7 @@ def read_note(notes, tiles_done, C: gl.constexpr):
     row = _number(numbers, 2) + C * ROWS
     return (
         _number(numbers, 0), _number(numbers, 1), row, _number(numbers, 3),
-        _number(numbers, 4), _number(numbers, 5), _number(numbers, 6),
+        _number(numbers, 4), _number(numbers, 5), _number(numbers, 6), _number(numbers, 7),
     )  # fmt: skip
 
 

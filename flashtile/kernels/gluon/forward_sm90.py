@@ -31,7 +31,6 @@ from flashtile.kernels.gluon.forward_memory import (
     rows_in_place,
 )
 from flashtile.kernels.gluon.forward_rows import attend_tiles
-from flashtile.kernels.gluon.results import clear_unowned
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Descriptor, Spec, launcher, on_device
 from flashtile.kernels.operands import lse_view, rows_spec, rows_view, scores_view, shared_specs
 from flashtile.kernels.tile.views import RowsView, TokensView, band_view
@@ -40,9 +39,10 @@ from flashtile.problem import Problem
 
 _ROWS = 64  # of a warpgroup
 _PANEL = 64
+_SHORT_HEAD = 64
 _SHARED_MEMORY = 227 * 1024  # of a program
 _FOR_BARRIERS = 1024
-# registers of a thread, (consumers', producer's): q's rows take what the producer can do without
+# registers of a thread, (consumers', producer's): rows of q of a long head take what the producer can do without
 _REGISTERS = {2: (232, 40), 3: (160, 32)}
 _REGISTERS_WITH_Q = {2: (240, 24), 3: (160, 32)}
 _MAX_TILES = 2**30  # which the device counts in 32 bits, and some more
@@ -66,27 +66,25 @@ def forward_sm90_kernel(
         out_tiles = rows_in_place(q_tiles, CONSUMERS, HEAD_DIM, HEAD_DIM_V)
     notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty = allocate_exchange(CONSUMERS, STAGES)
     memory = (q_tiles, k_ring, v_ring, notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    if tokens.cu_seqlens_q is not None:
-        clear_unowned(out, lse, tokens, batch, num_heads, HEAD_DIM_V, 256, 4)
     # constants stand in the calls: in a tuple that is bound to a name they would become numbers
     if CONSUMERS == 2:
         gl.warp_specialize([
-            (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, memory, out_tiles, 0, CONSUMERS, BLOCK_N,
+            (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 0, CONSUMERS, BLOCK_N,
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
-            (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, memory, out_tiles, 1, CONSUMERS, BLOCK_N,
+            (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 1, CONSUMERS, BLOCK_N,
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
-            (load_tiles, (q, k, v, tokens, pages, band, counter, batch, num_heads, heads_at_once, memory,
+            (load_tiles, (q, k, v, tokens, pages, scores, band, counter, batch, num_heads, heads_at_once, memory,
                           CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
-            (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, memory, out_tiles, 0, CONSUMERS, BLOCK_N,
+            (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 0, CONSUMERS, BLOCK_N,
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
-            (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, memory, out_tiles, 1, CONSUMERS, BLOCK_N,
+            (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 1, CONSUMERS, BLOCK_N,
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
-            (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, memory, out_tiles, 2, CONSUMERS, BLOCK_N,
+            (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 2, CONSUMERS, BLOCK_N,
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
-            (load_tiles, (q, k, v, tokens, pages, band, counter, batch, num_heads, heads_at_once, memory,
+            (load_tiles, (q, k, v, tokens, pages, scores, band, counter, batch, num_heads, heads_at_once, memory,
                           CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
@@ -102,7 +100,8 @@ def own_out(problem: Problem, plan: ForwardPlan) -> bool:
 def forward_spec(problem: Problem, plan: ForwardPlan) -> Spec:
     """The kernel's specialisation."""
     consumers = plan.block_m // _ROWS
-    registers, producer_registers = (_REGISTERS_WITH_Q if plan.q_in_registers else _REGISTERS)[consumers]
+    tight = plan.q_in_registers and problem.head_dim > _SHORT_HEAD
+    registers, producer_registers = (_REGISTERS_WITH_Q if tight else _REGISTERS)[consumers]
     keys = box_rows(plan.block_n, problem.page_size)
     i32 = Arg("i32")
     packed = problem.ragged_q
