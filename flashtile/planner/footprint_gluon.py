@@ -19,7 +19,7 @@ DEEP_LONG_RING = 12  # registers for a ring of more than two stages beside a hea
 SHARED_SCRATCH = 1024  # barriers and alignment of the ring
 SHARED_SCRATCH_LONG_VALUES = 2304  # the same where values are longer than keys
 LEAST_PAGE_BOX = 16  # keys
-WARPGROUP = 4  # warps, of which a kernel with a warp of its own for asking has whole ones
+WARPGROUP = 4  # warps, of which a kernel with warps of their own for asking has whole ones
 SM_SHARED_BYTES, RESERVED_BYTES = 228 * 1024, 1024  # of an SM, and what each program takes beside its own
 HALF_AN_SM_REGISTERS = 128  # a thread, for two programs of two warpgroups: the one that asks gives most of its registers away
 MERGE_KEPT_ROWS = 8  # rows of the warps' accumulators that stay in registers while they merge
@@ -68,7 +68,7 @@ def shares_tiles(problem: Problem) -> bool:
 
 
 def asks_by_page(problem: Problem, tile: TileShape) -> bool:
-    """Whether a tile is a few whole pages, which a warp of its own asks the copy engine for, each in a box."""
+    """Whether a tile is a few whole pages, which warps of their own ask the copy engine for, each in a box."""
     page = problem.page_size
     pages = LEAST_PAGE_BOX <= page < tile.block_n and tile.block_n % page == 0
     return (
@@ -80,7 +80,7 @@ def asks_by_page(problem: Problem, tile: TileShape) -> bool:
 
 
 def registers_asked_for(problem: Problem, tile: TileShape) -> dict[str, int]:
-    """The compiler's limit of registers a thread, where a warp of its own asks: two programs share an SM if memory lets them."""
+    """The compiler's limit of registers a thread, where warps of their own ask: two programs share an SM if memory lets them."""
     two_fit = 2 * (gluon_shared_memory(problem, tile) + RESERVED_BYTES) <= SM_SHARED_BYTES
     return {"maxnreg": HALF_AN_SM_REGISTERS} if asks_by_page(problem, tile) and tile.num_warps == WARPGROUP and two_fit else {}
 
@@ -88,7 +88,7 @@ def registers_asked_for(problem: Problem, tile: TileShape) -> dict[str, int]:
 def gluon_shared_memory(problem: Problem, tile: TileShape) -> int:
     """Bytes of shared memory: the ring, the query tile, barriers, and where the warps' accumulators meet.
 
-    They meet in the ring, unless it is being filled for the next unit by then, or a warp of its own fills it.
+    They meet in the ring, unless it is being filled for the next unit by then, or warps of their own fill it.
     """
     dim, dim_v = box_dim(problem.head_dim), box_dim(problem.head_dim_v)
     ring = tile.num_stages * tile.block_n * (dim + dim_v) * INPUT_BYTES

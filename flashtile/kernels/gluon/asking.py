@@ -1,8 +1,8 @@
-"""A warp that asks for the pages of every tile, so that the warps that multiply need not.
+"""Two warps that ask for the pages of every tile, one for K's and one for V's, so that the warps that multiply need not.
 
-It walks the same tiles as they do. A tile of several pages is a box for each page: K's and V's count into one barrier, and
-the tile's place in the ring is free again when all of the others have been done with it. Which pages exist they learn from a
-number beside the ring.
+They walk the same tiles as those do. A tile of several pages is a box for each page: K's and V's count into one barrier, and
+the tile's place in the ring is free again when the warps that multiply are done with it. Which pages exist these learn from a
+number beside the ring. To ask takes one warp as long as half an SM takes to read what it asks for: hence two.
 """
 
 from triton.experimental import gluon
@@ -16,11 +16,11 @@ from flashtile.kernels.tile.schedule import line_length, sequence_keys, sequence
 
 @gluon.jit
 def ask_on_line(
-    k, v, ring, lengths, pages, band, num_heads_kv, batch,
+    view, boxes, signs, lengths, pages, band, num_heads_kv, batch, OF_KEYS: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, SEQUENCES: gl.constexpr,
     ONE_STEP: gl.constexpr, UNIT_COST: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Asks for this program's share of the line of all tiles, in its order."""
+    """Asks for K or V of this program's share of the line of all tiles, in its order. ``signs``: full, empty, known."""
     n = gl.arange(0, SEQUENCES, gl.BlockedLayout([SEQUENCES // 32], [32], [1], [0]))
     total = line_length(lengths, band, batch, num_heads_kv, n, GROUP, BLOCK_M, BLOCK_N, UNIT_COST, ONE_STEP)
     begin, stop = share(total, gl.program_id(0), gl.num_programs(0))
@@ -33,18 +33,18 @@ def ask_on_line(
         unit, position = next_tile(lengths, band, batch, num_heads_kv, unit, position, GROUP, BLOCK_M, BLOCK_N, UNIT_COST)
         # the next tile's page ids come while this one's place is waited for
         next_ids = _tile_on_line(lengths, band, pages, unit, position, stop, GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE)
-        _ask(k, v, ring, pages, done, h, ids, BLOCK_N, PAGE_SIZE, STAGES)
+        _ask(view, boxes, signs, pages, done, h, ids, OF_KEYS, BLOCK_N, PAGE_SIZE, STAGES)
         ids = next_ids
         done += 1
 
 
 @gluon.jit
 def ask_for_split(
-    k, v, ring, lengths, pages, band, num_heads_kv, row_blocks, min_keys_per_split,
+    view, boxes, signs, lengths, pages, band, num_heads_kv, row_blocks, min_keys_per_split, OF_KEYS: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, SPLIT: gl.constexpr,
     STAGES: gl.constexpr, IN_TURN: gl.constexpr,
 ):  # fmt: skip
-    """Asks for this program's share of its unit's tiles, on a grid of splits."""
+    """Asks for K or V of this program's share of its unit's tiles, on a grid of splits."""
     b, h, row_block, split, num_splits = unit_of_split(num_heads_kv, row_blocks)
     _, seqlen_q = sequence_rows(lengths, b)
     first, last, key, step, count = tiles_of_split(
@@ -55,7 +55,7 @@ def ask_for_split(
     for done in range(count):
         key += step
         next_ids = _pages_of_tile(pages, b, key, first, last, BLOCK_N, PAGE_SIZE)
-        _ask(k, v, ring, pages, done, h, ids, BLOCK_N, PAGE_SIZE, STAGES)
+        _ask(view, boxes, signs, pages, done, h, ids, OF_KEYS, BLOCK_N, PAGE_SIZE, STAGES)
         ids = next_ids
 
 
@@ -93,18 +93,19 @@ def _pages_of_tile(pages, b, key, first, last, BLOCK_N: gl.constexpr, PAGE_SIZE:
 
 
 @gluon.jit
-def _ask(k, v, ring, pages, done, h, ids, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr):
-    """Asks for the program's tile number ``done``, and leaves word which of its pages exist."""
-    k_ring, _k_tiles, v_ring, _v_tiles, full, empty, known = ring
+def _ask(
+    view, boxes, signs, pages, done, h, ids, OF_KEYS: gl.constexpr, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr
+):
+    """Asks for K's or V's part of the program's tile number ``done``; with K's goes word which of its pages exist."""
+    full, empty, known = signs
     PAGES: gl.constexpr = BLOCK_N // PAGE_SIZE
     stage = done % STAGES
     mbarrier.wait(empty.index(stage), ((done // STAGES) & 1) ^ 1)
-    bits = done * 0
+    if OF_KEYS:
+        bits = done * 0
+        for i in gl.static_range(PAGES):
+            bits += is_page(pages, ids[i]).to(gl.int32) << i
+        known.index(stage).store(gl.full([1], bits, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.expect(full.index(stage), PAGES * view.block_type.nbytes)
     for i in gl.static_range(PAGES):
-        bits += is_page(pages, ids[i]).to(gl.int32) << i
-    known.index(stage).store(gl.full([1], bits, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
-    mbarrier.expect(full.index(stage), PAGES * (k.block_type.nbytes + v.block_type.nbytes))
-    for i in gl.static_range(PAGES):
-        tma.async_copy_global_to_shared(k, [ids[i], 0, h, 0], full.index(stage), k_ring.index(stage).slice(i * PAGE_SIZE, PAGE_SIZE, 1))
-    for i in gl.static_range(PAGES):
-        tma.async_copy_global_to_shared(v, [ids[i], 0, h, 0], full.index(stage), v_ring.index(stage).slice(i * PAGE_SIZE, PAGE_SIZE, 1))
+        tma.async_copy_global_to_shared(view, [ids[i], 0, h, 0], full.index(stage), boxes.index(stage).slice(i * PAGE_SIZE, PAGE_SIZE, 1))

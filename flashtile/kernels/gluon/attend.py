@@ -72,7 +72,7 @@ def attend(
 ):  # fmt: skip
     """A unit's rows over ``count`` tiles of keys, ``step`` keys apart: (m, l, acc), base 2, not normalised, as the warps have them.
 
-    The tiles are the program's number ``done`` and on. Unless a warp of its own asks for tiles, what is ahead is asked for here
+    The tiles are the program's number ``done`` and on. Unless warps of their own ask for tiles, what is ahead is asked for here
     until it reaches ``stop``: the number of tiles, or on a line a position, where it may be another unit's, so that it is
     returned too.
     """

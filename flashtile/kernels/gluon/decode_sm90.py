@@ -53,14 +53,15 @@ def decode_sm90_kernel(
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty, known = full, full
     for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=1)
+        mbarrier.init(full.index(stage), count=2 if ASKED_FOR else 1)
     if ASKED_FOR:
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
             mbarrier.init(empty.index(stage), count=1)
         known = gl.allocate_shared_memory(gl.int32, [STAGES, 1], mbarrier.MBarrierLayout())
     ring = (k_ring, k_tiles, v_ring, v_tiles, full, empty, known)
-    # a warp of its own asks for pages; constants are written inside the calls, for a tuple bound to a name makes numbers of them
+    signs = (full, empty, known)
+    # warps of their own ask for pages; constants are written inside the calls, for a tuple bound to a name makes numbers of them
     if SEQUENCES > 0 and ASKED_FOR:
         gl.warp_specialize([
             (walk_line, (
@@ -69,10 +70,14 @@ def decode_sm90_kernel(
                 ASKED_FOR,
             )),
             (ask_on_line, (
-                k, v, ring, lengths, pages, band, num_heads_kv, batch,
+                k, k_ring, signs, lengths, pages, band, num_heads_kv, batch, True,
                 GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE, SEQUENCES, ONE_STEP, UNIT_COST, STAGES,
             )),
-        ], [1], [ASKING_REGISTERS])  # fmt: skip
+            (ask_on_line, (
+                v, v_ring, signs, lengths, pages, band, num_heads_kv, batch, False,
+                GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE, SEQUENCES, ONE_STEP, UNIT_COST, STAGES,
+            )),
+        ], [1, 1], [ASKING_REGISTERS, ASKING_REGISTERS])  # fmt: skip
     elif SEQUENCES > 0:
         walk_line(
             q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch,
@@ -87,10 +92,14 @@ def decode_sm90_kernel(
                 GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SPLIT, STAGES, NUM_WARPS, IN_TURN, PDL, ASKED_FOR,
             )),
             (ask_for_split, (
-                k, v, ring, lengths, pages, band, num_heads_kv, row_blocks, min_keys_per_split,
+                k, k_ring, signs, lengths, pages, band, num_heads_kv, row_blocks, min_keys_per_split, True,
                 GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE, SPLIT, STAGES, IN_TURN,
             )),
-        ], [1], [ASKING_REGISTERS])  # fmt: skip
+            (ask_for_split, (
+                v, v_ring, signs, lengths, pages, band, num_heads_kv, row_blocks, min_keys_per_split, False,
+                GROUP, BLOCK_M, BLOCK_N, PAGE_SIZE, SPLIT, STAGES, IN_TURN,
+            )),
+        ], [1, 1], [ASKING_REGISTERS, ASKING_REGISTERS])  # fmt: skip
     else:
         walk_split(
             q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks,

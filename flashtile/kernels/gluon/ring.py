@@ -2,7 +2,7 @@
 
 A contiguous cache, and pages that hold whole tiles, are read by the copy engine (TMA), a tile in one box: one thread asks,
 and a barrier in shared memory counts the bytes in. What a box reaches beyond the cache, and a page that does not exist,
-reads as zeros. A tile of several pages comes in a box for each, which a warp of its own asks for (asking.py). Keys of other
+reads as zeros. A tile of several pages comes in a box for each, which warps of their own ask for (asking.py). Keys of other
 pages are gathered by asynchronous copies of 16 bytes a thread, in one group a tile; keys that nobody may see are zeros there.
 """
 
