@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashtile
+from flashtile.kernels import cpu_forward
 from flashtile.kernels.cpu_forward import bind
 from flashtile.planner.plans import ForwardPlan
 from flashtile.problem import Problem
@@ -82,6 +83,18 @@ LONG = [
 @pytest.mark.parametrize("case", LONG, ids=lambda c: c.name)
 def test_problems_of_many_blocks(case: ForwardCase) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_some_heads_after_others(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_forward, "_RESULT_BYTES", 1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for name in ("sinks", "hnd_fp32", "varlen_cross_bf16", "dim_192"):
+            check(dataclasses.replace(NAMED[name], num_heads_q=12, num_heads_kv=6))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_packed_sequences_with_unused_keys_between_them_are_no_run() -> None:
