@@ -48,12 +48,11 @@ def hopper_plans(case: ForwardCase) -> tuple[ForwardPlan, ...]:
 
 
 def portable_plans(problem: Problem, device: Device) -> tuple[ForwardPlan, ...]:
-    return tuple(forward_plan_for_tile(problem, device, fit.tile) for fit in forward_fits(problem, device, TRITON_FORWARD).able)
+    return tuple(forward_plan_for_tile(problem, device, tile) for tile, _ in forward_fits(problem, device, TRITON_FORWARD).able)
 
 
 def problem_of(inputs: ForwardInputs) -> Problem:
-    facts = {name: value for name, value in inputs.args.items() if name != "max_seqlen_q" or inputs.varlen}
-    return Problem.forward(**facts, lse=True)
+    return Problem.forward(**inputs.args, lse=True)
 
 
 def attend(inputs: ForwardInputs, plan: ForwardPlan | None, **others: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,7 +121,7 @@ def test_tails_of_every_length(plan: ForwardPlan, causal: bool, device: torch.de
     q, k, v = (torch.randn(1, 257, 2, 128, dtype=torch.bfloat16, device=device) for _ in range(3))
     for m in edges:
         for n in edges:
-            args = {"q": q[:, :m], "k": k[:, :n], "v": v[:, :n], "causal": causal}
+            args: dict[str, Any] = {"q": q[:, :m], "k": k[:, :n], "v": v[:, :n], "causal": causal}
             out, lse = flashtile.attention_with_lse(**args, plan=plan)
             assert_close(out, lse, *reference.forward(**args, dtype=torch.float32), what=f"{m} queries, {n} keys")
 

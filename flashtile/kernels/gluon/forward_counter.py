@@ -8,6 +8,7 @@ graph may be replayed on any stream, beside anything: it gets a pair of its own,
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -20,8 +21,7 @@ class TileCounters:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._lock = threading.Lock()
-        self._pairs: torch.Tensor | None = None
-        self._cleared: torch.cuda.Event | None = None
+        self._pairs: tuple[torch.Tensor, torch.cuda.Event] | None = None
         self._addresses: dict[int, int] = {}
 
     def address(self, stream: int) -> tuple[int, torch.Tensor | None]:
@@ -41,18 +41,20 @@ class TileCounters:
             if self._pairs is None:
                 # a thread of its own: memory that lives on must not come from a pool that the caller has told torch to use,
                 # as torch.compile does while it warms up a CUDA graph
-                allocation = threading.Thread(target=self._allocate)
-                allocation.start()
-                allocation.join()
-            assert self._pairs is not None and self._cleared is not None
-            torch.cuda.current_stream(self._device).wait_event(self._cleared)
-            return self._addresses.setdefault(stream, self._pairs.data_ptr() + 8 * len(self._addresses))
+                with ThreadPoolExecutor(1) as other_thread:
+                    self._pairs = other_thread.submit(_cleared_pairs, self._device).result()
+            tensor, cleared = self._pairs
+            torch.cuda.current_stream(self._device).wait_event(cleared)
+            return self._addresses.setdefault(stream, tensor.data_ptr() + 8 * len(self._addresses))
 
-    def _allocate(self) -> None:
-        with torch.cuda.device(self._device):
-            self._pairs = torch.zeros(2 * _STREAMS, dtype=torch.int32, device=self._device)
-            self._cleared = torch.cuda.Event()
-            self._cleared.record()
+
+def _cleared_pairs(device: torch.device) -> tuple[torch.Tensor, torch.cuda.Event]:
+    """Pairs for all streams, and when they are cleared."""
+    with torch.cuda.device(device):
+        tensor = torch.zeros(2 * _STREAMS, dtype=torch.int32, device=device)
+        cleared = torch.cuda.Event()
+        cleared.record()
+    return tensor, cleared
 
 
 _COUNTERS: dict[torch.device, TileCounters] = {}

@@ -17,7 +17,7 @@ from flashtile.kernels.tile.schedule import sequence_rows, stored_keys
 
 @gluon.jit
 def load_tiles(
-    q, k, v, tokens, pages, scores, band, counter, batch, num_heads, heads_at_once, memory,
+    q, k, v, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory,
     CONSUMERS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -54,9 +54,9 @@ def load_tiles(
         turn += 1
         # the next tile's number comes while this one's keys do
         if counter is not None:
-            t = gl.num_programs(0) + gl.atomic_add(counter, 1, sem="relaxed")
+            t = num_programs + gl.atomic_add(counter, 1, sem="relaxed")
         else:
-            t += gl.num_programs(0)
+            t += num_programs
         for _ in range(high - low - 1):
             key -= BLOCK_N
             _load_block(k_way, known, pages, b_keys, sequence, key, h_kv, turn, True, BLOCK_N, HEAD_DIM, PAGE_SIZE, STAGES)
@@ -71,7 +71,7 @@ def load_tiles(
         mbarrier.arrive(q_full.index(c), count=1)
     if counter is not None:
         # the last program leaves the counter as it found it
-        if gl.atomic_add(counter + 1, 1, sem="acq_rel") == gl.num_programs(0) - 1:
+        if gl.atomic_add(counter + 1, 1, sem="acq_rel") == num_programs - 1:
             gl.store(counter, 0)
             gl.store(counter + 1, 0)
 

@@ -149,8 +149,10 @@ def hand_back(ring, turn, count, STAGES: gl.constexpr):
         stage = turn % STAGES
         phase = (turn // STAGES) & 1
         mbarrier.wait(k_full.index(stage), phase)
-        mbarrier.arrive(k_empty.index(stage), count=1)
         mbarrier.wait(v_full.index(stage), phase)
+        # all warps have seen that the block was there: given back, it may be another one at once
+        barrier()
+        mbarrier.arrive(k_empty.index(stage), count=1)
         mbarrier.arrive(v_empty.index(stage), count=1)
         turn += 1
     return turn

@@ -23,7 +23,8 @@ def tile_numbered(
 ):  # fmt: skip
     """Tile number ``t`` as (b, h, row block), b = -1 behind the last one; and how far the walk has come.
 
-    ``walk`` is a sequence of packed queries and the number of its first tile, at or before ``t``.
+    ``walk`` is a sequence of packed queries and the number of its first tile, at or before ``t``. ``heads_at_once`` is at most the
+    heads of a sequence where queries are packed, else of the batch.
     """
     b, start = walk
     if tokens.cu_seqlens_q is not None:
@@ -31,8 +32,7 @@ def tile_numbered(
         there = b < batch
         _, seqlen_q = sequence_rows(tokens, gl.minimum(b, batch - 1))
         row_blocks = gl.maximum(gl.cdiv(seqlen_q, BLOCK_M), 1)
-        at_once = gl.minimum(heads_at_once, num_heads)
-        _, h, row_block = row_block_of(gl.where(there, t - start, 0), num_heads, 1, row_blocks, at_once, LAST_FIRST)
+        _, h, row_block = row_block_of(gl.where(there, t - start, 0), num_heads, 1, row_blocks, heads_at_once, LAST_FIRST)
         return gl.where(there, b, _NOBODY), h, row_block, (b, start)
     else:
         row_blocks = gl.cdiv(tokens.seqlen_q, BLOCK_M)

@@ -50,7 +50,7 @@ _MAX_TILES = 2**30  # which the device counts in 32 bits, and some more
 
 @gluon.jit
 def forward_sm90_kernel(
-    q, k, v, out_box, out, lse, tokens, pages, scores, band, sinks, counter, num_heads, batch, heads_at_once,
+    q, k, v, out_box, out, lse, tokens, pages, scores, band, sinks, counter, num_programs, num_heads, batch, heads_at_once,
     CONSUMERS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr, RESCALE_LOG2: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, OWN_OUT: gl.constexpr,
     REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
@@ -73,7 +73,7 @@ def forward_sm90_kernel(
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 1, CONSUMERS, BLOCK_N,
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
-            (load_tiles, (q, k, v, tokens, pages, scores, band, counter, batch, num_heads, heads_at_once, memory,
+            (load_tiles, (q, k, v, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory,
                           CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
@@ -84,7 +84,7 @@ def forward_sm90_kernel(
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 2, CONSUMERS, BLOCK_N,
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
-            (load_tiles, (q, k, v, tokens, pages, scores, band, counter, batch, num_heads, heads_at_once, memory,
+            (load_tiles, (q, k, v, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory,
                           CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
@@ -125,6 +125,7 @@ def forward_spec(problem: Problem, plan: ForwardPlan) -> Spec:
                 i32, i32, i32, i32,
             ),
             "counter": Arg("*i32") if plan.num_programs else None,
+            "num_programs": i32,
             "num_heads": i32,
             "batch": i32,
             "heads_at_once": i32,
@@ -180,13 +181,13 @@ def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRu
         out_view: tuple[Any, ...] = no_rows
         if cu_seqlens_q is not None:
             batch, total_q = len(cu_seqlens_q) - 1, q.shape[0]
-            tiles = (total_q // block_m + batch) * heads
+            tiles, heads_in_line = (total_q // block_m + batch) * heads, heads
             out_view = rows_view(out, pointer)
             q, out = q[None], out[None]
         else:
             batch, max_seqlen_q = q.shape[:2]
             total_q = batch * max_seqlen_q
-            tiles = -(-max_seqlen_q // block_m) * batch * heads
+            tiles, heads_in_line = -(-max_seqlen_q // block_m) * batch * heads, batch * heads
         if cu_seqlens_k is not None:
             k, v = k[None], v[None]
         if tiles > _MAX_TILES:
@@ -198,11 +199,12 @@ def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRu
             None if seqused_k is None else pointer(seqused_k),
             max_seqlen_q, seqlen_k, total_q, total_k,
         )  # fmt: skip
+        grid = min(programs, tiles) if programs else tiles
         counter, _kept = (None, None) if counters is None else counters.address(stream)
         launch.run(
-            min(programs, tiles) if programs else tiles, 1, stream, q, k, v, out, out_view, lse_view(lse, pointer), tokens, pages,
+            grid, 1, stream, q, k, v, out, out_view, lse_view(lse, pointer), tokens, pages,
             scores_view(scale, softcap, slopes, pointer), band, None if sinks is None else pointer(sinks), counter,
-            heads, batch, min(at_once, batch * heads), *launch.constants,
+            grid, heads, batch, min(at_once, heads_in_line), *launch.constants,
         )  # fmt: skip
 
     return on_device(run, device)
