@@ -1,0 +1,128 @@
+"""Hopper's forward kernel compiled without a GPU: no spills, the instructions that it is made for, and their order."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from flashtile.band import Band
+from flashtile.planner.catalog import GLUON_FORWARD_SM90
+from flashtile.planner.device import Device
+from flashtile.planner.forward_footprint import forward_shared_memory
+from flashtile.planner.plans import ForwardPlan
+from flashtile.problem import Problem
+
+pytest.importorskip("triton")
+
+H200 = Device.named("h200")
+FULL, CAUSAL, WINDOW = Band(None, None), Band(None, 0), Band(1023, 16)
+ALL: dict[str, Any] = {"softcap": True, "alibi": True, "sinks": True}
+PACKED: dict[str, Any] = {"batch": 3, "total_q": 4096, "ragged_q": True, "ragged_k": True}
+PAGED: dict[str, Any] = {"batch": 3, "total_q": 4096, "ragged_q": True, "seqused_k": True, "page_size": 16}
+USUAL: dict[str, Any] = {"block_m": 128, "block_n": 128, "num_warps": 8, "num_stages": 2, "rescale_log2": 8}
+SHORT: dict[str, Any] = {"block_m": 192, "block_n": 128, "num_warps": 12, "num_stages": 4}
+LONG: dict[str, Any] = USUAL | {"block_n": 64}
+# name: (what the problem has beside defaults, the plan's tile)
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "head dim 128": ({"band": FULL}, USUAL),
+    "head dim 128, causal": ({"band": CAUSAL}, USUAL),
+    "head dim 128, packed, a window, everything": ({"band": WINDOW, "dtype_q": "float16"} | ALL | PACKED, USUAL | {"num_programs": 0}),
+    "head dim 128, pages of 16, causal": ({"band": CAUSAL} | PAGED, USUAL),
+    "head dim 64, causal": ({"band": CAUSAL, "head_dim": 64}, SHORT),
+    "head dim 96, q in registers": ({"band": FULL, "head_dim": 96}, USUAL | {"q_in_registers": True}),
+    "head dims 192 and 128, causal": ({"band": CAUSAL, "head_dim": 192, "head_dim_v": 128}, USUAL),
+    "head dim 256, causal": ({"band": CAUSAL, "head_dim": 256}, LONG),
+}
+
+COMPILE = """
+import json, pathlib, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from flashtile.kernels.block import Kernel, sizes_of
+from flashtile.kernels.cubin import parameter_sizes, stack_bytes
+from flashtile.kernels.gluon.forward_sm90 import forward_spec
+from flashtile.kernels.launch import compile_spec
+from flashtile.planner.plans import ForwardPlan
+from flashtile.problem import Problem
+
+disassembler = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+for problem, plan in json.load(sys.stdin):
+    spec = forward_spec(Problem.from_json(problem), ForwardPlan.from_json(plan))
+    compiled = compile_spec(spec, GPUTarget("cuda", 90, 32))
+    ptx, binary = compiled.asm["ptx"], compiled.asm["cubin"]
+    facts = {name: len(re.findall(name, ptx)) for name in ("wgmma.mma_async", "wgmma.commit_group", "cp.async.bulk.tensor", "setmaxnreg")}
+    facts |= {"stack": stack_bytes(binary), "shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+    facts["takes"] = parameter_sizes(binary)
+    facts["passed"] = sizes_of(Kernel(1, 32, 0, False, False, spec.parameters(compiled.metadata.tensordesc_meta)))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    waits = re.split(r"WARPGROUP.DEPBAR.LE gsb0, (0x[0-9])", text)
+    # what lies behind each wait, up to the next one
+    facts["behind"] = [[int(left, 16), after.count("MUFU.EX2")] for left, after in zip(waits[1::2], waits[2::2])]
+    facts["groups"], facts["HGMMA"] = len(re.findall(r"HGMMA[^\\n]*gsb0", text)), text.count("HGMMA")
+    print(json.dumps(facts), flush=True)
+"""
+
+
+def planned(name: str) -> tuple[Problem, ForwardPlan]:
+    changes, tile = CASES[name]
+    defaults = {"operation": "forward", "seqlen_q": 4096, "seqlen_k": 4096, "num_heads_q": 8, "num_heads_kv": 2, "lse": True}
+    return Problem(**(defaults | changes)), ForwardPlan(**({"kernel": GLUON_FORWARD_SM90, "num_programs": 132} | tile))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, Any]]:
+    """What each case became, compiled in a process without Triton's interpreter."""
+    asked = [[value.to_json() for value in planned(name)] for name in CASES]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], input=json.dumps(asked), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+def parts(dim: int) -> int:
+    return 2 if dim in (96, 192) else 1
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_compiles_to_what_was_planned(name: str, compiled: dict[str, dict[str, Any]]) -> None:
+    problem, plan = planned(name)
+    facts = compiled[name]
+    consumers = plan.block_m // 64
+    assert facts["stack"] == 0, "it spills"
+    assert facts["warps"] == 4 * consumers + 4
+    assert facts["shared"] <= H200.smem_per_block == 227 * 1024
+    assert facts["cp.async.bulk.tensor"] and facts["setmaxnreg"]
+    assert facts["takes"] == facts["passed"]
+    # scores of the first block and of another, values of that and of the last: no product is waited for by itself
+    groups = 2 * consumers * (parts(problem.head_dim) + parts(problem.head_dim_v))
+    assert facts["groups"] == facts["wgmma.commit_group"] == groups
+    assert facts["HGMMA"] == facts["wgmma.mma_async"]
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", CASES)
+def test_exponentials_lie_beneath_the_product_with_values(name: str, compiled: dict[str, dict[str, Any]]) -> None:
+    """Between the wait for scores, which leaves that product running, and the wait for it."""
+    problem, plan = planned(name)
+    beneath = [exponentials for left, exponentials in compiled[name]["behind"] if left == parts(problem.head_dim_v)]
+    assert len(beneath) == plan.block_m // 64
+    assert all(exponentials >= plan.block_n // 2 for exponentials in beneath)
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", CASES)
+def test_the_planner_knows_the_shared_memory(name: str, compiled: dict[str, dict[str, Any]]) -> None:
+    problem, plan = planned(name)
+    assert compiled[name]["shared"] <= forward_shared_memory(problem, plan, H200)
