@@ -119,6 +119,10 @@ def test_tails_of_every_length(plan: ForwardPlan, causal: bool, device: torch.de
     """Queries and keys a few more and fewer than tiles of 64 and 128: each query length meets each key length."""
     edges = [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257]
     q, k, v = (torch.randn(1, 257, 2, 128, dtype=torch.bfloat16, device=device) for _ in range(3))
+    try:
+        flashtile.attention(q, k, v, causal=causal, plan=plan)
+    except UnsupportedError as error:
+        pytest.skip(str(error))
     for m in edges:
         for n in edges:
             args: dict[str, Any] = {"q": q[:, :m], "k": k[:, :n], "v": v[:, :n], "causal": causal}

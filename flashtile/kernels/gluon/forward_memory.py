@@ -79,7 +79,7 @@ def _allocate_part(box, COUNT: gl.constexpr, TILE_ROWS: gl.constexpr, BOX_ROWS: 
 
 @gluon.jit
 def rows_in_place(tiles, COUNT: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr):
-    """Memory of COUNT tiles of q as rows of out, in both parts; and how many boxes and rows of out have one tile's room."""
+    """COUNT tiles of q as tiles of rows of out, of which the first part of a tile of q may hold several: the first one is used."""
     boxes, main, rest_boxes, rest = tiles
     WIDTH: gl.constexpr = main_dim(DIM) // main_dim(DIM_V)
     LAYOUT: gl.constexpr = tile_layout(ROWS, main_dim(DIM_V), boxes.dtype)

@@ -42,7 +42,7 @@ def attend_tiles(
     PAGE_SIZE: gl.constexpr, BOX_ROWS: gl.constexpr, STAGES: gl.constexpr, RESCALE_LOG2: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, OWN_OUT: gl.constexpr,
 ):  # fmt: skip
-    """Consumer C's rows of every tile that the producer brings."""
+    """Consumer C's rows of every tile that the producer brings; the first consumer also clears rows that nobody owns."""
     q_tiles, k_ring, v_ring, notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
     ring = (k_ring, v_ring, known, k_full, k_empty, v_full, v_empty)
     SHAPED: gl.constexpr = scores.softcap is not None or scores.slopes is not None
@@ -75,10 +75,9 @@ def attend_tiles(
 
         whole_low, whole_high = whole_blocks(band, row, seqlen_q, seqlen_k, BLOCK_N)
         block = own_high - 1
-        p_type: gl.constexpr = out_tiles[0].dtype
         o, m, l, p = first_block(
             ring, q, scores, band, place, block, turn, block > own_low, (block < whole_low) | (block >= whole_high),
-            p_type, FOREIGN, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES,
+            FOREIGN, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES,
         )  # fmt: skip
         for _ in range(block - own_low):
             block -= 1
@@ -173,11 +172,14 @@ def whole_blocks(band, row, seqlen_q, seqlen_k, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def first_block(
-    ring, q, scores, band, place, block, turn, more, at_edge, P_TYPE: gl.constexpr, MAY_BE_FOREIGN: gl.constexpr,
+    ring, q, scores, band, place, block, turn, more, at_edge, FOREIGN: gl.constexpr,
     BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, BOX_ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """(o, m, l, p) of a tile's first block: the probabilities wait for their product with values."""
+    """(o, m, l, p) of a tile's first block: the probabilities wait for their product with values.
+
+    FOREIGN: behind the sequence's last key lies something else.
+    """
     k_ring, v_ring, known, k_full, k_empty, v_full, v_empty = ring
     position, first, seqlen_k, slope, scale, factor = place
     D: gl.constexpr = main_dim(HEAD_DIM_V)
@@ -200,8 +202,8 @@ def first_block(
     o_rest = factor
     if R > 0:
         o_rest = gl.zeros([ROWS, R], gl.float32, products_layout(R))
-    p = gl.convert_layout(p.to(P_TYPE), operand_layout(D))
-    if MAY_BE_FOREIGN or band.left is not None:
+    p = gl.convert_layout(p.to(v_ring[1].dtype), operand_layout(D))
+    if FOREIGN or band.left is not None:
         if (key < first) | (key + BLOCK_N > seqlen_k):
             mbarrier.wait(v_full.index(stage), (turn // STAGES) & 1)
             clear_values(v_ring, stage, key, first, seqlen_k, BLOCK_N, HEAD_DIM_V)
