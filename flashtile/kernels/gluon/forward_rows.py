@@ -1,8 +1,8 @@
 """A consumer: one warpgroup, 64 rows of each tile, from the first block of keys to the results.
 
 While the softmax of one block is computed, the matrix unit multiplies the probabilities of the block before by its values: the scores
-of the next block are asked for first, then that product. Blocks at the edges of the band have loops of their own, so
-that the main loop has no mask.
+of the next block are asked for first, then that product. Where only a row's first block is cut by an edge of the band, the
+loop over the others has no mask.
 
 Source: FlashAttention-3 (Shah et al. 2024), its overlap within a warpgroup.
 """
@@ -40,9 +40,12 @@ def attend_tiles(
     out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles,
     C: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, BOX_ROWS: gl.constexpr, STAGES: gl.constexpr, RESCALE_LOG2: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, OWN_OUT: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, OWN_OUT: gl.constexpr, ONE_EDGE: gl.constexpr,
 ):  # fmt: skip
-    """Consumer C's rows of every tile that the producer brings; the first consumer also clears rows that nobody owns."""
+    """Consumer C's rows of every tile that the producer brings; the first consumer also clears rows that nobody owns.
+
+    ONE_EDGE: of a row's blocks only the first one is cut by an edge of the band.
+    """
     q_tiles, k_ring, v_ring, notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
     ring = (k_ring, v_ring, known, k_full, k_empty, v_full, v_empty)
     SHAPED: gl.constexpr = scores.softcap is not None or scores.slopes is not None
@@ -81,8 +84,11 @@ def attend_tiles(
         )  # fmt: skip
         for _ in range(block - own_low):
             block -= 1
+            at_edge = False
+            if not ONE_EDGE:
+                at_edge = (block < whole_low) | (block >= whole_high)
             o, m, l, p = next_block(
-                ring, q, scores, band, place, block, turn, block > own_low, (block < whole_low) | (block >= whole_high), o, m, l, p,
+                ring, q, scores, band, place, block, turn, block > own_low, at_edge, o, m, l, p,
                 BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, CONSUMERS == 2,
             )  # fmt: skip
             turn += 1
@@ -238,9 +244,8 @@ def next_block(
     s = shaped(s, scores, scale, slope, position, key, BLOCK_N)
     if PAGE_SIZE > 0:
         s = on_pages(s, bits, BLOCK_N, BOX_ROWS)
-    if band.left is not None or band.right is not None:
-        if at_edge:
-            s = masked(s, band, position, key, seqlen_k, BLOCK_N)
+    if at_edge:
+        s = masked(s, band, position, key, seqlen_k, BLOCK_N)
     m, l, p_next, alpha, rescales = next_softmax(s, m, l, factor, BLOCK_N, RESCALE_LOG2)
     if EARLY_P:
         p_next = gl.convert_layout(p_next.to(p.dtype), operand_layout(D))

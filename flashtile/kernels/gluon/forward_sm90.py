@@ -31,7 +31,7 @@ from flashtile.kernels.gluon.forward_memory import (
     rows_in_place,
 )
 from flashtile.kernels.gluon.forward_rows import attend_tiles
-from flashtile.kernels.launch import TRITON_DTYPES, Arg, Descriptor, Spec, launcher, on_device
+from flashtile.kernels.launch import TRITON_DTYPES, Arg, Descriptor, Launch, Spec, launcher, on_device
 from flashtile.kernels.operands import lse_view, rows_spec, rows_view, scores_view, shared_specs
 from flashtile.kernels.tile.views import RowsView, TokensView, band_view
 from flashtile.planner.plans import ForwardPlan
@@ -53,7 +53,7 @@ def forward_sm90_kernel(
     q, k, v, out_box, out, lse, tokens, pages, scores, band, sinks, counter, num_programs, num_heads, batch, heads_at_once,
     CONSUMERS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr, RESCALE_LOG2: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, OWN_OUT: gl.constexpr,
-    REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    ONE_EDGE: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: programs, each of which takes tiles of 64 * CONSUMERS rows; where ``counter`` is None, the one of its number."""
     BOX_ROWS: gl.constexpr = box_rows(BLOCK_N, PAGE_SIZE)
@@ -70,20 +70,20 @@ def forward_sm90_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 0, CONSUMERS, BLOCK_N,
-                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
+                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE)),
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 1, CONSUMERS, BLOCK_N,
-                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
+                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE)),
             (load_tiles, (q, k, v, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory,
                           CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 0, CONSUMERS, BLOCK_N,
-                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
+                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE)),
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 1, CONSUMERS, BLOCK_N,
-                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
+                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE)),
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 2, CONSUMERS, BLOCK_N,
-                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT)),
+                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE)),
             (load_tiles, (q, k, v, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory,
                           CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
@@ -97,7 +97,23 @@ def own_out(problem: Problem, plan: ForwardPlan) -> bool:
     return not out_fits_q(dim, dim_v) or plan.q_in_registers or ring + rows + _FOR_BARRIERS <= _SHARED_MEMORY
 
 
-def forward_spec(problem: Problem, plan: ForwardPlan) -> Spec:
+def one_edge(problem: Problem, seqlen_q: int, seqlen_k: int) -> bool:
+    """Whether of each row's blocks only the first one is cut by an edge of the band, whatever the row.
+
+    Of a warpgroup's 64 rows, from a multiple of 64 on, the edge cuts 63 keys: those that the last row sees and the first does not.
+    They lie in one block where they begin at a multiple of 64 or behind it. Of unlike lengths the host does not know.
+    """
+    if problem.band.left is not None or problem.band.right is None:
+        return problem.band.is_full
+    return knows_lengths(problem) and (seqlen_k - seqlen_q + problem.band.right + 1) % _ROWS <= 1
+
+
+def knows_lengths(problem: Problem) -> bool:
+    """Whether the host knows every sequence's lengths."""
+    return not (problem.ragged_q or problem.ragged_k or problem.seqused_k)
+
+
+def forward_spec(problem: Problem, plan: ForwardPlan, edge_is_one: bool) -> Spec:
     """The kernel's specialisation."""
     consumers = plan.block_m // _ROWS
     tight = plan.q_in_registers and problem.head_dim > _SHORT_HEAD
@@ -141,6 +157,7 @@ def forward_spec(problem: Problem, plan: ForwardPlan) -> Spec:
             "RESCALE_LOG2": plan.rescale_log2,
             "Q_IN_REGISTERS": plan.q_in_registers,
             "OWN_OUT": own_out(problem, plan),
+            "ONE_EDGE": edge_is_one,
             "REGISTERS": registers,
             "PRODUCER_REGISTERS": producer_registers,
         },
@@ -149,8 +166,10 @@ def forward_spec(problem: Problem, plan: ForwardPlan) -> Spec:
 
 
 def specs(problem: Problem, plan: ForwardPlan) -> tuple[Spec, ...]:
-    """What ``bind`` will launch."""
-    return (forward_spec(problem, plan),)
+    """What ``bind`` may launch: where the edges lie depends on lengths."""
+    if problem.band.is_full or problem.band.left is not None or not knows_lengths(problem):
+        return (forward_spec(problem, plan, problem.band.is_full),)
+    return forward_spec(problem, plan, True), forward_spec(problem, plan, False)
 
 
 def prepare(problem: Problem, plan: ForwardPlan, device: torch.device) -> None:
@@ -161,7 +180,7 @@ def prepare(problem: Problem, plan: ForwardPlan, device: torch.device) -> None:
 
 def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRunner:
     """What runs calls of ``problem`` as ``plan`` says."""
-    launch = launcher(forward_spec(problem, plan), device)
+    launches: dict[bool, Launch] = {}
     heads, page_size, block_m, programs = problem.num_heads_q, problem.page_size, plan.block_m, plan.num_programs
     at_once, band = heads_at_once(problem, device), band_view(problem.band)
     counters = tile_counters(device) if programs else None
@@ -199,6 +218,10 @@ def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRu
             None if seqused_k is None else pointer(seqused_k),
             max_seqlen_q, seqlen_k, total_q, total_k,
         )  # fmt: skip
+        edge_is_one = one_edge(problem, max_seqlen_q, seqlen_k)
+        launch = launches.get(edge_is_one)
+        if launch is None:
+            launch = launches[edge_is_one] = launcher(forward_spec(problem, plan, edge_is_one), device)
         grid = min(programs, tiles) if programs else tiles
         counter, _kept = (None, None) if counters is None else counters.address(stream)
         launch.run(

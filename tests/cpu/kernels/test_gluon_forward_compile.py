@@ -19,6 +19,8 @@ from flashtile.problem import Problem
 
 pytest.importorskip("triton")
 
+from flashtile.kernels.gluon.forward_sm90 import one_edge
+
 H200 = Device.named("h200")
 FULL, CAUSAL, WINDOW = Band(None, None), Band(None, 0), Band(1023, 16)
 ALL: dict[str, Any] = {"softcap": True, "alibi": True, "sinks": True}
@@ -45,14 +47,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 from flashtile.kernels.block import Kernel, sizes_of
 from flashtile.kernels.cubin import parameter_sizes, stack_bytes
-from flashtile.kernels.gluon.forward_sm90 import forward_spec
+from flashtile.kernels.gluon.forward_sm90 import specs
 from flashtile.kernels.launch import compile_spec
 from flashtile.planner.plans import ForwardPlan
 from flashtile.problem import Problem
 
 disassembler = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
-for problem, plan in json.load(sys.stdin):
-    spec = forward_spec(Problem.from_json(problem), ForwardPlan.from_json(plan))
+
+def facts_of(spec):
     compiled = compile_spec(spec, GPUTarget("cuda", 90, 32))
     ptx, binary = compiled.asm["ptx"], compiled.asm["cubin"]
     facts = {name: len(re.findall(name, ptx)) for name in ("wgmma.mma_async", "wgmma.commit_group", "cp.async.bulk.tensor", "setmaxnreg")}
@@ -67,7 +69,10 @@ for problem, plan in json.load(sys.stdin):
     # what lies behind each wait, up to the next one
     facts["behind"] = [[int(left, 16), after.count("MUFU.EX2")] for left, after in zip(waits[1::2], waits[2::2])]
     facts["groups"], facts["HGMMA"] = len(re.findall(r"HGMMA[^\\n]*gsb0", text)), text.count("HGMMA")
-    print(json.dumps(facts), flush=True)
+    return facts
+
+for problem, plan in json.load(sys.stdin):
+    print(json.dumps([facts_of(spec) for spec in specs(Problem.from_json(problem), ForwardPlan.from_json(plan))]), flush=True)
 """
 
 
@@ -78,8 +83,8 @@ def planned(name: str) -> tuple[Problem, ForwardPlan]:
 
 
 @pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, Any]]:
-    """What each case became, compiled in a process without Triton's interpreter."""
+def compiled() -> dict[str, list[dict[str, Any]]]:
+    """What the kernels of each case became, compiled in a process without Triton's interpreter."""
     asked = [[value.to_json() for value in planned(name)] for name in CASES]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], input=json.dumps(asked), capture_output=True, text=True, env=environment)
@@ -94,35 +99,61 @@ def parts(dim: int) -> int:
 @pytest.mark.slow
 @pytest.mark.compiles
 @pytest.mark.parametrize("name", CASES)
-def test_a_plan_compiles_to_what_was_planned(name: str, compiled: dict[str, dict[str, Any]]) -> None:
+def test_a_plan_compiles_to_what_was_planned(name: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     problem, plan = planned(name)
-    facts = compiled[name]
     consumers = plan.block_m // 64
-    assert facts["stack"] == 0, "it spills"
-    assert facts["warps"] == 4 * consumers + 4
-    assert facts["shared"] <= H200.smem_per_block == 227 * 1024
-    assert facts["cp.async.bulk.tensor"] and facts["setmaxnreg"]
-    assert facts["takes"] == facts["passed"]
     # scores of the first block and of another, values of that and of the last: no product is waited for by itself
     groups = 2 * consumers * (parts(problem.head_dim) + parts(problem.head_dim_v))
-    assert facts["groups"] == facts["wgmma.commit_group"] == groups
-    assert facts["HGMMA"] == facts["wgmma.mma_async"]
+    for facts in compiled[name]:
+        assert facts["stack"] == 0, "it spills"
+        assert facts["warps"] == 4 * consumers + 4
+        assert facts["shared"] <= H200.smem_per_block == 227 * 1024
+        assert facts["cp.async.bulk.tensor"] and facts["setmaxnreg"]
+        assert facts["takes"] == facts["passed"]
+        assert facts["groups"] == facts["wgmma.commit_group"] == groups
+        assert facts["HGMMA"] == facts["wgmma.mma_async"]
 
 
 @pytest.mark.slow
 @pytest.mark.compiles
 @pytest.mark.parametrize("name", CASES)
-def test_exponentials_lie_beneath_the_product_with_values(name: str, compiled: dict[str, dict[str, Any]]) -> None:
+def test_exponentials_lie_beneath_the_product_with_values(name: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     """Between the wait for scores, which leaves that product running, and the wait for it."""
     problem, plan = planned(name)
-    beneath = [exponentials for left, exponentials in compiled[name]["behind"] if left == parts(problem.head_dim_v)]
-    assert len(beneath) == plan.block_m // 64
-    assert all(exponentials >= plan.block_n // 2 for exponentials in beneath)
+    for facts in compiled[name]:
+        beneath = [exponentials for left, exponentials in facts["behind"] if left == parts(problem.head_dim_v)]
+        assert len(beneath) == plan.block_m // 64
+        assert all(exponentials >= plan.block_n // 2 for exponentials in beneath)
 
 
 @pytest.mark.slow
 @pytest.mark.compiles
 @pytest.mark.parametrize("name", CASES)
-def test_the_planner_knows_the_shared_memory(name: str, compiled: dict[str, dict[str, Any]]) -> None:
+def test_the_planner_knows_the_shared_memory(name: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     problem, plan = planned(name)
-    assert compiled[name]["shared"] <= forward_shared_memory(problem, plan, H200)
+    assert all(facts["shared"] <= forward_shared_memory(problem, plan, H200) for facts in compiled[name])
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+def test_lengths_decide_between_two_kernels(compiled: dict[str, list[dict[str, Any]]]) -> None:
+    """Of a causal problem; a full one has no edge but the keys' end, and of packed sequences the host knows no length."""
+    assert len(compiled["head dim 128, causal"]) == 2
+    assert len(compiled["head dim 128"]) == len(compiled["head dim 128, pages of 16, causal"]) == 1
+
+
+@pytest.mark.parametrize(("band", "seqlen_q", "seqlen_k", "expected"), [
+    (FULL, 100, 333, True), (CAUSAL, 100, 163, True), (CAUSAL, 300, 300, True), (CAUSAL, 300, 299, True), (CAUSAL, 300, 301, False),
+    (Band(None, 64), 300, 300, True), (Band(None, 62), 300, 300, False), (WINDOW, 100, 163, False),
+])  # fmt: skip
+def test_one_edge_where_one_block_holds_it(band: Band, seqlen_q: int, seqlen_k: int, expected: bool) -> None:
+    """Held against the blocks themselves, for every 64 rows."""
+    problem = Problem(operation="forward", seqlen_q=seqlen_q, seqlen_k=seqlen_k, band=band)
+    assert one_edge(problem, seqlen_q, seqlen_k) == expected
+    if expected:
+        for rows in band.dense(seqlen_q, seqlen_k).split(64):
+            for block_n in (64, 128):
+                cut = [
+                    part.any().item() and not part.all().item() for part in rows[:, : rows.shape[1] // block_n * block_n].split(block_n, 1)
+                ]
+                assert sum(cut) <= 1
