@@ -31,6 +31,7 @@ Fit = tuple[ForwardTile, Footprint]
 
 MAX_GRID_X = 2**31 - 1
 MAX_THREADS = 1024
+WGMMA_ROWS = 64
 ROWS_GAIN_PERCENT = 8  # what a tile of fewer rows must gain: less is within the model's error
 PORTABLE_GAIN_PERCENT = 10  # what the portable kernel must gain over Hopper's
 
@@ -189,7 +190,22 @@ def _fits(
             unable.append((tiles[-1], tuple(forward_misfits(kind, tiles[-1], device))))
         else:
             able.append((tile, forward_footprint(kind, tile, device)))
-    return Fits(tuple(able), tuple(unable))
+    return Fits(tuple(_pairs_first(able)), tuple(unable))
+
+
+def _pairs_first(able: list[Fit]) -> list[Fit]:
+    """Tiles in order of preference: first one that wgmma takes whole, and two of which share an SM with nothing given up.
+
+    One's products then hide the other's exponentials: on an H200, 4 x 4096 tokens with 16 heads of 128 run at 507 TFLOP/s by 64
+    rows (causal 456), and at 484 (433) by 128.
+    """
+
+    def pairs(fit: Fit) -> bool:
+        tile, footprint = fit
+        whole = tile.kernel == TRITON_FORWARD and tile.block_m == WGMMA_ROWS and tile.block_n >= WGMMA_ROWS
+        return whole and footprint.mma is not None and footprint.mma.name == "wgmma" and footprint.resident > 1
+
+    return sorted(able, key=pairs, reverse=True)
 
 
 def _power_of_two(value: int) -> bool:

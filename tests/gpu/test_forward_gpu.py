@@ -18,7 +18,7 @@ from flashtile import Problem, UnsupportedError, reference
 from flashtile.planner.catalog import GLUON_FORWARD_SM90, TRITON_FORWARD, kernel_named
 from flashtile.planner.choose import forward_plan_for_tile
 from flashtile.planner.device import Device
-from flashtile.planner.forward_rules import forward_fits
+from flashtile.planner.forward_rules import forward_fits, forward_infeasible
 from flashtile.planner.plans import ForwardPlan
 from flashtile.testing import poison
 from flashtile.testing.forward_cases import FORWARD_CASES, ForwardCase
@@ -101,7 +101,10 @@ def test_every_case_on_hoppers_kernel(case: ForwardCase, device: torch.device) -
     problem = problem_of(make_forward_inputs(case, device))
     if reasons := kernel_named(GLUON_FORWARD_SM90).reasons_against(problem, Device.of(device)):
         pytest.skip("; ".join(reasons))
-    assert check_case(case, device, hopper_plans(case))
+    plans = tuple(plan for plan in hopper_plans(case) if not forward_infeasible(problem, plan, Device.of(device)))
+    if not plans:
+        pytest.skip("no plan for these pages")
+    assert check_case(case, device, plans) == len(plans)
 
 
 @pytest.mark.parametrize("case", FORWARD_CASES, ids=lambda case: case.name)

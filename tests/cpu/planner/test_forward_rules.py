@@ -118,7 +118,7 @@ def test_every_planned_forward_is_feasible(problem: Problem, device: Device) -> 
 
 @pytest.mark.parametrize("device", GPUS, ids=lambda device: device.name)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
-def test_a_tall_tile_is_taken_unless_one_of_fewer_rows_is_predicted_to_gain(device: Device, head_dim: int) -> None:
+def test_the_first_tile_is_taken_unless_a_later_one_is_predicted_to_gain(device: Device, head_dim: int) -> None:
     problem = prefill(8192, head_dim=head_dim, band=FULL)
     tile = choose_forward_tile(problem, device, TRITON_FORWARD)
     assert isinstance(tile, ForwardTile)
@@ -126,7 +126,13 @@ def test_a_tall_tile_is_taken_unless_one_of_fewer_rows_is_predicted_to_gain(devi
     times = {other: forward_cost(problem, other, footprint, device).total_us for other, footprint in able}
     assert tile in times
     assert 100 * min(times.values()) >= (100 - ROWS_GAIN_PERCENT) * times[tile]
-    assert all(100 * times[tile] < (100 - ROWS_GAIN_PERCENT) * times[other] for other in times if other.block_m > tile.block_m)
+    before = [other for other, _ in able][: [other for other, _ in able].index(tile)]
+    assert all(100 * times[tile] < (100 - ROWS_GAIN_PERCENT) * times[other] for other in before)
+
+
+def test_two_programs_an_sm_come_first_where_wgmma_takes_them_whole() -> None:
+    chosen = {head_dim: choose_forward_tile(prefill(8192, head_dim=head_dim, band=FULL), H200, TRITON_FORWARD) for head_dim in (128, 256)}
+    assert [tile.block_m for tile in chosen.values() if isinstance(tile, ForwardTile)] == [64, 128]
 
 
 @pytest.mark.parametrize(
