@@ -11,7 +11,7 @@ from flashtile.planner.catalog import GLUON_FORWARD_SM90, TRITON_FORWARD
 from flashtile.planner.choose import forward_plan_for_tile, plan_forward
 from flashtile.planner.forward_footprint import forward_mma
 from flashtile.planner.forward_rules import forward_misfits
-from flashtile.planner.forward_tiles import HOPPER_TILES, ForwardTile, portable_tiles
+from flashtile.planner.forward_tiles import ForwardTile, hopper_tiles, portable_tiles
 from flashtile.planner.plans import ForwardPlan
 from flashtile.testing import poison
 from flashtile.testing.forward_cases import FORWARD_CASES, ForwardCase
@@ -27,6 +27,8 @@ NAMES = (
 )  # fmt: skip
 CASES = tuple(case for name in NAMES for case in FORWARD_CASES if case.name == name)
 PORTABLE_ROWS = (128, 64, 16)
+KINDS_OF_HEADS = ((64, 64), (128, 128), (192, 128), (256, 256))
+HOPPER_TILES = tuple(dict.fromkeys(tile for dims in KINDS_OF_HEADS for shapes in hopper_tiles(*dims, False) for tile in shapes))
 CPU = "cpu.forward"
 
 

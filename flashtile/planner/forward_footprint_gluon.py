@@ -26,12 +26,8 @@ CONSUMER_REGISTERS = {8: 240, 12: 160}  # what setmaxnreg leaves a consumer's th
 
 
 def panels_of(dim: int) -> int:
-    """Panels of a head dim: of 64 and a power of two, and of what is left up to the next smaller one."""
-    whole = max(PANEL, 1 << (dim - 1).bit_length())
-    half = whole // 2
-    if half >= PANEL and dim - half <= half // 2:
-        return half // PANEL + 1
-    return whole // PANEL
+    """Panels of a head dim."""
+    return sum(_parts(dim)) // PANEL
 
 
 def gluon_forward_shared_memory(problem: Problem, tile: ForwardTileShape) -> int:
@@ -40,8 +36,21 @@ def gluon_forward_shared_memory(problem: Problem, tile: ForwardTileShape) -> int
     out_bytes = tile.block_m * panels_of(problem.head_dim_v) * PANEL_BYTES
     ring = tile.num_stages * tile.block_n * (panels_of(problem.head_dim) + panels_of(problem.head_dim_v)) * PANEL_BYTES
     both = ring + q_bytes + out_bytes + SHARED_SCRATCH
-    in_place = not tile.q_in_registers and problem.head_dim == problem.head_dim_v
+    in_place = not tile.q_in_registers and _out_fits_q(problem.head_dim, problem.head_dim_v)
     return both if both <= SHARED_MEMORY or not in_place else both - out_bytes
+
+
+def _out_fits_q(dim: int, dim_v: int) -> bool:
+    """Whether rows of out can take the place of rows of q: each part of them in a part of q's."""
+    (main, *rest), (main_v, *rest_v) = _parts(dim), _parts(dim_v)
+    return main % main_v == 0 and len(rest_v) <= len(rest)
+
+
+def _parts(dim: int) -> tuple[int, ...]:
+    """Columns of a head dim as they are held: a power of two, and a panel for the rest, if there is one."""
+    whole = max(PANEL, 1 << (dim - 1).bit_length())
+    half = whole // 2
+    return (half, PANEL) if half >= PANEL and dim - half <= half // 2 else (whole,)
 
 
 def gluon_forward_registers(problem: Problem, tile: ForwardTileShape) -> int:

@@ -12,7 +12,6 @@ import typer
 from benchmarks import report, sanitize, sanitize_forward
 from flashtile import Device, Problem, UnsupportedError
 from flashtile.planner.catalog import GLUON_FORWARD_SM90
-from flashtile.planner.forward_tiles import HOPPER_TILES
 from flashtile.testing.forward_inputs import make_forward_inputs
 
 CLEAN = {
@@ -95,7 +94,7 @@ def test_every_forward_tile_of_hopper_serves_some_trial() -> None:
     served = set()
     for case in sanitize_forward.CASES:
         problem = Problem.forward(**make_forward_inputs(case).args, lse=True)
-        for tile in HOPPER_TILES:
+        for tile in sanitize_forward.HOPPER_TILES:
             trial = sanitize_forward.Trial(case, GLUON_FORWARD_SM90, tile.block_m, tile, 2)
             try:
                 plan = trial._plan(problem, device)
@@ -103,4 +102,4 @@ def test_every_forward_tile_of_hopper_serves_some_trial() -> None:
                 continue
             assert plan.num_programs == 2
             served.add(tile)
-    assert served == set(HOPPER_TILES)
+    assert served == set(sanitize_forward.HOPPER_TILES)

@@ -94,11 +94,10 @@ def _load_block(
     # a number that the compiler does not know keeps loops over boxes rolled up: the producer has few registers
     boxes = gl.where(turn >= 0, BOXES, 0)
     if PAGE_SIZE > 0 and OF_KEYS:
-        # table entries are asked for before the wait, so that they come meanwhile
-        bits = key * 0
-        for i in range(boxes):
-            page = _page_of_box(pages, b, key + i * BOX_ROWS, first, last, BOX_ROWS, PAGE_SIZE)
-            bits += is_page(pages, page).to(gl.int32) << i
+        # all table entries are asked for at once, and before the wait, so that they come meanwhile
+        lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+        entries = _page_of_box(pages, b, key + lane * BOX_ROWS, first, gl.minimum(last, key + BLOCK_N), BOX_ROWS, PAGE_SIZE)
+        bits = gl.sum(is_page(pages, entries).to(gl.int32) << lane, 0)
     mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
     if PAGE_SIZE > 0 and OF_KEYS:
         known.index(stage).store(gl.full([1], bits, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))

@@ -182,7 +182,7 @@ def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRu
     """What runs calls of ``problem`` as ``plan`` says."""
     launches: dict[bool, Launch] = {}
     heads, page_size, block_m, programs = problem.num_heads_q, problem.page_size, plan.block_m, plan.num_programs
-    at_once, band = heads_at_once(problem, device), band_view(problem.band)
+    at_once, band = heads_at_once(problem, device, block_m), band_view(problem.band)
     counters = tile_counters(device) if programs else None
     pointer = torch.Tensor.data_ptr
     no_rows, no_pages = (None,) * 4, (None,) * 3
