@@ -140,9 +140,10 @@ def test_two_programs_an_sm_come_first_where_wgmma_takes_them_whole() -> None:
     [
         (128, 1024, FULL, (128, 128, 8, 2, 8, True)),
         (128, 16384, CAUSAL, (128, 128, 8, 2, 8, True)),
-        (64, 2048, FULL, (128, 128, 8, 4, 0, True)),
+        (64, 1024, FULL, (128, 128, 8, 4, 0, True)),
         (64, 4096, FULL, (192, 128, 12, 4, 0, False)),
-        (64, 4096, CAUSAL, (128, 128, 8, 4, 0, True)),
+        (64, 2048, CAUSAL, (128, 128, 8, 4, 0, True)),
+        (64, 4096, CAUSAL, (192, 128, 12, 4, 0, False)),
         (64, 8192, CAUSAL, (192, 128, 12, 4, 0, False)),
     ],
 )
