@@ -80,3 +80,43 @@ class ForwardCall(NamedTuple):
 
 
 ForwardRunner = Callable[[ForwardCall], None]
+
+
+class BackwardCall(NamedTuple):
+    """Tensors of one backward call: those of the forward call, what it returned, and the gradients.
+
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, sinks, alibi_slopes, scale and softcap are as in a ForwardCall;
+    keys lie in no pages.
+
+    out          as the forward call wrote it
+    lse          float32, as the forward call wrote it
+    dout         like out
+    dlse         float32, like lse, or None where no gradient flows through lse
+    dq, dk, dv   like q, k and v, written; rows and keys that belong to no sequence, or that nobody sees, get 0
+    dsinks       (hq,) float32, written; None where there are no sinks or nobody wants it
+    max_seqlen_k the most keys of one sequence
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor
+    lse: torch.Tensor
+    dout: torch.Tensor
+    dlse: torch.Tensor | None
+    dq: torch.Tensor
+    dk: torch.Tensor
+    dv: torch.Tensor
+    dsinks: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None
+    cu_seqlens_k: torch.Tensor | None
+    seqused_k: torch.Tensor | None
+    max_seqlen_q: int
+    max_seqlen_k: int
+    sinks: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    scale: float
+    softcap: float
+
+
+BackwardRunner = Callable[[BackwardCall], None]

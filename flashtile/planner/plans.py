@@ -84,14 +84,47 @@ class ForwardPlan:
         return cls(**_fields_of("forward", cls, text))
 
 
+@dataclass(frozen=True)
+class BackwardPlan:
+    """How one backward call runs: in two passes over the scores, without atomics, so that its results never vary.
+
+    In the first, a program owns ``block_n`` keys of a sequence and key head, walks the queries that see them ``block_m`` at a
+    time, and sums their dK and dV; in the second it owns ``dq_block_m`` queries, walks their keys ``dq_block_n`` at a time, and
+    sums their dQ. Warps and ring stages are given for each pass. ``num_programs``, where it is not 0, is a number of programs
+    that stay on the device and take tiles until none is left.
+    """
+
+    kernel: str
+    block_m: int = 64
+    block_n: int = 128
+    num_warps: int = 8
+    num_stages: int = 2
+    dq_block_m: int = 128
+    dq_block_n: int = 64
+    dq_num_warps: int = 8
+    dq_num_stages: int = 2
+    num_programs: int = 0
+    source: Source = "rule"
+
+    def with_(self, **changes: Any) -> BackwardPlan:
+        return replace(self, **changes)
+
+    def to_json(self) -> str:
+        return _to_json("backward", self)
+
+    @classmethod
+    def from_json(cls, text: str) -> BackwardPlan:
+        return cls(**_fields_of("backward", cls, text))
+
+
 Plan = DecodePlan | ForwardPlan
 
 
-def _to_json(operation: str, plan: Plan) -> str:
+def _to_json(operation: str, plan: Plan | BackwardPlan) -> str:
     return json.dumps({"operation": operation, **asdict(plan)}, sort_keys=True)
 
 
-def _fields_of(operation: str, plan: type[Plan], text: str) -> dict[str, Any]:
+def _fields_of(operation: str, plan: type[Plan | BackwardPlan], text: str) -> dict[str, Any]:
     """The fields in a plan's JSON text; ArgumentError where it is another operation's, or has fields unknown here."""
     data: dict[str, Any] = json.loads(text)
     came = data.pop("operation", operation)
