@@ -24,6 +24,7 @@ class Kernel:
     max_head_dim: int = MAX_HEAD_DIM
     head_dim_multiple: int = 8
     kv_scales: tuple[str, ...] = ("none",)
+    pages: bool = True  # whether keys may lie on pages
 
     def reasons_against(self, problem: Problem, device: Device) -> list[str]:
         """Why this kernel cannot run the problem on the device: empty where it can."""
@@ -51,6 +52,8 @@ class Kernel:
             )
         if problem.kv_scales not in self.kv_scales:
             reasons.append(f"scales a {problem.kv_scales} are none of {', '.join(self.kv_scales)}")
+        if problem.page_size and not self.pages:
+            reasons.append(f"keys lie on pages of {problem.page_size}, which have no gradient")
         return reasons
 
 
@@ -60,6 +63,8 @@ CPU = "cpu.decode"
 GLUON_FORWARD_SM90 = "gluon.forward_sm90"
 TRITON_FORWARD = "triton.forward"
 CPU_FORWARD = "cpu.forward"
+TRITON_BACKWARD = "triton.backward"
+CPU_BACKWARD = "cpu.backward"
 
 _FLOATS = ("float16", "bfloat16", "float32")
 _HALVES = ("float16", "bfloat16")
@@ -79,6 +84,8 @@ CATALOG: tuple[Kernel, ...] = (
     ),
     Kernel(TRITON_FORWARD, "flashtile.kernels.forward", "forward", ("cuda", "hip"), _FLOATS, _FLOATS),
     Kernel(CPU_FORWARD, "flashtile.kernels.cpu_forward", "forward", ("cpu",), _FLOATS, _FLOATS),
+    Kernel(TRITON_BACKWARD, "flashtile.kernels.backward", "backward", ("cuda", "hip"), _FLOATS, _FLOATS, pages=False),
+    Kernel(CPU_BACKWARD, "flashtile.kernels.cpu_backward", "backward", ("cpu",), _FLOATS, _FLOATS, pages=False),
 )  # fmt: skip
 
 

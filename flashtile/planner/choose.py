@@ -1,4 +1,4 @@
-"""plan_decode and plan_forward: the one way to a plan.
+"""plan_decode, plan_forward and plan_backward: the one way to a plan.
 
 A tuned tile comes first, else the first kernel of the catalog that can run the problem, by its rule; an explicit wish is
 obeyed or refused.
@@ -6,27 +6,25 @@ obeyed or refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import TypeVar
 
 from flashtile.errors import ArgumentError, UnsupportedError, message
+from flashtile.planner.backward_rules import backward_infeasible, choose_backward_plan
 from flashtile.planner.catalog import GLUON_FORWARD_SM90, kernel_named, kernels_of
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import footprint_of
 from flashtile.planner.forward_rules import choose_forward_tile, forward_infeasible, leaves_to_portable
 from flashtile.planner.forward_tiles import ForwardTile
 from flashtile.planner.forward_work import row_tiles
-from flashtile.planner.plans import BLOCK_MS, DecodePlan, ForwardPlan, Plan, Source
+from flashtile.planner.plans import BLOCK_MS, BackwardPlan, DecodePlan, ForwardPlan, Source
 from flashtile.planner.rules import choose_tile_and_splits, infeasible, why_none_fits
 from flashtile.planner.splits import Splits, choose_splits, combine_shape, even_splits, schedule
 from flashtile.planner.table import TILE_FIELDS, tuned_tile
 from flashtile.planner.tiles import LIMITS, Tile, variants_in_words
+from flashtile.planner.wishes import first_able, known, obeyed
 from flashtile.problem import Problem
 
 CACHED_PLANS = 8192
-
-AnyPlan = TypeVar("AnyPlan", bound=Plan)
 
 
 @lru_cache(maxsize=CACHED_PLANS)
@@ -48,8 +46,8 @@ def plan_decode(
     contradicts itself.
     """
     if plan is not None:
-        against = infeasible(problem, plan, device) if _known("decode", plan) else []
-        return _obeyed("decode", problem, device, plan, against, block_m=block_m, num_splits=num_splits)
+        against = infeasible(problem, plan, device) if known("decode", plan) else []
+        return obeyed("decode", problem, device, plan, against, block_m=block_m, num_splits=num_splits)
     if num_splits is not None and num_splits < 1:
         raise ArgumentError(message("num_splits", "at least 1", num_splits, "Leave it out to have it planned."))
     if block_m is not None and block_m not in BLOCK_MS:
@@ -61,7 +59,7 @@ def plan_decode(
     if tuned is not None:
         return tuned if num_splits is None else with_splits(tuned, problem, device, num_splits).with_(source="explicit")
     wished = block_m is not None or num_splits is not None
-    return _first_able("decode", problem, device, lambda kernel: _plan_of(problem, device, kernel, block_m, num_splits), wished)
+    return first_able("decode", problem, device, lambda kernel: _plan_of(problem, device, kernel, block_m, num_splits), wished)
 
 
 def _plan_of(problem: Problem, device: Device, kernel: str, block_m: int | None, num_splits: int | None) -> DecodePlan | list[str]:
@@ -152,12 +150,12 @@ def _cpu_plan(problem: Problem, kernel: str, block_m: int | None) -> DecodePlan:
 def plan_forward(problem: Problem, device: Device, *, block_m: int | None = None, plan: ForwardPlan | None = None) -> ForwardPlan:
     """The plan for a forward problem on a device, as ``plan_decode`` finds it: ``plan`` is returned or refused, ``block_m`` obeyed."""
     if plan is not None:
-        against = forward_infeasible(problem, plan, device) if _known("forward", plan) else []
-        return _obeyed("forward", problem, device, plan, against, block_m=block_m)
+        against = forward_infeasible(problem, plan, device) if known("forward", plan) else []
+        return obeyed("forward", problem, device, plan, against, block_m=block_m)
     tuned = _tuned_forward_plan(problem, device) if block_m is None else None
     if tuned is not None:
         return tuned
-    return _first_able("forward", problem, device, lambda kernel: _forward_plan_of(problem, device, kernel, block_m), block_m is not None)
+    return first_able("forward", problem, device, lambda kernel: _forward_plan_of(problem, device, kernel, block_m), block_m is not None)
 
 
 def _forward_plan_of(problem: Problem, device: Device, kernel: str, block_m: int | None) -> ForwardPlan | list[str]:
@@ -201,38 +199,14 @@ def forward_plan_for_tile(problem: Problem, device: Device, tile: ForwardTile, s
     )
 
 
-def _first_able(operation: str, problem: Problem, device: Device, plan_of: Callable[[str], AnyPlan | list[str]], wished: bool) -> AnyPlan:
-    """The plan of the first kernel of the catalog that has one; UnsupportedError with each kernel's reasons if none has."""
-    reasons: dict[str, list[str]] = {}
-    able = False
-    for kernel in kernels_of(operation):
-        reasons[kernel.name] = kernel.reasons_against(problem, device)
-        if reasons[kernel.name]:
-            continue
-        able = True
-        found = plan_of(kernel.name)
-        if not isinstance(found, list):
-            return found
-        reasons[kernel.name] = found
-    if not able:
-        raise UnsupportedError(f"No kernel can run this {operation} on {device.name}:", reasons)
-    raise UnsupportedError(f"No plan{' as asked' if wished else ''} can run this {operation} on {device.name}:", reasons)
-
-
-def _known(operation: str, plan: Plan) -> bool:
-    return any(kernel.name == plan.kernel for kernel in kernels_of(operation))
-
-
-def _obeyed(operation: str, problem: Problem, device: Device, plan: AnyPlan, against: list[str], **wishes: int | None) -> AnyPlan:
-    """The caller's plan as it is, unless it contradicts another wish, names no kernel of this operation, or has something against it."""
-    for name, wanted in wishes.items():
-        has = getattr(plan, name)
-        if wanted is not None and wanted != has:
-            raise ArgumentError(message(name, f"the plan's own, {has}", wanted, f"Leave {name} out beside a plan, or use plan.with_()."))
-    if not _known(operation, plan):
-        names = ", ".join(kernel.name for kernel in kernels_of(operation))
-        raise UnsupportedError("The plan cannot be obeyed:", {plan.kernel: [f"there is no such kernel; there are {names}"]})
-    reasons = kernel_named(plan.kernel).reasons_against(problem, device) + against
-    if reasons:
-        raise UnsupportedError(f"The plan cannot be obeyed on {device.name}:", {plan.kernel: reasons})
-    return plan
+@lru_cache(maxsize=CACHED_PLANS)
+def plan_backward(problem: Problem, device: Device, *, plan: BackwardPlan | None = None) -> BackwardPlan:
+    """The plan for a backward problem on a device, as ``plan_decode`` finds it: ``plan`` is returned or refused."""
+    if plan is not None:
+        return obeyed("backward", problem, device, plan, backward_infeasible(problem, plan, device) if known("backward", plan) else [])
+    tuned = tuned_tile(problem, device)
+    if tuned is not None:
+        plan = BackwardPlan(**tuned, source="tuned")
+        if not (kernel_named(plan.kernel).reasons_against(problem, device) or backward_infeasible(problem, plan, device)):
+            return plan
+    return first_able("backward", problem, device, lambda kernel: choose_backward_plan(problem, device, kernel), wished=False)

@@ -85,11 +85,11 @@ def explain(
     that cannot run, ArgumentError for one of another operation.
     """
     if problem.operation == "forward":
-        if isinstance(plan, DecodePlan):
-            raise ArgumentError(message("plan", "a ForwardPlan", "a DecodePlan", "plan_forward makes one."))
+        if not isinstance(plan, ForwardPlan | None):
+            raise ArgumentError(message("plan", "a ForwardPlan", f"a {type(plan).__name__}", "plan_forward makes one."))
         return explain_forward(problem, device, plan, compiled=compiled)
-    if isinstance(plan, ForwardPlan):
-        raise ArgumentError(message("plan", "a DecodePlan", "a ForwardPlan", "plan_decode makes one."))
+    if not isinstance(plan, DecodePlan | None):
+        raise ArgumentError(message("plan", "a DecodePlan", f"a {type(plan).__name__}", "plan_decode makes one."))
     return explain_decode(problem, device, plan, compiled=compiled)
 
 

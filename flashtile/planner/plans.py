@@ -117,14 +117,14 @@ class BackwardPlan:
         return cls(**_fields_of("backward", cls, text))
 
 
-Plan = DecodePlan | ForwardPlan
+Plan = DecodePlan | ForwardPlan | BackwardPlan
 
 
-def _to_json(operation: str, plan: Plan | BackwardPlan) -> str:
+def _to_json(operation: str, plan: Plan) -> str:
     return json.dumps({"operation": operation, **asdict(plan)}, sort_keys=True)
 
 
-def _fields_of(operation: str, plan: type[Plan | BackwardPlan], text: str) -> dict[str, Any]:
+def _fields_of(operation: str, plan: type[Plan], text: str) -> dict[str, Any]:
     """The fields in a plan's JSON text; ArgumentError where it is another operation's, or has fields unknown here."""
     data: dict[str, Any] = json.loads(text)
     came = data.pop("operation", operation)

@@ -2,7 +2,8 @@
 
 ``tuned/<arch>.json`` holds ``{"arch": ..., "rows": [{"key": [...], "tile": {...}}, ...]}``. A key is ``key_of(problem)``
 of any problem of its bucket. A decode tile names its kernel, block_m, swapped, block_n, num_warps and num_stages, and
-num_splits where the rule for splits is to be overruled too, by a grid; a forward tile has the fields of ForwardTile.
+num_splits where the rule for splits is to be overruled too, by a grid; a forward tile has the fields of ForwardTile, a backward
+tile those of a BackwardPlan.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ TILE_FIELDS = ("kernel", "block_m", "swapped", "block_n", "num_warps", "num_stag
 def key_of(problem: Problem) -> Key:
     """What a tile hangs on, without the rest; lengths and counts as the powers of two at or above them.
 
-    Decode: (dtype, head dims, rows, units, keys). Forward: ("forward", dtype, head dims, mask, queries, keys, sequences x heads).
+    Decode: (dtype, head dims, rows, units, keys). Forward and backward: (operation, dtype, head dims, mask, queries, keys,
+    sequences x heads).
     """
-    if problem.operation == "forward":
+    if problem.operation != "decode":
         band = problem.band
         mask = "full" if band.is_full else "causal" if band.left is None and band.right == 0 else "window"
         lengths = (_octave(problem.seqlen_q), _octave(problem.keys_read), _octave(problem.batch * problem.num_heads_q))
-        return ("forward", problem.dtype_k, problem.head_dim, problem.head_dim_v, mask, *lengths)
+        return (problem.operation, problem.dtype_k, problem.head_dim, problem.head_dim_v, mask, *lengths)
     units, keys = _octave(problem.units), _octave(problem.keys_read)
     return problem.dtype_k, problem.head_dim, problem.head_dim_v, problem.rows, units, keys
 

@@ -1,0 +1,135 @@
+"""The rules of backward plans: what cannot run and why, and which tiles a kernel's two passes take."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+from flashtile.planner.backward_footprint import pass_footprint, pass_mma, pass_registers, pass_registers_limit, pass_shared_memory
+from flashtile.planner.backward_tiles import (
+    BACKWARD_LIMITS,
+    OWNERS,
+    BackwardLimits,
+    Owner,
+    PassTile,
+    pass_candidates,
+    pass_tiles,
+    plan_of_passes,
+)
+from flashtile.planner.backward_work import owned_tiles
+from flashtile.planner.device import Device
+from flashtile.planner.footprint import Footprint
+from flashtile.planner.plans import BackwardPlan
+from flashtile.problem import Problem
+
+MAX_GRID_X = 2**31 - 1
+MAX_THREADS = 1024
+
+Fit = tuple[PassTile, Footprint]
+
+
+def backward_infeasible(problem: Problem, plan: BackwardPlan, device: Device) -> list[str]:
+    """Why a plan cannot run this problem on this device: one sentence a reason, each with the number that decided it."""
+    if plan.kernel not in BACKWARD_LIMITS or not device.is_gpu:
+        return []
+    reasons = []
+    if plan.num_programs:
+        reasons.append(f"num_programs {plan.num_programs}: {plan.kernel} has a program for each tile, which is 0")
+    for tile in pass_tiles(plan):
+        against = _malformed(tile, device) or pass_misfits(problem, tile, device)
+        tiles = 0 if against else owned_tiles(problem, tile)
+        if tiles > MAX_GRID_X:
+            against = [f"{tiles} tiles of {tile.owned} {tile.owner} want as many programs, and a grid holds {MAX_GRID_X}"]
+        reasons += [f"the pass that owns {tile.owner}: {reason}" for reason in against]
+    return reasons
+
+
+def _malformed(tile: PassTile, device: Device) -> list[str]:
+    """What the tile's kernel cannot be compiled for, whatever the problem."""
+    limits: BackwardLimits = BACKWARD_LIMITS[tile.kernel]
+    owned, step = ("block_n", "block_m") if tile.owner == "keys" else ("dq_block_m", "dq_block_n")
+    prefix = "" if tile.owner == "keys" else "dq_"
+    reasons = []
+    for name, value, (least, most) in ((owned, tile.owned, limits.owned), (step, tile.step, limits.step)):
+        if not (_power_of_two(value) and least <= value <= most):
+            reasons.append(f"{name} {value} is not a power of two from {least} to {most}")
+    if not (_power_of_two(tile.num_warps) and tile.num_warps * device.warp_size <= MAX_THREADS):
+        reasons.append(f"{prefix}num_warps {tile.num_warps} is not a power of two of at most {MAX_THREADS // device.warp_size} warps")
+    fewest, deepest = limits.stages
+    if not fewest <= tile.num_stages <= deepest:
+        reasons.append(f"{prefix}num_stages {tile.num_stages} is not within {fewest} and {deepest}")
+    return reasons
+
+
+def pass_misfits(problem: Problem, tile: PassTile, device: Device) -> list[str]:
+    """Which resource of the device a tile exceeds: shared memory a program, or registers a thread."""
+    reasons = []
+    walked = "queries" if tile.owner == "keys" else "keys"
+    shared, limit = pass_shared_memory(problem, tile, device), device.smem_per_block
+    if shared > limit:
+        reasons.append(
+            f"{tile.num_stages} stages of {tile.step} {walked} beside {tile.owned} {tile.owner} take {shared} bytes of shared memory, "
+            f"and a program of {device.name} has {limit}"
+        )
+    registers, most = pass_registers(problem, tile, device), pass_registers_limit(tile, device)
+    if registers > most:
+        how = "" if pass_mma(problem, tile, device) else " (as FMA: it has no matrix instruction)"
+        reasons.append(
+            f"{tile.owned} {tile.owner} and {tile.step} {walked} a step with head dims {problem.head_dim} and {problem.head_dim_v} want "
+            f"{registers} registers a thread with {tile.num_warps} warps, and {device.name} has {most}: it would spill{how}"
+        )
+    return reasons
+
+
+def choose_backward_plan(problem: Problem, device: Device, kernel: str) -> BackwardPlan | list[str]:
+    """A kernel's plan by its rule, or why it has none."""
+    if not device.is_gpu:
+        rows = max(1, problem.seqlen_q)
+        return BackwardPlan(kernel, rows, 1, 1, 1, rows, 1, 1, 1)
+    chosen = [choose_pass(problem, device, kernel, owner) for owner in OWNERS]
+    reasons = [reason for tile in chosen if isinstance(tile, list) for reason in tile]
+    if reasons:
+        return reasons
+    keys, queries = (tile for tile in chosen if isinstance(tile, PassTile))
+    plan = plan_of_passes(keys, queries)
+    return backward_infeasible(problem, plan, device) or plan
+
+
+def choose_pass(problem: Problem, device: Device, kernel: str, owner: Owner) -> PassTile | list[str]:
+    """The tile of one pass, or why there is none."""
+    able, unable = pass_fits(problem, device, kernel, owner)
+    return able[0][0] if able else [f"the pass that owns {owner}: {reason}" for _, reasons in unable for reason in reasons]
+
+
+class Fits(NamedTuple):
+    """Of each number of owned rows the preferred tile that fits the device; and the last of those of which none does, with its reasons."""
+
+    able: tuple[Fit, ...]
+    unable: tuple[tuple[PassTile, tuple[str, ...]], ...]
+
+
+def pass_fits(problem: Problem, device: Device, kernel: str, owner: Owner) -> Fits:
+    """What fits of a kernel's tiles of a pass for problems of this kind, best first."""
+    kind = Problem(
+        operation="backward", head_dim=problem.head_dim, head_dim_v=problem.head_dim_v, dtype_q=problem.dtype_q, dtype_k=problem.dtype_k,
+        dtype_v=problem.dtype_v, dtype_out=problem.dtype_out, softcap=problem.softcap, alibi=problem.alibi, ragged_q=problem.ragged_q,
+        alignment=problem.alignment, allow_tf32=problem.allow_tf32,
+    )  # fmt: skip
+    return _fits(kind, device, kernel, owner)
+
+
+@lru_cache(maxsize=1024)
+def _fits(kind: Problem, device: Device, kernel: str, owner: Owner) -> Fits:
+    able, unable = [], []
+    tall = pass_mma(kind, PassTile(kernel, owner, 128, 64, 8, 2), device)
+    for tiles in pass_candidates(kernel, owner, tall):
+        tile = next((tile for tile in tiles if not pass_misfits(kind, tile, device)), None)
+        if tile is None:
+            unable.append((tiles[-1], tuple(pass_misfits(kind, tiles[-1], device))))
+        else:
+            able.append((tile, pass_footprint(kind, tile, device)))
+    return Fits(tuple(able), tuple(unable))
+
+
+def _power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0
