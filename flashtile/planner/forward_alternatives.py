@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 from flashtile.planner.catalog import GLUON_FORWARD_SM90, kernels_of
 from flashtile.planner.device import Device
-from flashtile.planner.forward_cost import ForwardCost, forward_cost
+from flashtile.planner.forward_cost import forward_cost
 from flashtile.planner.forward_footprint import forward_footprint
 from flashtile.planner.forward_rules import PORTABLE_GAIN_PERCENT, ROWS_GAIN_PERCENT, forward_fits, leaves_to_portable, why_no_forward_tile
 from flashtile.planner.forward_tiles import FORWARD_LIMITS, ForwardTile
 from flashtile.planner.forward_work import row_tiles
 from flashtile.planner.plans import ForwardPlan
+from flashtile.planner.walk_cost import WalkCost
 from flashtile.planner.wording import ASKED, OtherKernel
 from flashtile.problem import Problem
 
@@ -30,7 +31,7 @@ class ForwardAlternative:
     why: str
 
 
-def forward_alternatives(problem: Problem, device: Device, plan: ForwardPlan, cost: ForwardCost) -> Iterator[ForwardAlternative]:
+def forward_alternatives(problem: Problem, device: Device, plan: ForwardPlan, cost: WalkCost) -> Iterator[ForwardAlternative]:
     """Every other tile of rows of every kernel that can run the problem, each in its own best shape."""
     for kernel in kernels_of(problem.operation):
         if kernel.reasons_against(problem, device):
@@ -63,12 +64,12 @@ def forward_kernels_passed_over(problem: Problem, device: Device, plan: ForwardP
             yield OtherKernel(kernel.name, tuple(reasons))
 
 
-def _why(problem: Problem, plan: ForwardPlan, cost: ForwardCost, lost: ForwardTile, its: ForwardCost) -> str:
+def _why(problem: Problem, plan: ForwardPlan, cost: WalkCost, lost: ForwardTile, its: WalkCost) -> str:
     """Why the other lost to the chosen: the cause of time that differs most."""
     verdict = f"{its.total_us:.1f} us against {cost.total_us:.1f}"
     if its.total_us < cost.total_us:
         return f"{verdict}: {_why_though_faster(plan, lost)}"
-    causes = {name: getattr(its, name) - getattr(cost, name) for name in ForwardCost._fields}
+    causes = {name: getattr(its, name) - getattr(cost, name) for name in WalkCost._fields}
     most = max(causes, key=lambda name: causes[name])
     took = f"{getattr(its, most):.1f} us instead of {getattr(cost, most):.1f}"
     tiles, its_tiles = row_tiles(problem, plan.block_m), row_tiles(problem, lost.block_m)

@@ -13,10 +13,11 @@ from flashtile.planner.cost import predict_us
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import Footprint, programs_that_fit
 from flashtile.planner.forward_alternatives import ForwardAlternative, forward_alternatives, forward_kernels_passed_over
-from flashtile.planner.forward_cost import ForwardCost, forward_bytes, forward_cost, forward_flops, roofline_us
+from flashtile.planner.forward_cost import forward_bytes, forward_cost, forward_flops, roofline_us
 from flashtile.planner.forward_footprint import forward_footprint, forward_mma_name
 from flashtile.planner.forward_work import TileKinds, row_tiles, tile_kinds
 from flashtile.planner.plans import ForwardPlan
+from flashtile.planner.walk_cost import WalkCost
 from flashtile.planner.wording import Compiled, OtherKernel, chooser, counted
 from flashtile.problem import Problem
 
@@ -55,7 +56,7 @@ class ForwardExplanation:
     roofline_matrix_us: float
     roofline_exp_us: float
     roofline_memory_us: float
-    cost: ForwardCost
+    cost: WalkCost
     predicted_us: float
     limiter: str
     alternatives: tuple[ForwardAlternative, ...]
@@ -146,7 +147,7 @@ def _footprint(problem: Problem, plan: ForwardPlan, device: Device, compiled: Co
     return footprint._replace(shared_memory=compiled.shared_bytes, registers=compiled.registers, resident=resident)
 
 
-def _decode_us(problem: Problem, device: Device, tiles: int, cost: ForwardCost) -> float | None:
+def _decode_us(problem: Problem, device: Device, tiles: int, cost: WalkCost) -> float | None:
     """What decode would take, where a few queries over many keys leave most SMs idle and it is faster; packed keys are not its."""
     if not device.is_gpu or problem.ragged_k or not tiles or 100 * tiles > FEW_TILES_PERCENT * device.num_sms:
         return None

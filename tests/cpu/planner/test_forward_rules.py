@@ -13,7 +13,7 @@ from flashtile.band import Band
 from flashtile.planner.catalog import GLUON_FORWARD_SM90, TRITON_FORWARD
 from flashtile.planner.choose import plan_forward
 from flashtile.planner.device import Device
-from flashtile.planner.forward_cost import ForwardCost, forward_cost, forward_flops
+from flashtile.planner.forward_cost import forward_cost, forward_flops
 from flashtile.planner.forward_footprint import (
     forward_footprint,
     forward_mma_name,
@@ -26,6 +26,7 @@ from flashtile.planner.forward_rules import ROWS_GAIN_PERCENT, choose_forward_ti
 from flashtile.planner.forward_tiles import FORWARD_LIMITS, ForwardTile, forward_candidates
 from flashtile.planner.forward_work import mean_keys, row_tiles, tile_kinds, visible_pairs, walked_tiles
 from flashtile.planner.plans import ForwardPlan
+from flashtile.planner.walk_cost import WalkCost
 from flashtile.problem import DTYPE_BYTES, Problem
 
 H200 = Device.named("H200")
@@ -265,7 +266,7 @@ def test_candidates_are_within_the_limits_of_their_kernels() -> None:
 @given(seqlen=st.sampled_from([100, 512, 1024, 8192]), device=st.sampled_from(GPUS), head_dim=st.sampled_from([64, 128, 256]))
 def test_the_model_never_promises_more_than_the_device_has(seqlen: int, device: Device, head_dim: int) -> None:
     problem = prefill(seqlen, head_dim=head_dim, band=FULL)
-    cost: ForwardCost = forward_cost(problem, plan := plan_forward(problem, device), forward_footprint(problem, plan, device), device)
+    cost: WalkCost = forward_cost(problem, plan := plan_forward(problem, device), forward_footprint(problem, plan, device), device)
     assert cost.total_us >= 1e6 * forward_flops(problem) / device.matrix_rate
     assert min(cost) >= 0
 
