@@ -248,9 +248,9 @@ def _check_numbers(p: Problem) -> None:
     for name in ("head_dim", "head_dim_v"):
         value = getattr(p, name)
         if not 8 <= value <= MAX_HEAD_DIM or value % 8:
-            raise ShapeError(
-                message(name, f"a multiple of 8 from 8 to {MAX_HEAD_DIM}", value, "Pad the heads with zeros to a multiple of 8.")
-            )
+            longer = "No kernel has longer heads; flashtile.reference computes them, slowly."
+            fix = longer if value > MAX_HEAD_DIM else "Pad the heads with zeros to a multiple of 8."
+            raise ShapeError(message(name, f"a multiple of 8 from 8 to {MAX_HEAD_DIM}", value, fix))
     for name in ("dtype_q", "dtype_k", "dtype_v", "dtype_out"):
         if getattr(p, name) not in DTYPE_BYTES:
             raise DtypeError(message(name, f"one of {sorted(DTYPE_BYTES)}", getattr(p, name), "Cast the tensor first."))

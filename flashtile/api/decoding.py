@@ -158,6 +158,6 @@ def _decode_traced(
         out_dtype = out.dtype
     result, lse = torch.ops.flashtile.decode(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, left, right, softcap, scale,
-        sinks, alibi_slopes, out_dtype, block_m, num_splits, None if plan is None else text_of(plan), allow_tf32, want_lse,
+        sinks, alibi_slopes, out_dtype, block_m, num_splits, text_of(plan, DecodePlan), allow_tf32, want_lse,
     )  # fmt: skip
     return (result if out is None else copied(result, out)), lse

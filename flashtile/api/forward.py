@@ -228,6 +228,6 @@ def _traced(
     left, right = (None, None) if window is None else window
     result, lse = torch.ops.flashtile.forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, left, right, softcap, scale,
-        sinks, alibi_slopes, block_m, None if plan is None else text_of(plan), allow_tf32, want_lse,
+        sinks, alibi_slopes, block_m, text_of(plan, ForwardPlan), allow_tf32, want_lse,
     )  # fmt: skip
     return (result if out is None else copied(result, out)), lse

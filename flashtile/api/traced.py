@@ -5,12 +5,21 @@ from __future__ import annotations
 import torch
 
 from flashtile.errors import DtypeError, ShapeError, message
+from flashtile.ops.prepared import check_choice
 from flashtile.planner.plans import Plan
 
 
+def text_of(plan: Plan | None, kind: type[Plan]) -> str | None:
+    """The plan, if there is one, as it crosses an operator's schema; ArgumentError for one that is not of the operation's kind."""
+    if plan is None:
+        return None
+    check_choice(plan, kind)
+    text: str = _constant_text(plan)
+    return text
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def text_of(plan: Plan) -> str:
-    """The plan as it crosses an operator's schema."""
+def _constant_text(plan: Plan) -> str:
     return plan.to_json()
 
 

@@ -23,7 +23,9 @@ def check_lengths(seqlens_k: torch.Tensor) -> int:
 def check_cache(k_cache: torch.Tensor, v_cache: torch.Tensor, page_table: torch.Tensor | None, batch: int) -> tuple[int, int, int, int]:
     """(key heads, the value's head_dim, page size or 0, capacity) of a decode call's cache."""
     shape = "(batch, capacity, num_heads_kv, head_dim)" if page_table is None else _PAGES
-    heads_kv, head_dim_v = _check_pair("k_cache", k_cache, "v_cache", v_cache, shape)
+    heads_kv, head_dim_v = _check_pair(
+        "k_cache", k_cache, "v_cache", v_cache, shape, "A lone sequence or page needs its dimension too: [None]."
+    )
     if page_table is not None:
         return heads_kv, head_dim_v, *_check_pages("k_cache", k_cache, page_table, batch)
     if k_cache.shape[0] != batch:
@@ -55,7 +57,8 @@ def check_keys(
                 message("seqused_k", f"{batch} numbers, one for each sequence", f"shape {tuple(seqused_k.shape)}", "Pass shape (batch,).")
             )
     if not packed:
-        heads_kv, head_dim_v = _check_pair("k", k, "v", v, "(batch, seqlen_k, num_heads_kv, head_dim)")
+        packed_keys = "Packed keys need cu_seqlens_k: use attention_varlen."
+        heads_kv, head_dim_v = _check_pair("k", k, "v", v, "(batch, seqlen_k, num_heads_kv, head_dim)", packed_keys)
         if k.shape[0] != batch:
             raise ShapeError(message("k", f"q's {batch} sequences", f"shape {tuple(k.shape)}", "q, k and v share the first dimension."))
         return heads_kv, head_dim_v, 0, k.shape[1]
@@ -64,7 +67,8 @@ def check_keys(
             raise ArgumentError(
                 message("cu_seqlens_k", "where each sequence's keys start, or page_table and seqused_k", None, "Pass batch + 1 starts.")
             )
-        heads_kv, head_dim_v = _check_pair("k", k, "v", v, "(total_k, num_heads_kv, head_dim)")
+        pages = "Pages need page_table and seqused_k in the place of cu_seqlens_k; sequences of one length are packed by .flatten(0, 1)."
+        heads_kv, head_dim_v = _check_pair("k", k, "v", v, "(total_k, num_heads_kv, head_dim)", pages)
         check_starts("cu_seqlens_k", cu_seqlens_k, batch)
         return heads_kv, head_dim_v, 0, k.shape[0]
     if cu_seqlens_k is not None:
@@ -82,20 +86,15 @@ def check_keys(
                 "Pass (batch,) int32: pages do not say how full they are.",
             )
         )
-    heads_kv, head_dim_v = _check_pair("k", k, "v", v, _PAGES)
+    heads_kv, head_dim_v = _check_pair("k", k, "v", v, _PAGES, "Packed keys have cu_seqlens_k, and no page_table.")
     return heads_kv, head_dim_v, *_check_pages("k", k, page_table, batch)
 
 
-def _check_pair(name_k: str, k: torch.Tensor, name_v: str, v: torch.Tensor, shape: str) -> tuple[int, int]:
-    """(key heads, the value's head_dim) of k and v of ``shape``, which names the dimensions."""
-    rank = shape.count(",") + 1
+def _check_pair(name_k: str, k: torch.Tensor, name_v: str, v: torch.Tensor, shape: str, other_ranks: str) -> tuple[int, int]:
+    """(key heads, the value's head_dim) of k and v of ``shape``, which names the dimensions; ``other_ranks`` helps who has others."""
     for name, tensor in ((name_k, k), (name_v, v)):
-        if tensor.ndim != rank:
-            swapped = (
-                "Heads before keys are a transposed view" if name == "k" or name == "v" else "A cache in HND order is a transposed view"
-            )
-            axes = "(1, 2)" if rank == 4 else "(0, 1)"
-            raise ShapeError(message(name, f"shape {shape}", f"shape {tuple(tensor.shape)}", f"{swapped}: {name}.transpose{axes}."))
+        if tensor.ndim != shape.count(",") + 1:
+            raise ShapeError(message(name, f"shape {shape}", f"shape {tuple(tensor.shape)}", other_ranks))
         check_last_dim(name, tensor)
     if k.shape[:-1] != v.shape[:-1]:
         raise ShapeError(
@@ -144,6 +143,6 @@ def check_heads(heads_q: int, heads_kv: int, head_dim: int, **keys: torch.Tensor
                 "q",
                 f"a number of heads that is a positive multiple of {name}'s {heads_kv}",
                 heads_q,
-                "Every key head serves the same number of query heads.",
+                "Every key head serves the same number of query heads; where heads come before tokens, pass .transpose(-3, -2).",
             )
         )

@@ -20,6 +20,10 @@ def check_tensors(*, q: torch.Tensor, **others: torch.Tensor | None) -> None:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise DtypeError(message(name, "a torch.Tensor", type(tensor).__name__, "Wrap it with torch.tensor(...)."))
+        if tensor.is_nested:
+            raise ShapeError(
+                message(name, "a strided tensor", "a nested tensor", "Sequences of unlike lengths are packed: attention_varlen.")
+            )
         if tensor.layout != torch.strided:
             raise ShapeError(message(name, "a strided tensor", f"layout {tensor.layout}", f"Use {name}.to_dense()."))
         if tensor.device != q.device:

@@ -24,7 +24,9 @@ def check_bool(name: str, value: object) -> None:
 def check_number(name: str, value: object, minimum: float | None = None) -> None:
     """Raises ArgumentError unless ``value`` is a finite Python number, at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ArgumentError(message(name, "a finite Python number", repr(value), "Tensors are not read on the host."))
+        raise ArgumentError(
+            message(name, "a finite Python number", repr(value), "Pass a float or an int: tensors are not read on the host.")
+        )
     if minimum is not None and value < minimum:
         raise ArgumentError(message(name, f"at least {minimum}", value, f"Use {name}=0.0 to switch it off."))
 

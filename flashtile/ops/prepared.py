@@ -119,6 +119,8 @@ def check_choice(plan: object, kind: type[DecodePlan] | type[ForwardPlan], **cou
     if plan is None:
         return
     if not isinstance(plan, kind):
-        raise ArgumentError(message("plan", f"a {kind.__name__} or None", repr(plan), f"{kind.__name__}.from_json reads one from text."))
+        raise ArgumentError(
+            message("plan", f"a {kind.__name__} or None", type(plan).__name__, f"{kind.__name__}.from_json reads one from text.")
+        )
     if plan.block_m < 1:
         raise ArgumentError(message("plan", "a block_m of at least 1", plan.block_m, "The planner's own plans have one."))

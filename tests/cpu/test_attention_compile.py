@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import flashtile
-from flashtile.errors import ShapeError, UnsupportedError
+from flashtile.errors import ArgumentError, ShapeError, UnsupportedError
 from flashtile.ops import forward as ops
 from flashtile.planner.plans import ForwardPlan
 from flashtile.problem import Problem
@@ -115,6 +115,8 @@ def test_errors_are_flashtiles_own() -> None:
     args = plain()
     with pytest.raises(ShapeError, match="q: expected shape"):
         compiled(lambda args: flashtile.attention(**args))(args | {"q": args["q"][0]})
+    with pytest.raises(ArgumentError, match="plan: expected a ForwardPlan or None, got dict"):
+        torch.compile(lambda args: flashtile.attention(**args, plan={}), backend="aot_eager")(args)
 
 
 def test_a_gradient_is_refused_and_none_is_needed_without_grad_mode() -> None:

@@ -75,8 +75,8 @@ BAD = [
     # ranks and shapes
     Bad("q_rank", contiguous, of("q", lambda t: t[0]), ShapeError, ("q:", "(batch, seqlen_q, num_heads, head_dim)", "cu_seqlens_q")),
     Bad("q_rank_packed", packed, of("q", lambda t: t[None]), ShapeError, ("q:", "(total_q, num_heads, head_dim)", "flatten")),
-    Bad("k_rank", contiguous, of("k_cache", lambda t: t[0]), ShapeError, ("k_cache:", "(batch, capacity", "transpose")),
-    Bad("v_rank", paged, of("v_cache", lambda t: t[0]), ShapeError, ("v_cache:", "(num_pages, page_size", "transpose")),
+    Bad("k_rank", contiguous, of("k_cache", lambda t: t[0]), ShapeError, ("k_cache:", "(batch, capacity", "[None]")),
+    Bad("v_rank", paged, of("v_cache", lambda t: t[0]), ShapeError, ("v_cache:", "(num_pages, page_size", "[None]")),
     Bad("v_length", contiguous, of("v_cache", lambda t: t[:, :-1]), ShapeError, ("v_cache:", "leading shape")),
     Bad("v_heads", contiguous, of("v_cache", lambda t: t[:, :, :1]), ShapeError, ("v_cache:", "leading shape")),
     Bad("batch_q", contiguous, of("q", lambda t: t[:1]), ShapeError, ("seqlens_k:", "q's 1 sequences", "(batch,)")),
