@@ -42,7 +42,7 @@ def make_forward_inputs(case: ForwardCase, device: torch.device | str = "cpu", s
     v_rows = [torch.randn(n, case.num_heads_kv, case.head_dim_v, generator=rng) for n in case.key_lengths]
     q_rows = [torch.randn(n, case.num_heads_q, case.head_dim, generator=rng) * case.logit_scale for n in case.query_lengths]
     tensors: dict[str, torch.Tensor | None] = {
-        "q": _sequences(case, q_rows, case.seqlens_q, case.spare_rows, case.num_heads_q, case.head_dim)
+        "q": in_sequences(case, q_rows, case.seqlens_q, case.spare_rows, case.num_heads_q, case.head_dim)
     }
     if case.page_size:
         pages = place_pages(case.key_lengths, case.page_size, case.room // case.page_size, case.missing_pages, rng)
@@ -51,7 +51,7 @@ def make_forward_inputs(case: ForwardCase, device: torch.device | str = "cpu", s
             tensors[name] = laid_out(cache, getattr(torch, case.dtype), case.layout, case.offset_elements)
     else:
         for name, rows, dim in (("k", k_rows, case.head_dim), ("v", v_rows, case.head_dim_v)):
-            tensors[name] = _sequences(case, rows, case.seqlens_k, case.spare_keys, case.num_heads_kv, dim)
+            tensors[name] = in_sequences(case, rows, case.seqlens_k, case.spare_keys, case.num_heads_kv, dim)
     tensors["sinks"] = torch.randn(case.num_heads_q, generator=rng) if case.sinks else None
     tensors["alibi_slopes"] = alibi_slopes(case.batch, case.num_heads_q, case.alibi_per_sequence, rng) if case.alibi else None
     if case.varlen:
@@ -88,10 +88,10 @@ def _keys(case: ForwardCase, length: int, dim: int, rng: torch.Generator) -> tor
     return keys * torch.linspace(0.1, 1.0, length)[:, None, None] if case.rising else keys
 
 
-def _sequences(
+def in_sequences(
     case: ForwardCase, rows: Sequence[torch.Tensor], lengths: int | Sequence[int], spare: int, heads: int, dim: int
 ) -> torch.Tensor:
-    """q, k or v with each sequence's rows (n, heads, dim) in its place, which is ``lengths`` long; NaN where there are no rows.
+    """q, k, v or dout with each sequence's rows (n, heads, dim) in its place, which is ``lengths`` long; NaN where there are no rows.
 
     (batch, lengths, heads, dim), or packed (sum of lengths and spare, heads, dim).
     """

@@ -36,13 +36,11 @@ def assert_close(
     label = f"{what}: " if what else ""
     if out.shape != expected_out.shape:
         raise AssertionError(f"{label}out has shape {tuple(out.shape)}, expected {tuple(expected_out.shape)}")
-    # A score of size L carries an absolute error of about L units of float32, which becomes a relative error of its weight.
-    logits = 1.0 if expected_lse is None else _largest_finite(expected_lse)
-    score_error = _FLOAT32 * max(1.0, logits)
+    score_error = _FLOAT32 if expected_lse is None else score_error_of(expected_lse)
     if lse is not None and expected_lse is not None:
         coarse_exp = _LSE_TORCH_CPU_16_BIT if cpu_engine and dtype != torch.float32 else 0.0
         _check_lse(lse, expected_lse, 4 * score_error + coarse_exp, label)
-    _check_finite("out", out, label)
+    check_finite("out", out, label)
     _check_out(out.double(), expected_out.double(), dtype, score_error, label)
 
 
@@ -52,12 +50,19 @@ def relative_l2(out: torch.Tensor, expected: torch.Tensor) -> float:
     return error / max(expected.double().norm().item(), 1e-30) if error else 0.0
 
 
-def _largest_finite(lse: torch.Tensor) -> float:
+def unit_of(dtype: torch.dtype) -> float:
+    """The most that rounding to ``dtype`` changes a value of size 1; 0 for float32, whose rounding a score's error covers."""
+    return _UNIT[dtype]
+
+
+def score_error_of(lse: torch.Tensor) -> float:
+    """The relative error of softmax weights in float32: a score of size L has an absolute error of about L units."""
     finite = lse[lse.isfinite()]
-    return finite.abs().max().item() if finite.numel() else 1.0
+    return _FLOAT32 * max(1.0, finite.abs().max().item() if finite.numel() else 1.0)
 
 
-def _check_finite(name: str, tensor: torch.Tensor, label: str) -> None:
+def check_finite(name: str, tensor: torch.Tensor, label: str) -> None:
+    """Raises AssertionError, with the first such place, if an element is NaN or infinite."""
     bad = ~tensor.isfinite()
     if bad.any():
         where = bad.nonzero()[0].tolist()
@@ -72,7 +77,7 @@ def _check_lse(lse: torch.Tensor, expected: torch.Tensor, tolerance: float, labe
         where = (empty != expected_empty).nonzero()[0].tolist()
         raise AssertionError(f"{label}lse is -inf in {int(empty.sum())} rows, expected {int(expected_empty.sum())}; they differ at {where}")
     seen, expected_seen = lse[~empty], expected[~expected_empty]
-    _check_finite("lse", seen, label)
+    check_finite("lse", seen, label)
     if seen.numel() == 0:
         return
     error = (seen.double() - expected_seen.double()).abs()
