@@ -112,7 +112,7 @@ def _floors(inputs: ForwardInputs, call: BackwardCall, expected: Gradients) -> G
     if call.sinks is None:
         return Gradients(dq, dk, dv, None)
     # One number a head: the reference's own error may be small by chance. Sums of products with out carry out's rounding.
-    shares = torch.exp(call.sinks.double()[:, None] - lse).nan_to_num(0.0)
+    shares = torch.exp(call.sinks.double()[:, None] - lse).masked_fill(lse == float("-inf"), 0.0)
     terms = (
         products.norm(dim=-1).transpose(-1, -2) * unit_of(inputs.dtype)
         + (delta.abs() + (0.0 if call.dlse is None else call.dlse.abs())) * rounding

@@ -23,7 +23,8 @@ def assert_gradients_close(
     if gradient.shape != expected.shape:
         raise AssertionError(f"{what} has shape {tuple(gradient.shape)}, expected {tuple(expected.shape)}")
     check_finite(what, gradient, "")
-    check_finite(f"{what} of the reference", in_dtype, "")
+    for name, tensor in (("the reference in the dtype", in_dtype), ("the floor", floor)):
+        check_finite(f"{what}: {name}", tensor, "")
     if expected.numel() == 0:
         return
     wrong = (gradient != 0.0) & (floor == 0.0)
