@@ -14,7 +14,7 @@ from flashtile.planner.forward_tiles import FORWARD_LIMITS, ForwardTile
 from flashtile.planner.forward_work import row_tiles
 from flashtile.planner.plans import ForwardPlan
 from flashtile.planner.walk_cost import WalkCost
-from flashtile.planner.wording import ASKED, OtherKernel
+from flashtile.planner.wording import ASKED, OtherKernel, why_slower
 from flashtile.problem import Problem
 
 
@@ -65,23 +65,10 @@ def forward_kernels_passed_over(problem: Problem, device: Device, plan: ForwardP
 
 
 def _why(problem: Problem, plan: ForwardPlan, cost: WalkCost, lost: ForwardTile, its: WalkCost) -> str:
-    """Why the other lost to the chosen: the cause of time that differs most."""
-    verdict = f"{its.total_us:.1f} us against {cost.total_us:.1f}"
+    """Why the other lost to the chosen."""
     if its.total_us < cost.total_us:
-        return f"{verdict}: {_why_though_faster(plan, lost)}"
-    causes = {name: getattr(its, name) - getattr(cost, name) for name in WalkCost._fields}
-    most = max(causes, key=lambda name: causes[name])
-    took = f"{getattr(its, most):.1f} us instead of {getattr(cost, most):.1f}"
-    tiles, its_tiles = row_tiles(problem, plan.block_m), row_tiles(problem, lost.block_m)
-    words = {
-        "memory_us": f"{its_tiles} tiles of rows instead of {tiles}, and each reads its keys: copies take {took}",
-        "matrix_us": f"more rows and keys are computed for nobody: products take {took}",
-        "exp_us": f"more scores are computed for nobody: exponentials take {took}",
-        "exposed_us": f"less of it overlaps: {took} are exposed",
-        "tail_us": f"SMs have no tile left for {took}",
-        "start_us": f"{its_tiles} tiles of rows instead of {tiles} start and end: {took}",
-    }
-    return f"{words[most]}: {verdict}"
+        return f"{its.total_us:.1f} us against {cost.total_us:.1f}: {_why_though_faster(plan, lost)}"
+    return why_slower(cost, its, row_tiles(problem, plan.block_m), row_tiles(problem, lost.block_m), "rows", "keys")
 
 
 def _why_though_faster(plan: ForwardPlan, lost: ForwardTile) -> str:

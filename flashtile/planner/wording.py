@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from flashtile.planner.plans import Plan
+from flashtile.planner.walk_cost import WalkCost
 
 ASKED = {"explicit": "the plan was asked for", "tuned": "a measurement overruled the model"}
 
@@ -39,3 +40,19 @@ def chooser(plan: Plan) -> str:
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 program", "4 programs"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def why_slower(cost: WalkCost, its: WalkCost, tiles: int, its_tiles: int, owned: str, walked: str) -> str:
+    """Why tiles of the second cost lost to those of the first: the cause of time that differs most. ``owned`` and ``walked`` are nouns."""
+    causes = {name: getattr(its, name) - getattr(cost, name) for name in WalkCost._fields}
+    most = max(causes, key=lambda name: causes[name])
+    took = f"{getattr(its, most):.1f} us instead of {getattr(cost, most):.1f}"
+    words = {
+        "memory_us": f"{its_tiles} tiles of {owned} instead of {tiles}, and each reads its {walked}: copies take {took}",
+        "matrix_us": f"more {owned} and {walked} are computed for nobody: products take {took}",
+        "exp_us": f"more scores are computed for nobody: exponentials take {took}",
+        "exposed_us": f"less of it overlaps: {took} are exposed",
+        "tail_us": f"SMs have no tile left for {took}",
+        "start_us": f"{its_tiles} tiles of {owned} instead of {tiles} start and end: {took}",
+    }
+    return f"{words[most]}: {its.total_us:.1f} us against {cost.total_us:.1f}"
