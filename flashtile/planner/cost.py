@@ -11,6 +11,7 @@ from typing import NamedTuple
 from flashtile.planner.catalog import GLUON_SM90, TRITON
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import Footprint, footprint_of, padded
+from flashtile.planner.footprint_gluon import merges_parts
 from flashtile.planner.tiles import TileShape
 from flashtile.problem import DTYPE_BYTES, Problem
 
@@ -28,14 +29,17 @@ SCORE_OPERATIONS = 8  # vector instructions a score: scale, mask, maximum, sum, 
 VECTOR_KEY_OPERATIONS = 2.5  # vector instructions a key element and row in place of the matrix product
 FMA_EFFICIENCY = 0.5  # share of the vector rate that an FMA dot reaches
 OVERLAP_LOSS = 0.07  # share of what runs beside the bound that shows all the same
-COMBINE_US = 0.4  # combine: reading the first partial, writing out
-COMBINE_SPLIT_US = 0.012  # combine: each further split
+COMBINE_US = 0.4  # combine: reading the first partial, writing out; programs that merge wait for the first partial as long
+COMBINE_SPLIT_US = 0.012  # combine: each further split; and of programs that merge what they share, each further part
 CPU_START_US = 15.0  # one call into the CPU engine
 CPU_SPLIT_US = 4.0  # each split there
 
 
 class Cost(NamedTuple):
-    """Microseconds by cause. memory, matrix, vector and latency overlap: the longest of them is the bound."""
+    """Microseconds by cause. memory, matrix, vector and latency overlap: the longest of them is the bound.
+
+    ``combine_us`` is what merging partial results takes, in a kernel of its own or by the programs that left them.
+    """
 
     memory_us: float
     matrix_us: float
@@ -136,7 +140,7 @@ def cost_of(work: Work, tile: TileShape, footprint: Footprint, num_splits: int, 
         vector_us=walked * vector_us,
         latency_us=DRAM_LATENCY_US + latency_us,
         start_us=START_US[tile.kernel],
-        combine_us=stream_combine_us(work, tile.block_m, num_programs, device) if num_programs else combine_us(work, num_splits, device),
+        combine_us=_merging_us(work, tile, units, num_splits, num_programs, device),
     )
 
 
@@ -173,6 +177,15 @@ def _iteration(work: Work, tile: TileShape, footprint: Footprint, device: Device
     return matrix_us, operations / sm_instructions_per_us + exp_us, chain_us
 
 
+def _merging_us(work: Work, tile: TileShape, units: int, num_splits: int, num_programs: int, device: Device) -> float:
+    """What merging takes by whoever does it; programs that do it themselves share no unit where each has as many whole ones."""
+    if not num_programs:
+        return combine_us(work, num_splits, device)
+    if merges_parts(tile, max(work.dim, work.dim_v), num_splits, num_programs):
+        return 0.0 if units % num_programs == 0 else _meeting_us(work, tile.block_m, num_programs, device)
+    return device.launch_us + _meeting_us(work, tile.block_m, num_programs, device) if num_programs > 1 else 0.0
+
+
 def combine_us(work: Work, num_splits: int, device: Device) -> float:
     """Each partial row is written once and read once; a warp walks a row's splits one after the other."""
     if num_splits <= 1:
@@ -181,10 +194,10 @@ def combine_us(work: Work, num_splits: int, device: Device) -> float:
     return device.launch_us + COMBINE_US + COMBINE_SPLIT_US * num_splits + 1e6 * moved / (L2_BANDWIDTH_SHARE * device.bandwidth)
 
 
-def stream_combine_us(work: Work, block_m: int, num_programs: int, device: Device) -> float:
+def _meeting_us(work: Work, block_m: int, num_programs: int, device: Device) -> float:
     """Two programs meet in a unit at each boundary between programs, and leave a partial each."""
     moved = 4 * num_programs * min(block_m, work.rows) * work.partial_bytes_per_row
-    return device.launch_us + COMBINE_US + 2 * COMBINE_SPLIT_US + 1e6 * moved / (L2_BANDWIDTH_SHARE * device.bandwidth)
+    return COMBINE_US + 2 * COMBINE_SPLIT_US + 1e6 * moved / (L2_BANDWIDTH_SHARE * device.bandwidth)
 
 
 def _cpu_cost(work: Work, block_m: int, num_splits: int, device: Device) -> Cost:

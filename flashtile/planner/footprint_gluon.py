@@ -6,6 +6,7 @@ accumulator of 16 rows, the matrix instruction's; with 64 and 128 rows each warp
 
 from __future__ import annotations
 
+from flashtile.planner.catalog import GLUON_SM90
 from flashtile.planner.figures import Architecture, Mma
 from flashtile.planner.tiles import TileShape
 from flashtile.problem import Problem
@@ -77,6 +78,17 @@ def asks_by_page(problem: Problem, tile: TileShape) -> bool:
         and tile.num_warps % WARPGROUP == 0
         and max(box_dim(problem.head_dim), box_dim(problem.head_dim_v)) <= LONG_HEAD
     )
+
+
+def merges_parts(tile: TileShape, head_dim: int, num_splits: int, num_programs: int) -> bool:
+    """Whether programs that share units merge their parts themselves, at the end of each unit's last part, without a combine.
+
+    So they do where only unlike lengths make them share units at all: then most have nothing to merge, and a combine would
+    cost its launch. Where every unit is shared, a combine has more programs to merge with. Many rows of long heads fill
+    the registers by themselves, and are left to combine too; ``head_dim`` is the longer one of keys and values.
+    """
+    fits = owns_keys(tile) or head_dim <= LONG_HEAD
+    return tile.kernel == GLUON_SM90 and fits and num_programs > 0 and num_splits == 1
 
 
 def registers_asked_for(problem: Problem, tile: TileShape) -> dict[str, int]:

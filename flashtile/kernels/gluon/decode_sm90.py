@@ -28,7 +28,7 @@ from flashtile.kernels.gluon.walk import walk_line, walk_split
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Descriptor, Launch, Spec, launcher
 from flashtile.kernels.run import bind_split, split_args, split_constants
 from flashtile.kernels.tile.views import KeysView
-from flashtile.planner.footprint_gluon import asks_by_page, registers_asked_for
+from flashtile.planner.footprint_gluon import asks_by_page, merges_parts, registers_asked_for
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import DTYPE_BYTES, Problem
 from flashtile.rounding import length_bucket
@@ -133,28 +133,21 @@ def decode_spec(problem: Problem, plan: DecodePlan) -> Spec:
             "STAGES": plan.num_stages,
             "NUM_WARPS": plan.num_warps,
             "IN_TURN": plan.min_keys_per_split <= plan.block_n,
-            "MERGES": merges_parts(problem, plan),
+            "MERGES": _merges_parts(problem, plan),
             "ASKED_FOR": asked_for,
         },
         options={"num_warps": plan.num_warps, "num_stages": 1} | registers_asked_for(problem, plan),
     )
 
 
-def merges_parts(problem: Problem, plan: DecodePlan) -> bool:
-    """Whether the programs of a line merge the parts of a unit themselves.
-
-    So they do where only unlike lengths make them share units at all: then most have nothing to merge, and a combine would
-    cost its launch. Where every unit is shared, a combine has more programs to merge with. Many rows of long heads fill
-    the registers by themselves, and are left to combine too.
-    """
-    fits = plan.block_m < 64 or max(problem.head_dim, problem.head_dim_v) <= 128
-    return fits and plan.num_programs > 0 and plan.num_splits == 1
+def _merges_parts(problem: Problem, plan: DecodePlan) -> bool:
+    return merges_parts(plan, max(problem.head_dim, problem.head_dim_v), plan.num_splits, plan.num_programs)
 
 
 def specs(problem: Problem, plan: DecodePlan) -> tuple[Spec, ...]:
     """What ``bind`` will launch."""
     split = decode_spec(problem, plan)
-    return (split, combine_spec(problem, plan)) if combines(plan) and not merges_parts(problem, plan) else (split,)
+    return (split, combine_spec(problem, plan)) if combines(plan) and not _merges_parts(problem, plan) else (split,)
 
 
 def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
@@ -174,5 +167,5 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
         return launch, k, v
 
     return bind_split(
-        problem, plan, device, torch.Tensor.data_ptr, with_keys, (length_bucket(problem.seqlen_k),), merges_parts(problem, plan)
+        problem, plan, device, torch.Tensor.data_ptr, with_keys, (length_bucket(problem.seqlen_k),), _merges_parts(problem, plan)
     )

@@ -245,6 +245,21 @@ def test_combine_takes_whole_rows_where_there_are_many() -> None:
     assert combine_shape(problem, H200, Splits(4096, 64, 65, 65)) == (32, 4)
 
 
+def test_programs_that_merge_what_they_share_launch_no_combine() -> None:
+    problem = LLAMA.with_(batch=64, total_q=64)
+    plan = DecodePlan(GLUON_SM90, 8, num_programs=264)
+
+    def merging_us(problem: Problem, plan: DecodePlan) -> float:
+        return predict_us(problem, plan, H200).combine_us
+
+    assert 0 < merging_us(problem, plan) < H200.launch_us  # 512 units: most programs begin or end within one
+    assert merging_us(problem, plan.with_(num_programs=256)) == 0  # two whole units each
+    long = problem.with_(head_dim=256, head_dim_v=256)
+    combined = [(problem, plan.with_(kernel=TRITON)), (problem, plan.with_(num_splits=2)), (long, plan.with_(block_m=64))]
+    assert all(merging_us(problem, plan) > H200.launch_us for problem, plan in combined)
+    assert merging_us(problem, plan.with_(kernel=TRITON, num_programs=1)) == 0
+
+
 def test_a_window_counts_and_not_the_cache() -> None:
     problem = LLAMA.with_(seqlen_k=131072, band=Band(1023, 0))
     keys_per_split, _, splits, _ = choose_splits(problem, H200, Tile(16, False, 64, 4, 3))
