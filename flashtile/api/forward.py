@@ -11,6 +11,7 @@ import torch
 
 from flashtile import ops
 from flashtile.api.traced import copied, text_of
+from flashtile.arguments import check_differentiable, needs_gradient
 from flashtile.planner.plans import ForwardPlan
 
 
@@ -226,8 +227,12 @@ def _traced(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Under torch.compile the whole call is one operator; a given ``out`` is copied into, which its graph may fuse."""
     left, right = (None, None) if window is None else window
+    q, k, v = ops.cast_by_autocast(q, k, v) or (q, k, v)
+    differentiable = needs_gradient(q, k, v, sinks, alibi_slopes, out)
+    if differentiable:
+        check_differentiable(page_table=page_table, alibi_slopes=alibi_slopes, out=out)
     result, lse = torch.ops.flashtile.forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, left, right, softcap, scale,
-        sinks, alibi_slopes, block_m, text_of(plan, ForwardPlan), allow_tf32, want_lse,
+        sinks, alibi_slopes, block_m, text_of(plan, ForwardPlan), allow_tf32, want_lse or differentiable,
     )  # fmt: skip
     return (result if out is None else copied(result, out)), lse

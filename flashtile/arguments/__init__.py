@@ -5,19 +5,20 @@ Each raises the error that names the argument, what was expected, what came and 
 
 from __future__ import annotations
 
+from flashtile.arguments.gradients import check_differentiable, needs_gradient
 from flashtile.arguments.keys import check_cache, check_heads, check_hint, check_keys, check_lengths
 from flashtile.arguments.queries import check_queries, check_varlen
-from flashtile.arguments.tensors import check_no_gradient, check_out, check_out_dtype, check_same_dtype, check_tensors
+from flashtile.arguments.tensors import check_out, check_out_dtype, check_same_dtype, check_tensors
 from flashtile.arguments.values import check_bool, check_number, check_scores, is_int
 
 __all__ = [
     "check_bool",
     "check_cache",
+    "check_differentiable",
     "check_heads",
     "check_hint",
     "check_keys",
     "check_lengths",
-    "check_no_gradient",
     "check_number",
     "check_out",
     "check_out_dtype",
@@ -27,4 +28,5 @@ __all__ = [
     "check_tensors",
     "check_varlen",
     "is_int",
+    "needs_gradient",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from flashtile.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError, message
+from flashtile.errors import ArgumentError, DtypeError, ShapeError, message
 
 if TYPE_CHECKING:
     import torch
@@ -28,20 +28,6 @@ def check_tensors(*, q: torch.Tensor, **others: torch.Tensor | None) -> None:
             raise ShapeError(message(name, "a strided tensor", f"layout {tensor.layout}", f"Use {name}.to_dense()."))
         if tensor.device != q.device:
             raise ArgumentError(message(name, f"a tensor on q's device, {q.device}", tensor.device, f"Move it with {name}.to(q.device)."))
-
-
-def check_no_gradient(**tensors: torch.Tensor | None) -> None:
-    """Raises UnsupportedError for a tensor that autograd would have to follow, instead of detaching the result in silence."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad:
-            raise UnsupportedError(
-                message(
-                    name,
-                    "a tensor that needs no gradient",
-                    "requires_grad=True",
-                    f"No gradient flows through attention: call it under torch.no_grad(), or pass {name}.detach().",
-                )
-            )
 
 
 def check_int32(name: str, tensor: torch.Tensor, rank: int) -> None:

@@ -8,8 +8,9 @@ share one.
 
 from __future__ import annotations
 
+from flashtile.facts.backward import backward_key
 from flashtile.facts.decode import decode_key, rounded_hint
 from flashtile.facts.features import Key
 from flashtile.facts.forward import forward_key
 
-__all__ = ["Key", "decode_key", "forward_key", "rounded_hint"]
+__all__ = ["Key", "backward_key", "decode_key", "forward_key", "rounded_hint"]

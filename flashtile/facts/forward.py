@@ -30,13 +30,17 @@ def forward_key(
     allow_tf32: bool,
     lse: bool,
 ) -> Key | None:
-    """The key of one call, in 2 to 4 us of host time; None where the call is wrong or so rare that it is checked each time."""
+    """The key of one call, in 2 to 4 us of host time; None where the call is wrong or so rare that it is checked each time.
+
+    None too where autograd has to follow the call, or autocast may have to cast its tensors: it is made again as one that has a key.
+    """
     try:
         dtype, device = q.dtype, q.device
         if (
             k.dtype is not dtype or v.dtype is not dtype or k.device != device or v.device != device
             or causal.__class__ is not bool or allow_tf32.__class__ is not bool
             or ((q.requires_grad or k.requires_grad or v.requires_grad) and torch.is_grad_enabled())
+            or (dtype is torch.float32 and torch.is_autocast_enabled(device.type))
         ):  # fmt: skip
             return None
 

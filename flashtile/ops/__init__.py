@@ -2,12 +2,13 @@
 
 A call is checked, planned and bound to a kernel once for each key of its facts; after that it costs a dictionary lookup.
 No kernel module is imported before a plan names it. Each operation has its module; importing them registers the operators
-``flashtile::decode`` and ``flashtile::forward``.
+``flashtile::decode``, ``flashtile::forward`` and ``flashtile::backward``.
 """
 
 from __future__ import annotations
 
-from flashtile.ops import decode, forward
+from flashtile.ops import backward, decode, forward, forward_operator
+from flashtile.ops.autocast import cast_by_autocast
 from flashtile.ops.prepared import kernel_module
 
-__all__ = ["decode", "forward", "kernel_module"]
+__all__ = ["backward", "cast_by_autocast", "decode", "forward", "forward_operator", "kernel_module"]

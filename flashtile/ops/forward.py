@@ -1,18 +1,19 @@
-"""A forward call (`attention`, `attention_varlen`), and the operator flashtile::forward."""
+"""A forward call (`attention`, `attention_varlen`), and how autograd follows it where no compiler does."""
 
 from __future__ import annotations
 
-import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from flashtile.arguments import check_no_gradient
+from flashtile.arguments import check_differentiable, needs_gradient
 from flashtile.checking import CHECKING, check_forward_values
-from flashtile.errors import UnsupportedError
 from flashtile.facts import Key, forward_key
 from flashtile.kernels.call import ForwardCall, ForwardRunner
+from flashtile.ops.autocast import cast_by_autocast
+from flashtile.ops.backward import backward, traced_backward
+from flashtile.ops.gradients import gradients, keep
 from flashtile.ops.prepared import (
     PREPARING,
     Result,
@@ -74,6 +75,19 @@ def forward(
         sinks, alibi_slopes, out, block_m, plan, allow_tf32, want_lse,
     )  # fmt: skip
     prepared = None if key is None else _PREPARED.get(key)
+    if key is None:
+        cast = cast_by_autocast(q, k, v)
+        if cast is not None:
+            return forward(
+                *cast, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, window, softcap, scale,
+                sinks, alibi_slopes, out, block_m, plan, allow_tf32, want_lse,
+            )  # fmt: skip
+        if needs_gradient(q, k, v, sinks, alibi_slopes, out):
+            check_differentiable(page_table=page_table, alibi_slopes=alibi_slopes, out=out)
+            return Attention.apply(  # type: ignore[no-any-return, no-untyped-call]
+                q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal, window, softcap, scale,
+                alibi_slopes, block_m, plan, allow_tf32,
+            )  # fmt: skip
     if prepared is None:
         problem = Problem.forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table=page_table, seqused_k=seqused_k,
@@ -81,8 +95,6 @@ def forward(
             lse=want_lse, allow_tf32=allow_tf32,
         )  # fmt: skip
         check_choice(plan, ForwardPlan, block_m=block_m)
-        if torch.is_grad_enabled():
-            check_no_gradient(q=q, k=k, v=v, sinks=sinks, alibi_slopes=alibi_slopes, out=out)
         prepared = _prepare(key, problem, q.device, holds_keys=k.numel() > 0, block_m=block_m, plan=plan)
     run, shape = prepared
     out, lse = results(q, out, shape, want_lse)
@@ -110,80 +122,40 @@ def _prepare(
         return remember(_PREPARED, key, Prepared(run, shape_of(problem)))
 
 
-@torch.library.custom_op("flashtile::forward", mutates_args=())
-def forward_operator(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    page_table: torch.Tensor | None,
-    seqused_k: torch.Tensor | None,
-    causal: bool,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float,
-    scale: float | None,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    block_m: int | None,
-    plan: str | None,
-    allow_tf32: bool,
-    want_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`forward` as torch.compile sees it: the plan is JSON text; lse has no element unless wanted."""
-    out, lse = forward(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal,
-        (window_left, window_right), softcap, scale, sinks, alibi_slopes, None, block_m,
-        None if plan is None else _plan_of(plan), allow_tf32, want_lse,
-    )  # fmt: skip
-    return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
+class Attention(torch.autograd.Function):
+    """A forward call that autograd follows; gradients for q, k, v and sinks, through out and lse."""
 
+    @staticmethod
+    def forward(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sinks: torch.Tensor | None,
+        cu_seqlens_q: torch.Tensor | None,
+        cu_seqlens_k: torch.Tensor | None,
+        max_seqlen_q: int | None,
+        max_seqlen_k: int | None,
+        seqused_k: torch.Tensor | None,
+        causal: bool,
+        window: tuple[int | None, int | None] | None,
+        softcap: float,
+        scale: float | None,
+        alibi_slopes: torch.Tensor | None,
+        block_m: int | None,
+        plan: ForwardPlan | None,
+        allow_tf32: bool,
+    ) -> Result:
+        return forward(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, seqused_k, causal, window, softcap, scale,
+            sinks, alibi_slopes, None, block_m, plan, allow_tf32, True,
+        )  # fmt: skip
 
-@forward_operator.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int | None,
-    max_seqlen_k: int | None,
-    page_table: torch.Tensor | None,
-    seqused_k: torch.Tensor | None,
-    causal: bool,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float,
-    scale: float | None,
-    sinks: torch.Tensor | None,
-    alibi_slopes: torch.Tensor | None,
-    block_m: int | None,
-    plan: str | None,
-    allow_tf32: bool,
-    want_lse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    *batch, queries, heads, _ = q.shape
-    out = q.new_empty((*batch, queries, heads, v.shape[-1]))
-    return out, q.new_empty((*batch, heads, queries) if want_lse else (0,), dtype=torch.float32)
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        q, k, v, sinks, cu_q, cu_k, longest_q, longest_k, used_k, causal, window, softcap, scale, slopes, _, _, allow_tf32 = inputs
+        keep(ctx, q, k, v, cu_q, cu_k, longest_q, longest_k, used_k, causal, window, softcap, scale, sinks, slopes, allow_tf32, *output)
 
-
-def _refuse_gradient(ctx: object, inputs: tuple[torch.Tensor | None, ...], output: object) -> None:
-    """Called where autograd would follow the operator: under torch.compile that is while its graph is made."""
-    q, k, v, *_ = inputs
-    sinks, alibi_slopes = inputs[13:15]
-    check_no_gradient(q=q, k=k, v=v, sinks=sinks, alibi_slopes=alibi_slopes)
-
-
-def _no_backward(ctx: object, *grads: torch.Tensor) -> None:
-    raise UnsupportedError("No gradient flows through attention.")
-
-
-forward_operator.register_autograd(_no_backward, setup_context=_refuse_gradient)
-
-
-@functools.lru_cache(maxsize=256)
-def _plan_of(text: str) -> ForwardPlan:
-    return ForwardPlan.from_json(text)
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        run = traced_backward if torch.compiler.is_compiling() else backward
+        return (*gradients(ctx, dout, dlse, ctx.needs_input_grad[:4], run), *[None] * 13)

@@ -16,7 +16,7 @@ from flashtile.errors import ArgumentError, message
 from flashtile.facts import Key
 from flashtile.kernels.call import DecodeCall, ForwardCall
 from flashtile.planner.catalog import module_of
-from flashtile.planner.plans import DecodePlan, ForwardPlan, Plan
+from flashtile.planner.plans import Plan
 from flashtile.problem import Problem
 
 MAX_PREPARED = 4096  # kinds of calls of one operation
@@ -75,13 +75,16 @@ def bound(module: ModuleType, problem: Problem, plan: Plan, device: torch.device
     return torch.no_grad()(run) if device.type == "cpu" else run
 
 
+def has_scores(problem: Problem, holds_keys: bool) -> bool:
+    """Whether a call may have both queries and keys; else there is nothing for a kernel to do."""
+    return problem.total_q > 0 and holds_keys and problem.seqlen_k > 0 and problem.batch > 0
+
+
 def runner_without_kernel(problem: Problem, holds_keys: bool) -> Callable[[Call], None] | None:
     """The runner of calls without queries or keys; None where there are both."""
-    if problem.total_q == 0:
-        return _run_nothing
-    if not holds_keys or problem.seqlen_k == 0 or problem.batch == 0:
-        return _run_without_keys
-    return None
+    if has_scores(problem, holds_keys):
+        return None
+    return _run_nothing if problem.total_q == 0 else _run_without_keys
 
 
 def _run_nothing(call: Call) -> None:
@@ -111,7 +114,7 @@ def as_float(name: str, value: object, minimum: float | None = None) -> float:
     return float(value)  # type: ignore[arg-type]
 
 
-def check_choice(plan: object, kind: type[DecodePlan] | type[ForwardPlan], **counts: object) -> None:
+def check_choice(plan: object, kind: type[Plan], **counts: object) -> None:
     """What a caller chose instead of the planner: counts by their names, or a whole plan of the operation's kind."""
     for name, value in counts.items():
         if value is not None and not (is_int(value) and value > 0):  # type: ignore[operator]

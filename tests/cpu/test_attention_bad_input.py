@@ -189,12 +189,28 @@ BAD: dict[str, tuple[Callable[[], Args], Change, type[Exception], tuple[str, ...
     "out_expanded": (plain, with_(out=torch.zeros(1, 3, 4, 24).expand(2, 3, 4, 24)), ShapeError, ("out:", "expanded", "clone")),
     # gradients
     **{
-        f"{name}_gradient": (plain, of(lambda t: t.requires_grad_(), name), UnsupportedError, (f"{name}:", "torch.no_grad()", "detach"))
+        f"{name}_gradient_paged": (
+            paged,
+            of(lambda t: t.requires_grad_(), name),
+            UnsupportedError,
+            ("page_table:", "pack k and v", "detach"),
+        )
         for name in ("q", "k", "v")
     },
-    "sinks_gradient": (plain, lambda a: {"sinks": PER_HEAD.clone().requires_grad_()}, UnsupportedError, ("sinks:", "torch.no_grad()")),
-    "slopes_gradient": (packed, lambda a: {"alibi_slopes": PER_HEAD.clone().requires_grad_()}, UnsupportedError, ("alibi_slopes:",)),
-    "out_gradient": (plain, lambda a: {"out": torch.zeros(2, 3, 4, 24, requires_grad=True)}, UnsupportedError, ("out:", "no gradient")),
+    "slopes_gradient": (
+        packed,
+        lambda a: {"alibi_slopes": PER_HEAD.clone().requires_grad_()},
+        UnsupportedError,
+        ("alibi_slopes:", "sinks"),
+    ),
+    "out_gradient": (plain, lambda a: {"out": torch.zeros(2, 3, 4, 24, requires_grad=True)}, UnsupportedError, ("out:", "torch.no_grad()")),
+    "out_and_gradient": (
+        plain,
+        lambda a: {"q": a["q"].requires_grad_(), "out": torch.zeros(2, 3, 4, 24)},
+        UnsupportedError,
+        ("out:", "leave it out"),
+    ),
+    "wrong_and_gradient": (plain, lambda a: {"q": a["q"].requires_grad_(), "k": a["k"].half()}, DtypeError, ("k:", "q's dtype")),
     # plans that cannot be
     "block_m_zero": (plain, with_(block_m=0), ArgumentError, ("block_m:", "at least 1")),
     "block_m_float": (plain, with_(block_m=16.0), ArgumentError, ("block_m:", "16.0")),

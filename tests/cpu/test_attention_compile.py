@@ -119,17 +119,23 @@ def test_errors_are_flashtiles_own() -> None:
         torch.compile(lambda args: flashtile.attention(**args, plan={}), backend="aot_eager")(args)
 
 
-def test_a_gradient_is_refused_and_none_is_needed_without_grad_mode() -> None:
-    args = plain()
-    expected = flashtile.attention(**args)
-    args["v"].requires_grad_()
-    says = r"v: expected a tensor that needs no gradient.*torch\.no_grad\(\)"
+@pytest.mark.parametrize(
+    ("args", "name", "says"),
+    [
+        (plain(alibi=True), "alibi_slopes", "alibi_slopes: expected a tensor that needs no gradient"),
+        (varlen(page_size=8), "q", "page_table:"),
+    ],
+    ids=["slopes", "paged"],
+)
+def test_what_has_no_gradient_is_refused_and_none_is_needed_without_grad_mode(args: dict[str, Any], name: str, says: str) -> None:
+    expected = run(args)[0]
+    args[name].requires_grad_()
     with pytest.raises(UnsupportedError, match=says):
-        torch.compile(lambda args: flashtile.attention(**args), backend="aot_eager")(args)
+        torch.compile(lambda args: run(args), backend="aot_eager")(args)
     with pytest.raises(Exception, match=says):  # of torch's own, where a whole graph is asked for
-        compiled(lambda args: flashtile.attention(**args))(args)
+        compiled(lambda args: run(args))(args)
     with torch.no_grad():
-        out = compiled(lambda args: flashtile.attention(**args))(args)
+        out = compiled(lambda args: run(args)[0])(args)
     assert torch.equal(out, expected)
     assert not out.requires_grad
 

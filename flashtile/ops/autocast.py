@@ -1,0 +1,22 @@
+"""Under torch.autocast, attention takes tensors of the dtype that autocast wants, as torch's own attention does."""
+
+from __future__ import annotations
+
+import torch
+
+
+def cast_by_autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """q, k and v as autocast wants them, or None where they stay as they are.
+
+    Within ``torch.autocast`` for q's device, q, k and v are cast to its dtype where one is float32 or their dtypes differ; 16-bit
+    tensors of one dtype, and float64 ones, which are an error, stay. Sinks and slopes are float32 whatever autocast says.
+    """
+    if not all(isinstance(tensor, torch.Tensor) for tensor in (q, k, v)) or not torch.is_autocast_enabled(q.device.type):
+        return None
+    wanted = torch.get_autocast_dtype(q.device.type)
+    dtypes = {q.dtype, k.dtype, v.dtype}
+    if dtypes == {wanted} or not dtypes <= {torch.float32, torch.bfloat16, torch.float16}:
+        return None
+    if len(dtypes) == 1 and torch.float32 not in dtypes:
+        return None
+    return q.to(wanted), k.to(wanted), v.to(wanted)
