@@ -29,6 +29,7 @@ from flashtile.kernels.operands import (
     rows_view,
     scores_view,
     shared_specs,
+    tokens_spec,
     usual_layout,
     with_keys,
 )
@@ -36,9 +37,10 @@ from flashtile.kernels.tile.band import keys_of, visible_keys, whole_tiles
 from flashtile.kernels.tile.cache import load_tile, locate
 from flashtile.kernels.tile.order import row_block_of
 from flashtile.kernels.tile.results import clear_unowned, store_lse, store_rows
+from flashtile.kernels.tile.rows import load_rows
 from flashtile.kernels.tile.schedule import sequence_rows, stored_keys
 from flashtile.kernels.tile.softmax import LOG2E, join_sink, normaliser, online_step, softcapped
-from flashtile.kernels.tile.views import TokensView, band_view, row_offsets
+from flashtile.kernels.tile.views import band_view, row_offsets
 from flashtile.planner.forward_footprint import SMALLEST_PART, parts_of
 from flashtile.planner.plans import ForwardPlan
 from flashtile.problem import DTYPE_BYTES, Problem
@@ -75,10 +77,10 @@ def forward_kernel(
     real = row < seqlen_q
     b_rows = b * 0 if tokens.cu_seqlens_q is not None else b
     q_rows = row_offsets(q, b_rows, row_start + row, h)
-    q_tile = _load_rows(q.ptr, q_rows, real, D, min(HEAD_DIM, D))
+    q_tile = load_rows(q.ptr, q_rows, real, D, min(HEAD_DIM, D))
     q_rest = q_tile
     if D_REST > 0:
-        q_rest = _load_rows(q.ptr + D, q_rows, real, D_REST, HEAD_DIM - D)
+        q_rest = load_rows(q.ptr + D, q_rows, real, D_REST, HEAD_DIM - D)
     slope = 0.0
     if scores.slopes is not None:
         slope = tl.load(scores.slopes + b.to(tl.int64) * scores.slopes_stride_b + h) * LOG2E
@@ -112,13 +114,6 @@ def forward_kernel(
     store_rows(out.ptr, out_rows, real, acc * inverse, False, min(HEAD_DIM_V, DV))
     if DV_REST > 0:
         store_rows(out.ptr + DV, out_rows, real, acc_rest * inverse, False, HEAD_DIM_V - DV)
-
-
-@triton.jit
-def _load_rows(ptr, rows, real, D: tl.constexpr, DIM: tl.constexpr):
-    """[rows, D] of q, zero where there is no row or dim."""
-    d = tl.arange(0, D)
-    return tl.load(ptr + rows[:, None] + d[None, :], mask=real[:, None] & (d < DIM)[None, :], other=0.0)
 
 
 @triton.jit
@@ -210,12 +205,7 @@ def forward_spec(problem: Problem, plan: ForwardPlan, layout: Layout | None = No
             "out": rows_spec(problem, problem.dtype_out),
             **keys_specs(problem, usual_layout(problem) if layout is None else layout),
             **shared_specs(problem),
-            "tokens": TokensView(
-                Arg("*i32") if problem.ragged_q else None,
-                Arg("*i32") if problem.ragged_k else None,
-                Arg("*i32") if problem.seqused_k else None,
-                i32, i32, i32, i32,
-            ),
+            "tokens": tokens_spec(problem),
             "num_heads": i32,
             "batch": i32,
             "row_blocks": i32,
@@ -237,7 +227,7 @@ def forward_spec(problem: Problem, plan: ForwardPlan, layout: Layout | None = No
             "PRECISION": "tf32" if problem.allow_tf32 else "ieee",
         },
         options={"num_warps": plan.num_warps, "num_stages": plan.num_stages},
-    )  # fmt: skip
+    )
 
 
 def specs(problem: Problem, plan: ForwardPlan) -> tuple[Spec, ...]:

@@ -10,9 +10,19 @@ from typing import Any
 
 import torch
 
+from flashtile.band import Band
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch
 from flashtile.kernels.tile.softmax import LOG2E
-from flashtile.kernels.tile.views import BandView, KeysView, LseView, PagesView, RowsView, ScoresView, band_view
+from flashtile.kernels.tile.views import (
+    BandView,
+    KeysView,
+    LseView,
+    PagesView,
+    RowsView,
+    ScoresView,
+    TokensView,
+    band_view,
+)
 from flashtile.problem import DTYPE_BYTES, Problem
 
 FAR = 2**31  # elements that an int32 offset cannot span
@@ -31,33 +41,65 @@ def rows_spec(problem: Problem, dtype: str) -> RowsView:
 
 def keys_specs(problem: Problem, layout: Layout) -> dict[str, KeysView]:
     """k and v of a kernel that reads them by pointers."""
+    return walked_specs(problem, layout, k=problem.dtype_k, v=problem.dtype_v)
+
+
+def walked_specs(problem: Problem, layout: Layout, **dtypes: str) -> dict[str, KeysView]:
+    """Two tensors, by name, that a kernel walks tile by tile: ``layout`` is theirs."""
     far, same = layout
 
-    def keys(dtype: str, own_strides: bool) -> KeysView:
+    def walked(dtype: str, own_strides: bool) -> KeysView:
         pointer = Arg("*" + TRITON_DTYPES[dtype], problem.alignment)
         if not own_strides:
             return KeysView(pointer, None, None, None)
         reach = Arg("i64" if far else "i32", divisor(problem, dtype))
         return KeysView(pointer, reach, reach, Arg("i64", divisor(problem, dtype)))
 
-    return {"k": keys(problem.dtype_k, True), "v": keys(problem.dtype_v, not same)}
+    return {name: walked(dtype, i == 0 or not same) for i, (name, dtype) in enumerate(dtypes.items())}
 
 
 def shared_specs(problem: Problem) -> dict[str, Any]:
-    """Parameters that every kernel has: lse, pages, scores, band and sinks, None where the problem is without."""
+    """Parameters that every kernel over keys in a cache has: lse, pages, scores, band and sinks, None where the problem is without."""
     i32, i64 = Arg("i32"), Arg("i64")
     return {
-        "lse": LseView(Arg("*fp32"), i64, i64, i64) if problem.lse else LseView(None, None, None, None),
+        "lse": lse_spec() if problem.lse else LseView(None, None, None, None),
         "pages": PagesView(Arg("*i32"), i64, i32) if problem.page_size else PagesView(None, None, None),
-        "scores": ScoresView(
-            Arg("fp32"),
-            Arg("fp32") if problem.softcap else None,
-            Arg("*fp32") if problem.alibi else None,
-            i64 if problem.alibi else None,
-        ),
-        "band": BandView(*(None if side is None else i32 for side in band_view(problem.band))),
+        "scores": scores_spec(problem),
+        "band": band_spec(problem.band),
         "sinks": Arg("*fp32") if problem.sinks else None,
     }
+
+
+def lse_spec() -> LseView:
+    """lse, or another float32 number a row."""
+    i64 = Arg("i64")
+    return LseView(Arg("*fp32"), i64, i64, i64)
+
+
+def scores_spec(problem: Problem) -> ScoresView:
+    """What happens to q.k."""
+    return ScoresView(
+        Arg("fp32"),
+        Arg("fp32") if problem.softcap else None,
+        Arg("*fp32") if problem.alibi else None,
+        Arg("i64") if problem.alibi else None,
+    )
+
+
+def band_spec(band: Band) -> BandView:
+    """A band's sides, None where they are unbounded."""
+    return BandView(*(None if side is None else Arg("i32") for side in band_view(band)))
+
+
+def tokens_spec(problem: Problem) -> TokensView:
+    """What a forward or backward call knows of its sequences."""
+    i32 = Arg("i32")
+    return TokensView(
+        Arg("*i32") if problem.ragged_q else None,
+        Arg("*i32") if problem.ragged_k else None,
+        Arg("*i32") if problem.seqused_k else None,
+        i32, i32, i32, i32,
+    )  # fmt: skip
 
 
 def divisor(problem: Problem, dtype: str) -> int:

@@ -46,16 +46,29 @@ def sequence_keys(lengths, b):
 
 
 @triton.jit
-def stored_keys(tokens, b):
-    """(first key of sequence b within its view of k, its number of keys), of a TokensView."""
-    start = b * 0
-    seqlen_k = tokens.seqlen_k
+def key_room(tokens, b):
+    """(first key of sequence b within its view of k, the keys that it has room for), of a TokensView."""
     if tokens.cu_seqlens_k is not None:
         start = tl.minimum(tl.maximum(tl.load(tokens.cu_seqlens_k + b), 0), tokens.total_k)
-        seqlen_k = tl.minimum(tl.maximum(tl.load(tokens.cu_seqlens_k + b + 1), start), tokens.total_k) - start
+        end = tl.minimum(tl.maximum(tl.load(tokens.cu_seqlens_k + b + 1), start), tokens.total_k)
+        return start, end - start
+    else:
+        return b * 0, tokens.seqlen_k
+
+
+@triton.jit
+def stored_keys(tokens, b):
+    """(first key of sequence b within its view of k, its number of keys), of a TokensView."""
+    start, seqlen_k = key_room(tokens, b)
     if tokens.seqused_k is not None:
         seqlen_k = tl.minimum(tl.maximum(tl.load(tokens.seqused_k + b), 0), seqlen_k)
     return start, seqlen_k
+
+
+@triton.jit
+def owned_keys(tokens, batch):
+    """Rows of a packed k that belong to a sequence: those beyond are nobody's."""
+    return tl.minimum(tl.maximum(tl.load(tokens.cu_seqlens_k + batch), 0), tokens.total_k)
 
 
 @triton.jit

@@ -1,0 +1,64 @@
+"""Gradients through softmax, from scores that are computed again and the forward's lse. One orientation or the other: shapes broadcast.
+
+With P = exp(s - lse), dP = dO V^T and delta = rowsum(out * dout) - dlse, the gradient of the scores is P * (dP - delta).
+Source: FlashAttention-2 (Dao 2023), algorithm 2.
+"""
+
+import triton
+import triton.language as tl
+
+from flashtile.kernels.tile.softmax import LOG2E, softcapped
+
+
+@triton.jit
+def load_statistics(lse, delta, b, h, row, inside):
+    """(rows,) lse in base 2, and delta. ``inside`` is None where every row is known to exist.
+
+    A row that does not exist, or that saw no key, gets the lse inf: its probabilities are 0.
+    """
+    lse_at = lse.ptr + b.to(tl.int64) * lse.stride_b + h.to(tl.int64) * lse.stride_h + row.to(tl.int64) * lse.stride_m
+    delta_at = delta.ptr + b.to(tl.int64) * delta.stride_b + h.to(tl.int64) * delta.stride_h + row.to(tl.int64) * delta.stride_m
+    if inside is None:
+        natural = tl.load(lse_at)
+        row_delta = tl.load(delta_at)
+    else:
+        natural = tl.load(lse_at, mask=inside, other=float("-inf"))
+        row_delta = tl.load(delta_at, mask=inside, other=0.0)
+    return tl.where(natural == float("-inf"), float("inf"), natural * LOG2E), row_delta
+
+
+@triton.jit
+def slope_of(scores, b, h):
+    """The head's ALiBi slope in base 2; 0 where there is none."""
+    if scores.slopes is not None:
+        return tl.load(scores.slopes + b.to(tl.int64) * scores.slopes_stride_b + h.to(tl.int64)) * LOG2E
+    else:
+        return 0.0
+
+
+@triton.jit
+def probabilities(s, scores, slope, distance, visible, lse_log2):
+    """P of a tile of products q.k, and its scores behind the softcap (base 2). ``visible`` is None where nothing is masked.
+
+    ``distance`` is key - query position, ``slope`` the head's, in base 2; ``lse_log2`` broadcasts over the tile.
+    """
+    capped = s * scores.scale_log2
+    if scores.softcap is not None:
+        capped = softcapped(capped, scores.softcap * LOG2E)
+    s = capped
+    if scores.slopes is not None:
+        s = s - slope * tl.abs(distance).to(tl.float32)
+    if visible is not None:
+        s = tl.where(visible, s, float("-inf"))
+    return tl.exp2(s - lse_log2), capped
+
+
+@triton.jit
+def score_gradients(p, dp, delta, capped, scores):
+    """Gradients of the products q.k, short of the scale: ``delta`` broadcasts over the tile."""
+    ds = p * (dp - delta)
+    if scores.softcap is not None:
+        # of cap * tanh(x / cap) by x
+        tanh = capped / (scores.softcap * LOG2E)
+        ds = ds * (1.0 - tanh * tanh)
+    return ds
