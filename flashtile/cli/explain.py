@@ -12,14 +12,16 @@ import typer
 from flashtile.cli import shape
 from flashtile.cli.output import console, plan_words, print_json, table
 from flashtile.errors import ToolchainError
+from flashtile.planner.backward_alternatives import BackwardAlternative
+from flashtile.planner.backward_explain import BackwardExplanation
 from flashtile.planner.catalog import module_of
-from flashtile.planner.choose import plan_decode, plan_forward
+from flashtile.planner.choose import plan_backward, plan_decode, plan_forward
 from flashtile.planner.device import Device
 from flashtile.planner.explain import Alternative, Explanation
 from flashtile.planner.explain import explain as explain_plan
 from flashtile.planner.forward_alternatives import ForwardAlternative
 from flashtile.planner.forward_explain import ForwardExplanation
-from flashtile.planner.plans import Plan
+from flashtile.planner.plans import BackwardPlan, Plan
 from flashtile.problem import Problem
 
 if TYPE_CHECKING:
@@ -55,15 +57,9 @@ def explain(
         batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads=heads, kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v,
         dtype=dtype, page_size=page_size, window=window, causal=causal, softcap=softcap, alibi=alibi, sinks=sinks,
     )  # fmt: skip
-    plan: Plan
-    if operation is shape.Operation.decode:
-        plan = plan_decode(problem, figures, block_m=block_m, num_splits=num_splits)
-    elif num_splits is None:
-        plan = plan_forward(problem, figures, block_m=block_m)
-    else:
-        raise typer.BadParameter("forward splits no keys.", param_hint="--num-splits")
-    facts = _compile(problem, plan, figures) if compiles else None
-    explanation = explain_plan(problem, figures, plan, compiled=facts)
+    plan = _plan(operation, problem, figures, block_m, num_splits)
+    facts = _compile(problem, plan, figures) if compiles else ()
+    explanation = explain_plan(problem, figures, plan, compiled=facts or None)
     notes = [f"The figures are {basis}."]
     if problem.seqlen_k != seqlen_k:
         notes.append(f"{seqlen_k} keys are planned as {problem.seqlen_k}: in steps, so that a growing cache is rarely planned anew.")
@@ -75,36 +71,56 @@ def explain(
         _render(explanation, notes, facts)
 
 
-def _compile(problem: Problem, plan: Plan, device: Device) -> CompiledFacts:
+def _plan(operation: shape.Operation, problem: Problem, figures: Device, block_m: int | None, num_splits: int | None) -> Plan:
+    if operation is shape.Operation.decode:
+        return plan_decode(problem, figures, block_m=block_m, num_splits=num_splits)
+    if num_splits is not None:
+        raise typer.BadParameter(f"{operation.value} splits no keys.", param_hint="--num-splits")
+    if operation is shape.Operation.forward:
+        return plan_forward(problem, figures, block_m=block_m)
+    if block_m is not None:
+        raise typer.BadParameter("backward has two passes, each with its own tile.", param_hint="--block-m")
+    return plan_backward(problem, figures)
+
+
+def _compile(problem: Problem, plan: Plan, device: Device) -> tuple[CompiledFacts, ...]:
+    """What a compiler makes of the plan's kernel; of both passes, over keys and over queries, where it is a backward plan."""
     if not device.is_gpu:
         raise typer.BadParameter(f"nothing is compiled for {device.name}; name a GPU with --device.", param_hint="--compile")
     if find_spec("triton") is None:
         raise ToolchainError("--compile: expected Triton, got none. Install it (on Linux: pip install triton), or leave --compile out.")
     from flashtile.kernels.compiled import compile_facts
 
-    return compile_facts(import_module(module_of(plan.kernel)).specs(problem, plan)[0], device.arch)
+    specs = import_module(module_of(plan.kernel)).specs(problem, plan)
+    kept = specs[1:3] if isinstance(plan, BackwardPlan) else specs[:1]  # a backward's first kernel computes delta
+    return tuple(compile_facts(spec, device.arch) for spec in kept)
 
 
-def _facts_json(facts: CompiledFacts | None) -> dict[str, Any] | None:
-    if facts is None:
-        return None
-    return {
-        "arch": facts.arch,
-        "registers": facts.registers,
-        "spilled_bytes": facts.spilled_bytes,
-        "shared_bytes": facts.shared_bytes,
-        "mma": facts.mma or None,
-        "warps_per_cta": list(facts.warps_per_cta),
-    }
+def _facts_json(facts: tuple[CompiledFacts, ...]) -> dict[str, Any] | list[dict[str, Any]] | None:
+    """One kernel's facts, a list where there are several."""
+    found = [
+        {
+            "arch": one.arch,
+            "registers": one.registers,
+            "spilled_bytes": one.spilled_bytes,
+            "shared_bytes": one.shared_bytes,
+            "mma": one.mma or None,
+            "warps_per_cta": list(one.warps_per_cta),
+        }
+        for one in facts
+    ]
+    return found if len(found) > 1 else found[0] if found else None
 
 
-def _render(explanation: Explanation | ForwardExplanation, notes: list[str], facts: CompiledFacts | None) -> None:
+def _render(
+    explanation: Explanation | ForwardExplanation | BackwardExplanation, notes: list[str], facts: tuple[CompiledFacts, ...]
+) -> None:
     for line in [*notes, *plan_words(explanation)]:
         console.print(line, markup=False, highlight=False)
-    if facts is not None:
+    for one in facts:
         console.print(
-            f"Compiled for {facts.arch}: {facts.registers} registers a thread, {facts.spilled_bytes} bytes spilled, "
-            f"{facts.shared_bytes} bytes of shared memory, matrix instruction {facts.mma or 'none'}.",
+            f"Compiled for {one.arch}: {one.registers} registers a thread, {one.spilled_bytes} bytes spilled, "
+            f"{one.shared_bytes} bytes of shared memory, matrix instruction {one.mma or 'none'}.",
             markup=False,
             highlight=False,
         )
@@ -118,7 +134,9 @@ def _render(explanation: Explanation | ForwardExplanation, notes: list[str], fac
     console.print(others)
 
 
-def _tile_name(other: Alternative | ForwardAlternative, owner: str) -> str:
+def _tile_name(other: Alternative | ForwardAlternative | BackwardAlternative, owner: str) -> str:
+    if isinstance(other, BackwardAlternative):
+        return f"{other.owned} {other.owner}{owner}"
     if isinstance(other, ForwardAlternative):
         return f"{other.block_m}{owner}"
     return f"{other.block_m}{' swapped' if other.swapped else ''}{owner}{f' ({other.label})' if other.label else ''}"

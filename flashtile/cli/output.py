@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from flashtile.planner.backward_explain import BackwardExplanation
 from flashtile.planner.explain import Explanation
 from flashtile.planner.forward_explain import ForwardExplanation
 
@@ -45,6 +46,6 @@ def microseconds(seconds: float) -> str:
     return f"{us / 1e3:.3g} ms" if us < 1e6 else f"{us / 1e6:.3g} s"
 
 
-def plan_words(explanation: Explanation | ForwardExplanation) -> list[str]:
+def plan_words(explanation: Explanation | ForwardExplanation | BackwardExplanation) -> list[str]:
     """The plan in sentences, without those about other tiles: they stand in a table or are left out."""
     return [line for line in explanation.lines() if not line.startswith("Not ")]

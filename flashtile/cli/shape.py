@@ -17,6 +17,7 @@ from flashtile.rounding import length_bucket, query_bucket
 class Operation(str, Enum):
     decode = "decode"
     forward = "forward"
+    backward = "backward"
 
 
 class Dtype(str, Enum):
@@ -41,10 +42,12 @@ def parse_window(text: str) -> tuple[int | None, int | None]:
 
 
 DeviceName = Annotated[str | None, typer.Option("--device", help="By name: h200, a100, t4, cpu. Default: the GPU here, else h200.")]
-OperationName = Annotated[Operation, typer.Argument(help="decode: few queries over a cache. forward: prefill and training.")]
+OperationName = Annotated[
+    Operation, typer.Argument(help="decode: few queries over a cache. forward: prefill and training. backward: its gradients.")
+]
 SeqlenQ = Annotated[
     int | None,
-    typer.Option("--seqlen-q", min=0, help="Queries a sequence. Default: 1; forward, as many as keys."),
+    typer.Option("--seqlen-q", min=0, help="Queries a sequence. Default: 1; forward and backward, as many as keys."),
 ]
 Heads = Annotated[int, typer.Option("--heads", min=1, help="Query heads.")]
 KvHeads = Annotated[int, typer.Option("--kv-heads", min=1, help="Key heads.")]
@@ -80,13 +83,13 @@ def make_problem(
     sinks: bool,
 ) -> Problem:
     """The problem of a call with these shapes; lengths are rounded up to buckets, as a call's are."""
-    forward = operation is Operation.forward
+    decodes = operation is Operation.decode
     if seqlen_q is None:
-        seqlen_q = seqlen_k if forward else 1
+        seqlen_q = 1 if decodes else seqlen_k
     return Problem(
         operation=operation.value,
         batch=batch,
-        seqlen_q=query_bucket(seqlen_q) if forward else seqlen_q,
+        seqlen_q=seqlen_q if decodes else query_bucket(seqlen_q),
         seqlen_k=length_bucket(seqlen_k),
         num_heads_q=heads,
         num_heads_kv=kv_heads,
@@ -97,6 +100,7 @@ def make_problem(
         softcap=softcap,
         alibi=alibi,
         sinks=sinks,
+        lse=operation is Operation.backward,
         page_size=page_size,
     )
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from flashtile.errors import ArgumentError, message
+from flashtile.planner.backward_explain import BackwardExplanation, explain_backward
 from flashtile.planner.catalog import CPU, kernels_of
 from flashtile.planner.choose import plan_decode, plan_for_tile
 from flashtile.planner.cost import Cost, Work, cost_of, iteration_us, row_blocks_of, work_of
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import Footprint, footprint_of, mma_name, programs_that_fit
 from flashtile.planner.forward_explain import ForwardExplanation, explain_forward
-from flashtile.planner.plans import BLOCK_MS, DecodePlan, ForwardPlan, Plan
+from flashtile.planner.plans import BLOCK_MS, BackwardPlan, DecodePlan, ForwardPlan, Plan
 from flashtile.planner.rules import TILE_GAIN_PERCENT, TILE_RULES, by_predicted_time, fitting_tiles, why_none_fits
 from flashtile.planner.tiles import LIMITS, Tile, Variant, variant_name, variants_in_words
 from flashtile.planner.wording import ASKED, Compiled, OtherKernel, chooser, counted
@@ -77,20 +78,30 @@ class Explanation:
 
 
 def explain(
-    problem: Problem, device: Device, plan: Plan | None = None, *, compiled: Compiled | None = None
-) -> Explanation | ForwardExplanation:
+    problem: Problem, device: Device, plan: Plan | None = None, *, compiled: Compiled | Sequence[Compiled] | None = None
+) -> Explanation | ForwardExplanation | BackwardExplanation:
     """Explains a plan of the problem's operation, by default the one that the planner chooses.
 
-    ``compiled`` replaces the estimates of registers and shared memory by a compiler's. Raises UnsupportedError for a plan
-    that cannot run, ArgumentError for one of another operation.
+    ``compiled`` replaces the estimates of registers and shared memory by a compiler's; a backward plan has two, of the pass over
+    keys and of that over queries. Raises UnsupportedError for a plan that cannot run, ArgumentError for one of another operation.
     """
+    facts = () if compiled is None else tuple(compiled) if isinstance(compiled, Sequence) else (compiled,)
+    if problem.operation == "backward":
+        if not isinstance(plan, BackwardPlan | None):
+            raise _of_another("BackwardPlan", "plan_backward", plan)
+        return explain_backward(problem, device, plan, compiled=(facts[0], facts[1]) if facts else None)
+    first = facts[0] if facts else None
     if problem.operation == "forward":
         if not isinstance(plan, ForwardPlan | None):
-            raise ArgumentError(message("plan", "a ForwardPlan", f"a {type(plan).__name__}", "plan_forward makes one."))
-        return explain_forward(problem, device, plan, compiled=compiled)
+            raise _of_another("ForwardPlan", "plan_forward", plan)
+        return explain_forward(problem, device, plan, compiled=first)
     if not isinstance(plan, DecodePlan | None):
-        raise ArgumentError(message("plan", "a DecodePlan", f"a {type(plan).__name__}", "plan_decode makes one."))
-    return explain_decode(problem, device, plan, compiled=compiled)
+        raise _of_another("DecodePlan", "plan_decode", plan)
+    return explain_decode(problem, device, plan, compiled=first)
+
+
+def _of_another(expected: str, maker: str, plan: Plan) -> ArgumentError:
+    return ArgumentError(message("plan", f"a {expected}", f"a {type(plan).__name__}", f"{maker} makes one."))
 
 
 def explain_decode(problem: Problem, device: Device, plan: DecodePlan | None = None, *, compiled: Compiled | None = None) -> Explanation:

@@ -18,7 +18,7 @@ from flashtile.planner.forward_footprint import forward_footprint, forward_mma_n
 from flashtile.planner.forward_work import TileKinds, row_tiles, tile_kinds
 from flashtile.planner.plans import ForwardPlan
 from flashtile.planner.walk_cost import WalkCost
-from flashtile.planner.wording import Compiled, OtherKernel, chooser, counted
+from flashtile.planner.wording import Compiled, OtherKernel, chooser, counted, head_dims_in_words, mask_in_words
 from flashtile.problem import Problem
 
 FEW_TILES_PERCENT = 50  # row tiles in percent of the SMs below which most of the device idles, and decode may be faster: it splits keys
@@ -163,8 +163,8 @@ def _lines(e: ForwardExplanation) -> Iterator[str]:
     plan, problem, device = e.plan, e.problem, e.device
     queries = "1 query" if problem.seqlen_q == 1 else f"{problem.seqlen_q} queries"
     yield (
-        f"{problem.batch} x {queries} over {problem.seqlen_k} keys ({_band(problem)}), "
-        f"{problem.num_heads_q}/{problem.num_heads_kv} heads, head dim {_head_dims(problem)}, {problem.dtype_k} on {device.name}: "
+        f"{problem.batch} x {queries} over {problem.seqlen_k} keys ({mask_in_words(problem)}), "
+        f"{problem.num_heads_q}/{problem.num_heads_kv} heads, head dim {head_dims_in_words(problem)}, {problem.dtype_k} on {device.name}: "
         f"kernel {plan.kernel}, chosen by {chooser(plan)}."
     )
     if device.is_gpu:
@@ -199,18 +199,3 @@ def _lines(e: ForwardExplanation) -> Iterator[str]:
     for other in e.alternatives:
         owner = "" if other.kernel == plan.kernel else f" of {other.kernel}"
         yield f"Not block_m {other.block_m}{owner}: {other.why}."
-
-
-def _band(problem: Problem) -> str:
-    """The mask in words: "full", "causal", "window 1023, 0"."""
-    band = problem.band
-    if band.is_full:
-        return "full"
-    if band.left is None and band.right == 0:
-        return "causal"
-    left, right = ("unbounded" if side is None else str(side) for side in (band.left, band.right))
-    return f"window {left}, {right}"
-
-
-def _head_dims(problem: Problem) -> str:
-    return str(problem.head_dim) if problem.head_dim == problem.head_dim_v else f"{problem.head_dim} and {problem.head_dim_v}"

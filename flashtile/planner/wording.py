@@ -7,6 +7,7 @@ from typing import Protocol
 
 from flashtile.planner.plans import Plan
 from flashtile.planner.walk_cost import WalkCost
+from flashtile.problem import Problem
 
 ASKED = {"explicit": "the plan was asked for", "tuned": "a measurement overruled the model"}
 
@@ -40,6 +41,22 @@ def chooser(plan: Plan) -> str:
 def counted(number: int, noun: str) -> str:
     """A number with its noun: "1 program", "4 programs"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def mask_in_words(problem: Problem) -> str:
+    """The mask: "full", "causal", "window 1023, 0"."""
+    band = problem.band
+    if band.is_full:
+        return "full"
+    if band.left is None and band.right == 0:
+        return "causal"
+    left, right = ("unbounded" if side is None else str(side) for side in (band.left, band.right))
+    return f"window {left}, {right}"
+
+
+def head_dims_in_words(problem: Problem) -> str:
+    """The head dim, or both where the values' is another."""
+    return str(problem.head_dim) if problem.head_dim == problem.head_dim_v else f"{problem.head_dim} and {problem.head_dim_v}"
 
 
 def why_slower(cost: WalkCost, its: WalkCost, tiles: int, its_tiles: int, owned: str, walked: str) -> str:

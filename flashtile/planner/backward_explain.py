@@ -1,0 +1,222 @@
+"""A backward plan in words and numbers: both passes, what limits them, and why each other tile lost. Needs no GPU and no Triton."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from flashtile.planner.backward_alternatives import BackwardAlternative, backward_alternatives, backward_kernels_passed_over
+from flashtile.planner.backward_cost import backward_bytes, backward_cost, backward_flops, backward_roofline_us
+from flashtile.planner.backward_footprint import pass_footprint, pass_mma_name
+from flashtile.planner.backward_tiles import Owner, PassTile, pass_tiles
+from flashtile.planner.backward_work import owned_tiles, seen_by
+from flashtile.planner.choose import plan_backward
+from flashtile.planner.device import Device
+from flashtile.planner.footprint import Footprint, programs_that_fit
+from flashtile.planner.forward_work import TileKinds, tile_kinds
+from flashtile.planner.plans import BackwardPlan
+from flashtile.planner.walk_cost import WalkCost
+from flashtile.planner.wording import Compiled, OtherKernel, chooser, counted, head_dims_in_words, mask_in_words
+from flashtile.problem import Problem
+
+
+@dataclass(frozen=True)
+class PassExplanation:
+    """One pass explained. Bytes and microseconds.
+
+    ``tiles`` of ``owned`` keys or queries are those of all sequences and heads; ``walked_tiles`` are steps of all of them together,
+    ``masked_tiles`` of them with a mask. ``waves`` is tiles over SMs; ``tail_tiles`` are those of the last, unfilled wave.
+    """
+
+    owner: Owner
+    owned: int
+    step: int
+    mma: str
+    tiles: int
+    rows_wasted: int
+    walked_tiles: int
+    masked_tiles: int
+    programs_per_sm: int
+    waves: float
+    full_waves: int
+    tail_tiles: int
+    shared_memory: int
+    registers: int
+    spilled_bytes: int | None
+    cost: WalkCost
+    predicted_us: float
+    limiter: str
+
+    @property
+    def masked_share(self) -> float:
+        """Share of the walked tiles that need a mask."""
+        return self.masked_tiles / self.walked_tiles if self.walked_tiles else 0.0
+
+
+@dataclass(frozen=True)
+class BackwardExplanation:
+    """One backward plan explained. Bytes, FLOP and microseconds; ``limiter`` is that of the longer pass."""
+
+    problem: Problem
+    device: Device
+    plan: BackwardPlan
+    keys: PassExplanation
+    queries: PassExplanation
+    delta_us: float
+    is_compiled: bool
+    bytes_moved: int
+    flops: int
+    intensity: float
+    roofline_matrix_us: float
+    roofline_exp_us: float
+    roofline_memory_us: float
+    predicted_us: float
+    limiter: str
+    alternatives: tuple[BackwardAlternative, ...]
+    other_kernels: tuple[OtherKernel, ...]
+
+    @property
+    def roofline_us(self) -> float:
+        """What the device needs at least."""
+        return max(self.roofline_matrix_us, self.roofline_exp_us, self.roofline_memory_us)
+
+    @property
+    def tflops(self) -> float:
+        """Predicted 1e12 FLOP a second."""
+        return self.flops / self.predicted_us * 1e-6 if self.predicted_us else 0.0
+
+    def to_json(self) -> str:
+        """Everything as JSON text; the passes' costs by cause."""
+        data: dict[str, Any] = asdict(self)
+        for one in (self.keys, self.queries):
+            data[one.owner] |= {"cost": one.cost._asdict(), "masked_share": one.masked_share}
+        data |= {"roofline_us": self.roofline_us, "tflops": self.tflops}
+        return json.dumps(data, sort_keys=True)
+
+    def lines(self) -> list[str]:
+        """Plain sentences for a person."""
+        return [*_lines(self)]
+
+
+def explain_backward(
+    problem: Problem, device: Device, plan: BackwardPlan | None = None, *, compiled: tuple[Compiled, Compiled] | None = None
+) -> BackwardExplanation:
+    """Explains a backward plan, by default the one that the planner chooses.
+
+    ``compiled`` replaces the estimates of both passes, over keys and over queries, by a compiler's findings. Raises
+    UnsupportedError for a plan that cannot run.
+    """
+    plan = plan_backward(problem, device, plan=plan)
+    tiles = pass_tiles(plan)
+    facts = compiled or (None, None)
+    footprints = (_footprint(problem, tiles[0], device, facts[0]), _footprint(problem, tiles[1], device, facts[1]))
+    cost = backward_cost(problem, tiles, footprints, device)
+    keys = _pass(problem, tiles[0], footprints[0], cost.keys, device, facts[0])
+    queries = _pass(problem, tiles[1], footprints[1], cost.queries, device, facts[1])
+    flops, moved = backward_flops(problem), backward_bytes(problem)
+    matrix_us, exp_us, memory_us = backward_roofline_us(problem, device)
+    return BackwardExplanation(
+        problem=problem,
+        device=device,
+        plan=plan,
+        keys=keys,
+        queries=queries,
+        delta_us=cost.delta_us,
+        is_compiled=compiled is not None,
+        bytes_moved=moved,
+        flops=flops,
+        intensity=flops / moved if moved else 0.0,
+        roofline_matrix_us=matrix_us,
+        roofline_exp_us=exp_us,
+        roofline_memory_us=memory_us,
+        predicted_us=cost.total_us,
+        limiter=max(keys, queries, key=lambda one: one.predicted_us).limiter,
+        alternatives=tuple(backward_alternatives(problem, device, plan, cost)) if device.is_gpu else (),
+        other_kernels=tuple(backward_kernels_passed_over(problem, device, plan)),
+    )
+
+
+def _footprint(problem: Problem, tile: PassTile, device: Device, compiled: Compiled | None) -> Footprint:
+    footprint = pass_footprint(problem, tile, device)
+    if compiled is None:
+        return footprint
+    resident = min(footprint.resident, programs_that_fit(compiled.shared_bytes, compiled.registers, tile.num_warps, device))
+    return footprint._replace(shared_memory=compiled.shared_bytes, registers=compiled.registers, resident=resident)
+
+
+def _pass(
+    problem: Problem, tile: PassTile, footprint: Footprint, cost: WalkCost, device: Device, compiled: Compiled | None
+) -> PassExplanation:
+    seen = seen_by(problem, tile.owner)
+    tiles = owned_tiles(problem, tile)
+    walks = problem.batch * problem.num_heads_q  # each query head of a group is walked by itself
+    kinds = tile_kinds(seen, tile.owned, tile.step) if device.is_gpu else TileKinds(0, 0)
+    return PassExplanation(
+        owner=tile.owner,
+        owned=tile.owned,
+        step=tile.step,
+        mma=(compiled.mma if compiled else "") or pass_mma_name(problem, tile, device),
+        tiles=tiles,
+        rows_wasted=-seen.seqlen_q % tile.owned,
+        walked_tiles=walks * kinds.walked,
+        masked_tiles=walks * kinds.masked,
+        programs_per_sm=footprint.resident,
+        waves=tiles / device.num_sms,
+        full_waves=tiles // device.num_sms,
+        tail_tiles=tiles % device.num_sms,
+        shared_memory=footprint.shared_memory,
+        registers=footprint.registers,
+        spilled_bytes=compiled.spilled_bytes if compiled else None,
+        cost=cost,
+        predicted_us=cost.total_us,
+        limiter=cost.limiter,
+    )
+
+
+def _lines(e: BackwardExplanation) -> Iterator[str]:
+    plan, problem, device = e.plan, e.problem, e.device
+    queries = "1 query" if problem.seqlen_q == 1 else f"{problem.seqlen_q} queries"
+    yield (
+        f"Gradients of {problem.batch} x {queries} over {problem.seqlen_k} keys ({mask_in_words(problem)}), "
+        f"{problem.num_heads_q}/{problem.num_heads_kv} heads, head dim {head_dims_in_words(problem)}, {problem.dtype_k} on {device.name}: "
+        f"kernel {plan.kernel}, chosen by {chooser(plan)}."
+    )
+    if device.is_gpu:
+        for tile, one in zip(pass_tiles(plan), (e.keys, e.queries)):
+            yield from _pass_lines(tile, one, device, e.is_compiled)
+    yield (
+        f"Work: {e.flops / 1e9:.2f} GFLOP (2.5 times the forward's), {e.bytes_moved / 1e6:.1f} MB, {e.intensity:.0f} FLOP a byte; "
+        f"roofline {e.roofline_us:.1f} us "
+        f"(matrix {e.roofline_matrix_us:.1f}, exp {e.roofline_exp_us:.1f}, memory {e.roofline_memory_us:.1f})."
+    )
+    parts = f"delta {e.delta_us:.1f}, dK and dV {e.keys.predicted_us:.1f}, dQ {e.queries.predicted_us:.1f}"
+    parts = f" ({parts})" if device.is_gpu else ""
+    yield f"Limited by {e.limiter}: predicted {e.predicted_us:.1f} us, {e.tflops:.1f} TFLOP/s{parts}."
+    for kernel in e.other_kernels:
+        yield f"Not kernel {kernel.kernel}: {'; '.join(kernel.reasons)}."
+    for other in e.alternatives:
+        owner = "" if other.kernel == plan.kernel else f" of {other.kernel}"
+        yield f"Not {other.owned} {other.owner} a program{owner}: {other.why}."
+
+
+def _pass_lines(tile: PassTile, one: PassExplanation, device: Device, is_compiled: bool) -> Iterator[str]:
+    name, walked = ("dK and dV", "queries") if one.owner == "keys" else ("dQ", "keys")
+    yield (
+        f"Pass over {one.owner} ({name}): {one.owned} {one.owner} a program, {one.step} {walked} a step, "
+        f"{counted(tile.num_warps, 'warp')}, {counted(tile.num_stages, 'stage')}; "
+        f"{one.rows_wasted} {one.owner} of a head's last tile empty; products by {one.mma}."
+    )
+    source = "as compiled" if is_compiled else "estimated"
+    spilled = f", {one.spilled_bytes} bytes spilled" if is_compiled else ""
+    yield (
+        f"  Footprint ({source}): {one.shared_memory} of {device.smem_per_block} bytes of shared memory, "
+        f"{one.registers} registers a thread{spilled}; {counted(one.programs_per_sm, 'program')} an SM."
+    )
+    yield (
+        f"  Schedule: {counted(one.tiles, 'tile')} of {one.owner} on {device.num_sms} SMs: {counted(one.full_waves, 'full wave')} "
+        f"and a tail of {counted(one.tail_tiles, 'tile')}; {100 * one.masked_share:.1f}% of {one.walked_tiles} tiles of {walked} masked."
+    )
+    parts = ", ".join(f"{cause.removesuffix('_us')} {value:.1f}" for cause, value in one.cost._asdict().items())
+    yield f"  Limited by {one.limiter}: predicted {one.predicted_us:.1f} us ({parts})."
