@@ -9,7 +9,7 @@ from __future__ import annotations
 from flashtile.planner.backward_tiles import PassTile
 from flashtile.planner.device import Device
 from flashtile.planner.figures import Mma
-from flashtile.planner.footprint import Footprint, instruction_for, programs_that_fit
+from flashtile.planner.footprint import Footprint, instruction_for, instruction_in_words, programs_that_fit
 from flashtile.planner.forward_footprint import held_dim
 from flashtile.problem import DTYPE_BYTES, Problem
 
@@ -34,13 +34,8 @@ def pass_mma(problem: Problem, tile: PassTile, device: Device) -> Mma | None:
 
 
 def pass_mma_name(problem: Problem, tile: PassTile, device: Device) -> str:
-    """The instruction as people write it ("wgmma m64n64k16")."""
-    if not device.is_gpu:
-        return "torch's CPU kernels"
-    mma = pass_mma(problem, tile, device)
-    if mma is None:
-        return "FMA on the vector units"
-    return f"{mma.name} m{mma.m}n{tile.step if mma.warps > 1 else mma.n}k{mma.k}"
+    """``instruction_in_words`` of a pass's products."""
+    return instruction_in_words(pass_mma(problem, tile, device), tile.step, device)
 
 
 def pass_shared_memory(problem: Problem, tile: PassTile, device: Device) -> int:
@@ -78,11 +73,6 @@ def pass_registers(problem: Problem, tile: PassTile, device: Device) -> int:
 def _features(problem: Problem) -> int:
     """How many features a kernel carries that take registers of their own."""
     return problem.softcap + problem.alibi + problem.ragged_q
-
-
-def pass_registers_limit(tile: PassTile, device: Device) -> int:
-    """Registers that the device can give each thread."""
-    return min(device.architecture.max_regs_per_thread, device.regs_per_sm // (tile.num_warps * device.warp_size))
 
 
 def pass_footprint(problem: Problem, tile: PassTile, device: Device) -> Footprint:

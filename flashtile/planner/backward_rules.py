@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from flashtile.planner.backward_cost import pass_cost
-from flashtile.planner.backward_footprint import pass_footprint, pass_mma, pass_registers, pass_registers_limit, pass_shared_memory
+from flashtile.planner.backward_footprint import pass_footprint, pass_mma, pass_registers, pass_shared_memory
 from flashtile.planner.backward_tiles import (
     BACKWARD_LIMITS,
     OWNERS,
@@ -23,12 +23,11 @@ from flashtile.planner.backward_tiles import (
 )
 from flashtile.planner.backward_work import owned_tiles, seen_by
 from flashtile.planner.device import Device
-from flashtile.planner.footprint import Footprint
+from flashtile.planner.footprint import Footprint, registers_limit
 from flashtile.planner.plans import BackwardPlan
+from flashtile.planner.ranges import MAX_GRID_X, beyond, beyond_powers, beyond_warps
 from flashtile.problem import Problem
 
-MAX_GRID_X = 2**31 - 1
-MAX_THREADS = 1024
 OWNED_GAIN_PERCENT = 8  # what a tile that owns less must gain: less is within the model's error
 
 Fit = tuple[PassTile, Footprint]
@@ -55,16 +54,12 @@ def _malformed(tile: PassTile, device: Device) -> list[str]:
     limits: BackwardLimits = BACKWARD_LIMITS[tile.kernel]
     owned, step = ("block_n", "block_m") if tile.owner == "keys" else ("dq_block_m", "dq_block_n")
     prefix = "" if tile.owner == "keys" else "dq_"
-    reasons = []
-    for name, value, (least, most) in ((owned, tile.owned, limits.owned), (step, tile.step, limits.step)):
-        if not (_power_of_two(value) and least <= value <= most):
-            reasons.append(f"{name} {value} is not a power of two from {least} to {most}")
-    if not (_power_of_two(tile.num_warps) and tile.num_warps * device.warp_size <= MAX_THREADS):
-        reasons.append(f"{prefix}num_warps {tile.num_warps} is not a power of two of at most {MAX_THREADS // device.warp_size} warps")
-    fewest, deepest = limits.stages
-    if not fewest <= tile.num_stages <= deepest:
-        reasons.append(f"{prefix}num_stages {tile.num_stages} is not within {fewest} and {deepest}")
-    return reasons
+    return [
+        *beyond_powers(owned, tile.owned, limits.owned),
+        *beyond_powers(step, tile.step, limits.step),
+        *beyond_warps(f"{prefix}num_warps", tile.num_warps, device),
+        *beyond(f"{prefix}num_stages", tile.num_stages, limits.stages),
+    ]
 
 
 def pass_misfits(problem: Problem, tile: PassTile, device: Device) -> list[str]:
@@ -77,7 +72,7 @@ def pass_misfits(problem: Problem, tile: PassTile, device: Device) -> list[str]:
             f"{tile.num_stages} stages of {tile.step} {walked} beside {tile.owned} {tile.owner} take {shared} bytes of shared memory, "
             f"and a program of {device.name} has {limit}"
         )
-    registers, most = pass_registers(problem, tile, device), pass_registers_limit(tile, device)
+    registers, most = pass_registers(problem, tile, device), registers_limit(tile.num_warps, device)
     if registers > most:
         how = "" if pass_mma(problem, tile, device) else " (as FMA: it has no matrix instruction)"
         reasons.append(
@@ -153,7 +148,3 @@ def _fits(kind: Problem, device: Device, kernel: str, owner: Owner) -> Fits:
         else:
             able.append((tile, pass_footprint(kind, tile, device)))
     return Fits(tuple(able), tuple(unable))
-
-
-def _power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0

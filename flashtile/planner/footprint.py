@@ -71,16 +71,19 @@ def mma_of(problem: Problem, tile: TileShape, device: Device) -> Mma | None:
 
 
 def mma_name(problem: Problem, tile: TileShape, device: Device) -> str:
-    """The instruction as people write it ("wgmma m64n64k16"); the widest N side that a tile's scores give it."""
+    """``instruction_in_words`` of a tile's products."""
+    if device.is_gpu and tile.block_m == 1:
+        return "the vector units"
+    return instruction_in_words(mma_of(problem, tile, device), tile.block_m if tile.swapped else tile.block_n, device)
+
+
+def instruction_in_words(mma: Mma | None, columns: int, device: Device) -> str:
+    """The instruction as people write it ("wgmma m64n64k16"): its N side is as wide as the ``columns`` of the scores, where it can be."""
     if not device.is_gpu:
         return "torch's CPU kernels"
-    if tile.block_m == 1:
-        return "the vector units"
-    mma = mma_of(problem, tile, device)
     if mma is None:
         return "FMA on the vector units"
-    n = (tile.block_m if tile.swapped else tile.block_n) if mma.warps > 1 else mma.n
-    return f"{mma.name} m{mma.m}n{n}k{mma.k}"
+    return f"{mma.name} m{mma.m}n{columns if mma.warps > 1 else mma.n}k{mma.k}"
 
 
 @lru_cache(maxsize=4096)
@@ -169,8 +172,8 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
     mma = mma_of(problem, tile, device)
     if mma is None:
         base += FMA_FEATURE_REGISTERS * features_of(problem) * (tile.block_n // 32)
-        first = _fma_operands(tile.block_m, tile.block_n, dim, threads)
-        second = _fma_operands(tile.block_m, dim_v, tile.block_n, threads)
+        first = fma_operands(tile.block_m, tile.block_n, dim, threads)
+        second = fma_operands(tile.block_m, dim_v, tile.block_n, threads)
         more = tile.swapped and (tile.block_m >= 16 or device.backend == "hip")
         live = FMA_OPERANDS_LIVE * (FMA_SWAPPED_FACTOR[device.backend] if more else 1.0)
         return int(base + FMA_LOADED_SHARE * misaligned + accumulator + scores + live * (first + second))
@@ -216,16 +219,16 @@ def _misaligned(problem: Problem, elements: float, device: Device) -> float:
     return SMALL_COPY_REGISTERS * elements * DTYPE_BYTES[problem.dtype_k] / problem.alignment
 
 
-def _fma_operands(rows: int, columns: int, inner: int, threads: int) -> int:
+def fma_operands(rows: int, columns: int, inner: int, threads: int) -> int:
     """Elements of both operands that one thread of an FMA dot touches: its share of the result, as square as it gets."""
     outputs = max(1, rows * columns // threads)
     its_rows = min(rows, 1 << (outputs.bit_length() - 1) // 2)
     return (its_rows + outputs // its_rows) * inner
 
 
-def registers_limit(tile: TileShape, device: Device) -> int:
-    """Registers that the device can give each thread of a program."""
-    return min(device.architecture.max_regs_per_thread, device.regs_per_sm // (tile.num_warps * device.warp_size))
+def registers_limit(num_warps: int, device: Device) -> int:
+    """Registers that the device can give each thread of a program of so many warps."""
+    return min(device.architecture.max_regs_per_thread, device.regs_per_sm // (num_warps * device.warp_size))
 
 
 class Footprint(NamedTuple):

@@ -11,7 +11,15 @@ from __future__ import annotations
 from flashtile.planner.catalog import GLUON_FORWARD_SM90
 from flashtile.planner.device import Device
 from flashtile.planner.figures import Mma
-from flashtile.planner.footprint import Footprint, instruction_for, programs_that_fit
+from flashtile.planner.footprint import (
+    Footprint,
+    features_of,
+    fma_operands,
+    instruction_for,
+    instruction_in_words,
+    programs_that_fit,
+    registers_limit,
+)
 from flashtile.planner.forward_footprint_gluon import gluon_forward_registers, gluon_forward_registers_limit, gluon_forward_shared_memory
 from flashtile.planner.forward_tiles import ForwardTileShape
 from flashtile.problem import DTYPE_BYTES, Problem
@@ -79,13 +87,8 @@ def forward_mma(problem: Problem, tile: ForwardTileShape, device: Device) -> Mma
 
 
 def forward_mma_name(problem: Problem, tile: ForwardTileShape, device: Device) -> str:
-    """The instruction as people write it ("wgmma m64n128k16")."""
-    if not device.is_gpu:
-        return "torch's CPU kernels"
-    mma = forward_mma(problem, tile, device)
-    if mma is None:
-        return "FMA on the vector units"
-    return f"{mma.name} m{mma.m}n{tile.block_n if mma.warps > 1 else mma.n}k{mma.k}"
+    """``instruction_in_words`` of a tile's products."""
+    return instruction_in_words(forward_mma(problem, tile, device), tile.block_n, device)
 
 
 def forward_shared_memory(problem: Problem, tile: ForwardTileShape, device: Device) -> int:
@@ -126,10 +129,10 @@ def forward_registers(problem: Problem, tile: ForwardTileShape, device: Device) 
     the threads; then q's fragments where instructions take them from registers, or an FMA dot's operands.
     """
     if tile.kernel == GLUON_FORWARD_SM90:
-        return gluon_forward_registers(problem, tile)
+        return gluon_forward_registers(problem, tile, features_of(problem))
     threads = tile.num_warps * device.warp_size
     dims, mma = held_dim(problem.head_dim) + held_dim(problem.head_dim_v), forward_mma(problem, tile, device)
-    need: float = REGISTERS_BASE[device.backend] + REGISTERS_PER_FEATURE[device.backend] * _features(problem)
+    need: float = REGISTERS_BASE[device.backend] + REGISTERS_PER_FEATURE[device.backend] * features_of(problem)
     need += tile.block_m * held_dim(problem.head_dim_v) / threads
     scores = REGISTERS_PER_SCORE * tile.block_m * tile.block_n / threads
     loaded = 0.0
@@ -144,18 +147,13 @@ def forward_registers(problem: Problem, tile: ForwardTileShape, device: Device) 
     if mma.warps == 1:
         return int(need + scores + loaded + _fragment_registers(problem, tile, device, mma))
     if mma.name.startswith("tcgen05"):
-        need += TENSOR_MEMORY_FEATURE * _features(problem)
+        need += TENSOR_MEMORY_FEATURE * features_of(problem)
         scores *= 2 if tile.block_m < TENSOR_MEMORY_ROWS else 1
     elif problem.dtype_k == "float32":
         need += WIDE_WGMMA_REGISTERS
     if problem.page_size % tile.block_n:
         need += WGMMA_GATHERED_REGISTERS.get(tile.block_n, 0)
     return int(need + scores + loaded)
-
-
-def _features(problem: Problem) -> int:
-    """How many features a kernel carries that take registers of their own."""
-    return problem.softcap + problem.alibi + problem.ragged_q + (problem.page_size > 0)
 
 
 def _misaligned(problem: Problem, device: Device) -> bool:
@@ -181,7 +179,7 @@ def _fragment_registers(problem: Problem, tile: ForwardTileShape, device: Device
     q = tile.block_m * dim * size / 4 / threads
     need = (
         wide
-        + FEATURE_REGISTERS * _features(problem)
+        + FEATURE_REGISTERS * features_of(problem)
         + (PAGED_REGISTERS if problem.page_size else 0)
         + (GATHERED_REGISTERS if problem.page_size % tile.block_n else 0)
     )
@@ -196,24 +194,17 @@ def _fragment_registers(problem: Problem, tile: ForwardTileShape, device: Device
 
 def _fma_registers(problem: Problem, tile: ForwardTileShape, threads: int) -> float:
     """What both FMA dots hold of their operands, each over its whole inner dimension."""
-    first = _fma_operands(tile.block_m, tile.block_n, held_dim(problem.head_dim), threads)
-    second = _fma_operands(tile.block_m, held_dim(problem.head_dim_v), tile.block_n, threads)
-    features = FMA_FEATURE_PER_ROW * tile.block_m * _features(problem)
+    first = fma_operands(tile.block_m, tile.block_n, held_dim(problem.head_dim), threads)
+    second = fma_operands(tile.block_m, held_dim(problem.head_dim_v), tile.block_n, threads)
+    features = FMA_FEATURE_PER_ROW * tile.block_m * features_of(problem)
     return features + FMA_OPERANDS_LIVE * (first + second) + (FMA_TWO_PARTS_REGISTERS if parts_of(problem.head_dim)[1] else 0)
-
-
-def _fma_operands(rows: int, columns: int, inner: int, threads: int) -> int:
-    """Elements of both operands that one thread of an FMA dot touches: its share of the result, as square as it gets."""
-    outputs = max(1, rows * columns // threads)
-    its_rows = min(rows, 1 << (outputs.bit_length() - 1) // 2)
-    return (its_rows + outputs // its_rows) * inner
 
 
 def forward_registers_limit(tile: ForwardTileShape, device: Device) -> int:
     """Registers that the device can give each thread that computes."""
     if tile.kernel == GLUON_FORWARD_SM90:
         return gluon_forward_registers_limit(tile)
-    return min(device.architecture.max_regs_per_thread, device.regs_per_sm // (tile.num_warps * device.warp_size))
+    return registers_limit(tile.num_warps, device)
 
 
 def forward_footprint(problem: Problem, tile: ForwardTileShape, device: Device) -> Footprint:

@@ -53,10 +53,9 @@ def _parts(dim: int) -> tuple[int, ...]:
     return (half, PANEL) if half >= PANEL and dim - half <= half // 2 else (whole,)
 
 
-def gluon_forward_registers(problem: Problem, tile: ForwardTileShape) -> int:
-    """32-bit registers that one thread of a consumer would like to have."""
+def gluon_forward_registers(problem: Problem, tile: ForwardTileShape, features: int) -> int:
+    """32-bit registers that one thread of a consumer would like to have, for a kernel with so many features."""
     dim, dim_v = panels_of(problem.head_dim) * PANEL, max(PANEL, problem.head_dim_v)
-    features = problem.softcap + problem.alibi + problem.ragged_q + (problem.page_size > 0)
     need: float = REGISTERS_BASE + REGISTERS_PER_FEATURE * features
     need += ROWS * (dim_v + REGISTERS_PER_SCORE * tile.block_n) / WARPGROUP
     need += ROWS * dim / 2 / WARPGROUP if tile.q_in_registers else 0.0

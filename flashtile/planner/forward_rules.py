@@ -25,12 +25,11 @@ from flashtile.planner.forward_footprint_gluon import gluon_page_reasons
 from flashtile.planner.forward_tiles import FORWARD_LIMITS, LONG_WALK, SHORT_HEAD, ForwardTile, ForwardTileShape, forward_candidates
 from flashtile.planner.forward_work import mean_keys, row_tiles
 from flashtile.planner.plans import ForwardPlan
+from flashtile.planner.ranges import MAX_GRID_X, beyond, beyond_powers, beyond_warps
 from flashtile.problem import Problem
 
 Fit = tuple[ForwardTile, Footprint]
 
-MAX_GRID_X = 2**31 - 1
-MAX_THREADS = 1024
 WGMMA_ROWS = 64
 ROWS_GAIN_PERCENT = 8  # what a tile of fewer rows must gain: less is within the model's error
 PORTABLE_GAIN_PERCENT = 10  # what the portable kernel must gain over Hopper's
@@ -50,21 +49,16 @@ def forward_infeasible(problem: Problem, plan: ForwardPlan, device: Device) -> l
 def _malformed(plan: ForwardPlan, device: Device) -> list[str]:
     """What the plan's kernel cannot be compiled for, whatever the problem."""
     limits = FORWARD_LIMITS[plan.kernel]
-    reasons = []
     if plan.block_m not in limits.block_ms:
         return [f"block_m {plan.block_m} of {plan.kernel} is not one of {limits.block_ms}"]
-    least, most = limits.block_n
-    if not (_power_of_two(plan.block_n) and least <= plan.block_n <= most):
-        reasons.append(f"block_n {plan.block_n} is not a power of two from {least} to {most}")
+    reasons = beyond_powers("block_n", plan.block_n, limits.block_n)
     warps = limits.warps.get(plan.block_m)
-    if warps is not None and plan.num_warps not in warps:
+    if warps is None:
+        reasons += beyond_warps("num_warps", plan.num_warps, device)
+    elif plan.num_warps not in warps:
         known = " or ".join(map(str, warps))
         reasons.append(f"num_warps {plan.num_warps} is not {known}, which block_m {plan.block_m} of {plan.kernel} takes")
-    elif warps is None and not (_power_of_two(plan.num_warps) and plan.num_warps * device.warp_size <= MAX_THREADS):
-        reasons.append(f"num_warps {plan.num_warps} is not a power of two of at most {MAX_THREADS // device.warp_size} warps")
-    fewest, deepest = limits.stages
-    if not fewest <= plan.num_stages <= deepest:
-        reasons.append(f"num_stages {plan.num_stages} is not within {fewest} and {deepest}")
+    reasons += beyond("num_stages", plan.num_stages, limits.stages)
     if plan.num_programs < 0:
         reasons.append(f"num_programs {plan.num_programs} is negative")
     if plan.kernel != GLUON_FORWARD_SM90 and plan.num_programs:
@@ -206,7 +200,3 @@ def _pairs_first(able: list[Fit]) -> list[Fit]:
         return whole and footprint.mma is not None and footprint.mma.name == "wgmma" and footprint.resident > 1
 
     return sorted(able, key=pairs, reverse=True)
-
-
-def _power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0

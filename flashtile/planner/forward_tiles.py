@@ -9,6 +9,7 @@ from typing import NamedTuple, Protocol
 
 from flashtile.planner.catalog import GLUON_FORWARD_SM90, TRITON_FORWARD
 from flashtile.planner.figures import Mma
+from flashtile.planner.tiles import ProgramShape
 
 FORWARD_BLOCK_MS = (16, 32, 64, 128, 192)
 SHORT_HEAD = 64  # head dims up to here leave registers for three warpgroups of rows, and wait for exp2
@@ -17,19 +18,9 @@ LONG_KEYS_HEAD = 192  # key dims up to here leave registers for as many keys a s
 LONG_WALK = 2048  # mean keys of a query from which three warpgroups of short heads pay: 1.06x of two at 4 x 4096 tokens, causal, on an H200
 
 
-class ForwardTileShape(Protocol):
+class ForwardTileShape(ProgramShape, Protocol):
     """What a ForwardTile and a ForwardPlan share."""
 
-    @property
-    def kernel(self) -> str: ...
-    @property
-    def block_m(self) -> int: ...
-    @property
-    def block_n(self) -> int: ...
-    @property
-    def num_warps(self) -> int: ...
-    @property
-    def num_stages(self) -> int: ...
     @property
     def q_in_registers(self) -> bool: ...
 

@@ -22,6 +22,7 @@ from flashtile.planner.footprint import (
     shared_memory_bytes,
 )
 from flashtile.planner.plans import BLOCK_MS, DecodePlan
+from flashtile.planner.ranges import MAX_GRID_X, beyond, beyond_powers, beyond_warps, power_of_two
 from flashtile.planner.splits import (
     COMBINE_WARPS_FROM,
     MAX_SPLITS,
@@ -46,9 +47,7 @@ from flashtile.problem import Problem
 
 Fit = tuple[Tile, Footprint]
 
-MAX_GRID_X = 2**31 - 1
 MAX_BLOCK_N = 256
-MAX_THREADS = 1024
 DEEP_RING_TILES = 16  # key tiles of a program from which a lone program on an SM gains by a deeper ring
 DEEP_RING_STAGES = 4
 LEAST_BLOCK_N = 32  # the fewest keys of a tile that the rule chooses
@@ -82,7 +81,7 @@ def misfits(problem: Problem, tile: TileShape, device: Device) -> list[str]:
             f"{tile.num_stages} stages of {tile.block_n} keys take {shared} bytes of shared memory, "
             f"and a program of {device.name} has {limit}"
         )
-    registers, most = registers_per_thread(problem, tile, device), registers_limit(tile, device)
+    registers, most = registers_per_thread(problem, tile, device), registers_limit(tile.num_warps, device)
     if registers > most:
         how = "" if tile.block_m == 1 or mma_of(problem, tile, device) else f" ({_without_mma(problem, device)}, so it runs as FMA)"
         reasons.append(
@@ -103,11 +102,9 @@ def _malformed(plan: DecodePlan, device: Device) -> list[str]:
     reasons = []
     if plan.block_m not in BLOCK_MS:
         reasons.append(f"block_m {plan.block_m} is not one of {BLOCK_MS}")
-    if not 1 <= plan.num_splits <= MAX_SPLITS:
-        reasons.append(f"num_splits {plan.num_splits} is not within 1 and {MAX_SPLITS}")
-    most_programs = MAX_SPLITS if device.is_gpu else 0  # the device shares out tiles in 32 bits
-    if not 0 <= plan.num_programs <= most_programs:
-        reasons.append(f"num_programs {plan.num_programs} is not within 0 and {most_programs}")
+    reasons += beyond("num_splits", plan.num_splits, (1, MAX_SPLITS))
+    # the device shares out tiles in 32 bits
+    reasons += beyond("num_programs", plan.num_programs, (0, MAX_SPLITS if device.is_gpu else 0))
     if plan.keys_per_split < 0 or plan.min_keys_per_split < 0:
         reasons.append(f"keys_per_split {plan.keys_per_split} and min_keys_per_split {plan.min_keys_per_split} must not be negative")
     if min(plan.keys_per_split, plan.min_keys_per_split) and plan.min_keys_per_split > plan.keys_per_split:
@@ -115,10 +112,9 @@ def _malformed(plan: DecodePlan, device: Device) -> list[str]:
     if plan.kernel not in LIMITS:
         return reasons
     reasons += _beyond_limits(plan, LIMITS[plan.kernel], device)
-    if not (_power_of_two(plan.combine_block_d) and plan.combine_block_d >= 1):
+    if not power_of_two(plan.combine_block_d):
         reasons.append(f"combine_block_d {plan.combine_block_d} is not a power of two")
-    if not (_power_of_two(plan.combine_warps) and plan.combine_warps * device.warp_size <= MAX_THREADS):
-        reasons.append(f"combine_warps {plan.combine_warps} is not a power of two of at most {MAX_THREADS // device.warp_size} warps")
+    reasons += beyond_warps("combine_warps", plan.combine_warps, device)
     if plan.dependent_launch and not device.dependent_launch:
         reasons.append(f"dependent_launch needs sm_90 or newer, not {device.arch}")
     return reasons
@@ -130,21 +126,16 @@ def _beyond_limits(plan: DecodePlan, limits: Limits, device: Device) -> list[str
     variant = (plan.block_m, plan.swapped)
     if plan.block_m in BLOCK_MS and variant not in limits.variants:
         reasons.append(f"{plan.kernel} has no {variant_name(*variant)}, only {variants_in_words(plan.kernel)}: {limits.variants_why}")
-    least, most = limits.block_n
-    if not (_power_of_two(plan.block_n) and least <= plan.block_n <= most):
-        reasons.append(f"block_n {plan.block_n} is not a power of two from {least} to {most}")
+    reasons += beyond_powers("block_n", plan.block_n, limits.block_n)
     warps = limits.warps.get(plan.block_m)
     if warps is not None and plan.num_warps not in warps:
         reasons.append(f"num_warps {plan.num_warps} is not {_one_of(warps)}, which block_m {plan.block_m} of {plan.kernel} takes")
-    elif not (_power_of_two(plan.num_warps) and plan.num_warps * device.warp_size <= MAX_THREADS):
-        reasons.append(f"num_warps {plan.num_warps} is not a power of two of at most {MAX_THREADS // device.warp_size} warps")
+    else:
+        reasons += beyond_warps("num_warps", plan.num_warps, device)
     keys_each = limits.keys_per_warp.get(plan.block_m, 0)
     if plan.num_warps * keys_each > plan.block_n:
         reasons.append(f"block_n {plan.block_n} gives {plan.num_warps} warps fewer than {keys_each} keys each")
-    fewest, deepest = limits.stages
-    if not fewest <= plan.num_stages <= deepest:
-        reasons.append(f"num_stages {plan.num_stages} is not within {fewest} and {deepest}")
-    return reasons
+    return reasons + beyond("num_stages", plan.num_stages, limits.stages)
 
 
 def choose_tile(problem: Problem, device: Device, kernel: str, block_m: int | None = None) -> Tile | None:
@@ -321,7 +312,3 @@ def why_none_fits(problem: Problem, device: Device, kernel: str, variant: Varian
 
 def _one_of(numbers: tuple[int, ...]) -> str:
     return f"one of {numbers}" if len(numbers) > 1 else str(numbers[0])
-
-
-def _power_of_two(value: int) -> bool:
-    return value > 0 and value & (value - 1) == 0

@@ -22,8 +22,8 @@ MOST_GATHERED_KEYS = 64  # keys of a tile that are looked up one by one: all thr
 ANY_UNITS = 2**62
 
 
-class TileShape(Protocol):
-    """What a Tile and a DecodePlan share."""
+class ProgramShape(Protocol):
+    """What tiles and plans of decode and forward share."""
 
     @property
     def kernel(self) -> str: ...
@@ -32,11 +32,16 @@ class TileShape(Protocol):
     @property
     def block_n(self) -> int: ...
     @property
-    def swapped(self) -> bool: ...
-    @property
     def num_warps(self) -> int: ...
     @property
     def num_stages(self) -> int: ...
+
+
+class TileShape(ProgramShape, Protocol):
+    """What a Tile and a DecodePlan share."""
+
+    @property
+    def swapped(self) -> bool: ...
 
 
 class Tile(NamedTuple):

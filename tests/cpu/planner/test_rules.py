@@ -53,7 +53,7 @@ def test_every_planned_decode_is_feasible_and_covers_its_keys(problem: Problem, 
         assert plan.keys_per_split % plan.block_n == 0
         assert plan.min_keys_per_split % plan.block_n == 0
         assert shared_memory_bytes(problem, plan, device) <= device.smem_per_block
-        assert registers_per_thread(problem, plan, device) <= registers_limit(plan, device)
+        assert registers_per_thread(problem, plan, device) <= registers_limit(plan.num_warps, device)
         assert plan.kernel == TRITON or device.arch == "sm_90"
         resident = device.num_sms * footprint_of(problem, plan, device).resident
         assert plan.num_programs <= resident or (plan.kernel == GLUON_SM90 and plan.num_programs <= MAX_SPLITS)
