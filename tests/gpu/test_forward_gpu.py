@@ -26,7 +26,7 @@ from flashtile.testing.forward_inputs import ForwardInputs, make_forward_inputs
 from flashtile.testing.tolerance import assert_close
 
 NAN = float("nan")
-DIMS = [(8, 8), (40, 40), (72, 72), (80, 96), (96, 96), (160, 160), (192, 192), (192, 128), (64, 256), (256, 64)]
+DIMS = [(8, 8), (40, 40), (72, 72), (80, 96), (96, 96), (160, 160), (184, 136), (192, 192), (192, 128), (64, 256), (256, 64)]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 SHORT = ForwardPlan(GLUON_FORWARD_SM90, 192, 128, 12, 4, num_programs=132)
 SHORT_BY_TWO = ForwardPlan(GLUON_FORWARD_SM90, 128, 128, 8, 4, num_programs=132, rescale_log2=8, q_in_registers=True)
@@ -116,7 +116,11 @@ def test_every_case_on_the_portable_kernel(case: ForwardCase, device: torch.devi
 
 
 @hopper_only
-@pytest.mark.parametrize("plan", [USUAL, NARROW, USUAL.with_(q_in_registers=True)], ids=["128 keys", "64 keys", "q in registers"])
+@pytest.mark.parametrize(
+    "plan",
+    [USUAL, NARROW, NARROW.with_(block_n=32), USUAL.with_(q_in_registers=True)],
+    ids=["128 keys", "64 keys", "32 keys", "q in registers"],
+)
 @pytest.mark.parametrize("causal", [False, True])
 def test_tails_of_every_length(plan: ForwardPlan, causal: bool, device: torch.device) -> None:
     """Queries and keys a few more and fewer than tiles of 64 and 128: each query length meets each key length."""
@@ -152,9 +156,7 @@ def test_extreme_logits(logit_scale: float, rising: bool, scale: float | None, d
 
 
 @hopper_only
-@pytest.mark.parametrize(
-    "dims", [(8, 8), (40, 40), (72, 72), (80, 96), (96, 96), (160, 160), (192, 192), (192, 128), (64, 256), (256, 64)], ids=str
-)
+@pytest.mark.parametrize("dims", DIMS, ids=str)
 def test_head_dims(dims: tuple[int, int], device: torch.device) -> None:
     case = replace(PLAIN, name="dims", head_dim=dims[0], head_dim_v=dims[1], sinks=True)
     assert check_case(case, device, (*hopper_plans(case), LONG))
@@ -239,6 +241,16 @@ def test_slices_of_one_tensor_of_q_k_and_v(device: torch.device) -> None:
     got, lse = flashtile.attention_with_lse(q, k, v, causal=True, out=out, plan=USUAL)
     assert_close(got, lse, *reference.forward(q, k, v, causal=True, dtype=torch.float32))
     assert out._base is not None and out._base[:, :, 1::2].isnan().all()
+
+
+@hopper_only
+@pytest.mark.parametrize("shape", [(1, 333, 2, 128), (2, 333, 1, 128), (1, 333, 1, 128)], ids=["batch", "heads", "both"])
+def test_keys_that_sequences_or_heads_share(shape: tuple[int, ...], device: torch.device) -> None:
+    """Expanded k and v have strides of 0."""
+    q = torch.randn(2, 333, 4, 128, dtype=torch.bfloat16, device=device)
+    k, v = (torch.randn(shape, dtype=torch.bfloat16, device=device).expand(2, 333, 2, 128) for _ in range(2))
+    out, lse = flashtile.attention_with_lse(q, k, v, causal=True, plan=USUAL)
+    assert_close(out, lse, *reference.forward(q, k, v, causal=True, dtype=torch.float32))
 
 
 @hopper_only

@@ -30,6 +30,12 @@ def rest_dim(dim):
 
 
 @gluon.constexpr_function
+def dims_of_main(dim):
+    """How many of a head's dims lie in the first part; all others lie in the second, which may hold more."""
+    return min(dim, main_dim(dim))
+
+
+@gluon.constexpr_function
 def panels(dim):
     return main_dim(dim) // 64 + (rest_dim(dim) > 0)
 

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from flashtile.kernels.gluon.forward_memory import PANEL, ROWS, main_dim, rest_dim
+from flashtile.kernels.gluon.forward_memory import PANEL, ROWS, dims_of_main, main_dim, rest_dim
 from flashtile.kernels.gluon.forward_scores import part_of, rescaled, row_sums, rows_layout, start_values, wait_for_values
 from flashtile.kernels.gluon.names import barrier
 from flashtile.kernels.tile.results import store_lse
@@ -41,9 +41,10 @@ def store_rows(
         _store_boxes(out_box, out_tiles, o, b_rows, row_start + row, h, row % BLOCK_M, HEAD_DIM, HEAD_DIM_V, OWN_OUT)
     else:
         # behind these rows lie another sequence's
-        _store_masked(out, o[0], b_rows, row, row_start, h, seqlen_q, 0, HEAD_DIM_V - rest_dim(HEAD_DIM_V))
+        IN_MAIN: gl.constexpr = dims_of_main(HEAD_DIM_V)
+        _store_masked(out, o[0], b_rows, row, row_start, h, seqlen_q, 0, IN_MAIN)
         if rest_dim(HEAD_DIM_V) > 0:
-            _store_masked(out, o[1], b_rows, row, row_start, h, seqlen_q, main_dim(HEAD_DIM_V), HEAD_DIM_V - main_dim(HEAD_DIM_V))
+            _store_masked(out, o[1], b_rows, row, row_start, h, seqlen_q, IN_MAIN, HEAD_DIM_V - IN_MAIN)
 
 
 @gluon.jit

@@ -97,20 +97,22 @@ def own_out(problem: Problem, plan: ForwardPlan) -> bool:
     return not out_fits_q(dim, dim_v) or plan.q_in_registers or ring + rows + _FOR_BARRIERS <= _SHARED_MEMORY
 
 
-def one_edge(problem: Problem, seqlen_q: int, seqlen_k: int) -> bool:
+def one_edge(problem: Problem, block_n: int, seqlen_q: int, seqlen_k: int) -> bool:
     """Whether of each row's blocks only the first one is cut by an edge of the band, whatever the row.
 
     Of a warpgroup's 64 rows, from a multiple of 64 on, the edge cuts 63 keys: those that the last row sees and the first does not.
-    They lie in one block where they begin at a multiple of 64 or behind it. Of unlike lengths the host does not know.
+    They lie in one block of 64 keys or more where they begin at a multiple of 64 or behind it.
     """
-    if problem.band.left is not None or problem.band.right is None:
+    right = problem.band.right
+    if right is None or not lengths_decide(problem, block_n):
         return problem.band.is_full
-    return knows_lengths(problem) and (seqlen_k - seqlen_q + problem.band.right + 1) % _ROWS <= 1
+    return (seqlen_k - seqlen_q + right + 1) % _ROWS <= 1
 
 
-def knows_lengths(problem: Problem) -> bool:
-    """Whether the host knows every sequence's lengths."""
-    return not (problem.ragged_q or problem.ragged_k or problem.seqused_k)
+def lengths_decide(problem: Problem, block_n: int) -> bool:
+    """Whether ``one_edge`` depends on the lengths; those of packed sequences and of pages the host does not know."""
+    known = not (problem.ragged_q or problem.ragged_k or problem.seqused_k)
+    return known and problem.band.left is None and problem.band.right is not None and block_n % _ROWS == 0
 
 
 def forward_spec(problem: Problem, plan: ForwardPlan, edge_is_one: bool) -> Spec:
@@ -166,10 +168,9 @@ def forward_spec(problem: Problem, plan: ForwardPlan, edge_is_one: bool) -> Spec
 
 
 def specs(problem: Problem, plan: ForwardPlan) -> tuple[Spec, ...]:
-    """What ``bind`` may launch: where the edges lie depends on lengths."""
-    if problem.band.is_full or problem.band.left is not None or not knows_lengths(problem):
-        return (forward_spec(problem, plan, problem.band.is_full),)
-    return forward_spec(problem, plan, True), forward_spec(problem, plan, False)
+    """What ``bind`` may launch: where the edges lie may depend on lengths."""
+    edges = (True, False) if lengths_decide(problem, plan.block_n) else (problem.band.is_full,)
+    return tuple(forward_spec(problem, plan, edge_is_one) for edge_is_one in edges)
 
 
 def prepare(problem: Problem, plan: ForwardPlan, device: torch.device) -> None:
@@ -218,7 +219,7 @@ def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRu
             None if seqused_k is None else pointer(seqused_k),
             max_seqlen_q, seqlen_k, total_q, total_k,
         )  # fmt: skip
-        edge_is_one = one_edge(problem, max_seqlen_q, seqlen_k)
+        edge_is_one = one_edge(problem, plan.block_n, max_seqlen_q, seqlen_k)
         launch = launches.get(edge_is_one)
         if launch is None:
             launch = launches[edge_is_one] = launcher(forward_spec(problem, plan, edge_is_one), device)

@@ -19,6 +19,7 @@ from flashtile.problem import Problem
 
 pytest.importorskip("triton")
 
+from flashtile.kernels.gluon.forward_memory import dims_of_main, main_dim, rest_dim
 from flashtile.kernels.gluon.forward_sm90 import one_edge
 
 H200 = Device.named("h200")
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "head dim 96, q in registers": ({"band": FULL, "head_dim": 96}, USUAL | {"q_in_registers": True}),
     "head dims 192 and 128, causal": ({"band": CAUSAL, "head_dim": 192, "head_dim_v": 128}, USUAL),
     "head dim 256, causal": ({"band": CAUSAL, "head_dim": 256}, LONG),
+    "head dim 256, causal, everything": ({"band": CAUSAL, "head_dim": 256} | ALL, LONG | {"block_n": 32}),
 }
 
 COMPILE = """
@@ -139,7 +141,16 @@ def test_the_planner_knows_the_shared_memory(name: str, compiled: dict[str, list
 def test_lengths_decide_between_two_kernels(compiled: dict[str, list[dict[str, Any]]]) -> None:
     """Of a causal problem; a full one has no edge but the keys' end, and of packed sequences the host knows no length."""
     assert len(compiled["head dim 128, causal"]) == 2
+    assert len(compiled["head dim 256, causal, everything"]) == 1, "no block of 32 keys holds a row's edge"
     assert len(compiled["head dim 128"]) == len(compiled["head dim 128, pages of 16, causal"]) == 1
+
+
+@pytest.mark.parametrize("dim", range(8, 257, 8))
+def test_both_parts_of_a_head_have_all_its_dims(dim: int) -> None:
+    """Rows that share their tile with another sequence's are stored part by part."""
+    assert dims_of_main(dim) <= main_dim(dim)
+    assert dim - dims_of_main(dim) <= rest_dim(dim)
+    assert (rest_dim(dim) > 0) == (dims_of_main(dim) < dim)
 
 
 @pytest.mark.parametrize(("band", "seqlen_q", "seqlen_k", "expected"), [
@@ -149,11 +160,9 @@ def test_lengths_decide_between_two_kernels(compiled: dict[str, list[dict[str, A
 def test_one_edge_where_one_block_holds_it(band: Band, seqlen_q: int, seqlen_k: int, expected: bool) -> None:
     """Held against the blocks themselves, for every 64 rows."""
     problem = Problem(operation="forward", seqlen_q=seqlen_q, seqlen_k=seqlen_k, band=band)
-    assert one_edge(problem, seqlen_q, seqlen_k) == expected
-    if expected:
-        for rows in band.dense(seqlen_q, seqlen_k).split(64):
-            for block_n in (64, 128):
-                cut = [
-                    part.any().item() and not part.all().item() for part in rows[:, : rows.shape[1] // block_n * block_n].split(block_n, 1)
-                ]
-                assert sum(cut) <= 1
+    for block_n in (32, 64, 128):
+        says = one_edge(problem, block_n, seqlen_q, seqlen_k)
+        assert says == (expected and (block_n >= 64 or band.is_full)), f"{block_n} keys"
+        for rows in band.dense(seqlen_q, seqlen_k).split(64) if says else ():
+            cut = [part.any().item() and not (part.all().item() and part.shape[1] == block_n) for part in rows.split(block_n, 1)]
+            assert sum(cut) <= 1
