@@ -8,9 +8,9 @@ from flashtile.planner.backward_tiles import PassTile
 from flashtile.planner.backward_work import seen_by
 from flashtile.planner.catalog import TRITON_BACKWARD
 from flashtile.planner.device import Device
-from flashtile.planner.footprint import Footprint
 from flashtile.planner.forward_cost import CPU_START_US, forward_flops
 from flashtile.planner.forward_footprint import held_dim
+from flashtile.planner.resources import Footprint, product_rate
 from flashtile.planner.walk_cost import Walk, WalkCost, walk_cost
 from flashtile.problem import DTYPE_BYTES, Problem
 
@@ -50,7 +50,7 @@ def backward_roofline_us(problem: Problem, device: Device) -> tuple[float, float
     """Microseconds that the device needs at least: for the products, for the exponentials, for the memory."""
     flops = backward_flops(problem)
     scores = forward_flops(problem) / 2 / (problem.head_dim + problem.head_dim_v)
-    return 1e6 * flops / device.matrix_rate, 1e6 * scores / device.exp_rate, 1e6 * backward_bytes(problem) / device.bandwidth
+    return 1e6 * flops / product_rate(problem, device), 1e6 * scores / device.exp_rate, 1e6 * backward_bytes(problem) / device.bandwidth
 
 
 def delta_us(problem: Problem, device: Device) -> float:

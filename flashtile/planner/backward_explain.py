@@ -14,9 +14,9 @@ from flashtile.planner.backward_tiles import Owner, PassTile, pass_tiles
 from flashtile.planner.backward_work import owned_tiles, seen_by
 from flashtile.planner.choose import plan_backward
 from flashtile.planner.device import Device
-from flashtile.planner.footprint import Footprint, programs_that_fit
 from flashtile.planner.forward_work import TileKinds, tile_kinds
 from flashtile.planner.plans import BackwardPlan
+from flashtile.planner.resources import Footprint, programs_that_fit
 from flashtile.planner.walk_cost import WalkCost
 from flashtile.planner.wording import Compiled, OtherKernel, chooser, counted, head_dims_in_words, mask_in_words
 from flashtile.problem import Problem

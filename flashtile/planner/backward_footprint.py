@@ -9,8 +9,8 @@ from __future__ import annotations
 from flashtile.planner.backward_tiles import PassTile
 from flashtile.planner.device import Device
 from flashtile.planner.figures import Mma
-from flashtile.planner.footprint import Footprint, instruction_for, instruction_in_words, programs_that_fit
 from flashtile.planner.forward_footprint import held_dim
+from flashtile.planner.resources import Footprint, instruction_for, instruction_in_words, programs_that_fit
 from flashtile.problem import DTYPE_BYTES, Problem
 
 SHARED_SCRATCH = 1024  # barriers, layouts that change

@@ -23,9 +23,9 @@ from flashtile.planner.backward_tiles import (
 )
 from flashtile.planner.backward_work import owned_tiles, seen_by
 from flashtile.planner.device import Device
-from flashtile.planner.footprint import Footprint, registers_limit
 from flashtile.planner.plans import BackwardPlan
 from flashtile.planner.ranges import MAX_GRID_X, beyond, beyond_powers, beyond_warps
+from flashtile.planner.resources import Footprint, registers_limit
 from flashtile.problem import Problem
 
 OWNED_GAIN_PERCENT = 8  # what a tile that owns less must gain: less is within the model's error

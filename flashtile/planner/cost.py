@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 from flashtile.planner.catalog import GLUON_SM90, TRITON
 from flashtile.planner.device import Device
-from flashtile.planner.footprint import Footprint, footprint_of, padded
+from flashtile.planner.footprint import footprint_of, padded
 from flashtile.planner.footprint_gluon import merges_parts
+from flashtile.planner.resources import Footprint
 from flashtile.planner.tiles import TileShape
 from flashtile.problem import DTYPE_BYTES, Problem
 

@@ -13,9 +13,10 @@ from flashtile.planner.catalog import CPU, kernels_of
 from flashtile.planner.choose import plan_decode, plan_for_tile
 from flashtile.planner.cost import Cost, Work, cost_of, iteration_us, row_blocks_of, work_of
 from flashtile.planner.device import Device
-from flashtile.planner.footprint import Footprint, footprint_of, mma_name, programs_that_fit
+from flashtile.planner.footprint import footprint_of, mma_name
 from flashtile.planner.forward_explain import ForwardExplanation, explain_forward
 from flashtile.planner.plans import BLOCK_MS, BackwardPlan, DecodePlan, ForwardPlan, Plan
+from flashtile.planner.resources import Footprint, product_rate, programs_that_fit
 from flashtile.planner.rules import TILE_GAIN_PERCENT, TILE_RULES, by_predicted_time, fitting_tiles, why_none_fits
 from flashtile.planner.tiles import LIMITS, Tile, Variant, variant_name, variants_in_words
 from flashtile.planner.wording import ASKED, Compiled, OtherKernel, chooser, counted
@@ -137,7 +138,7 @@ def explain_decode(problem: Problem, device: Device, plan: DecodePlan | None = N
         spilled_bytes=compiled.spilled_bytes if compiled else None,
         bytes_read=problem.kv_bytes,
         flops=problem.flops,
-        roofline_us=1e6 * max(problem.kv_bytes / device.bandwidth, problem.flops / device.matrix_rate),
+        roofline_us=1e6 * max(problem.kv_bytes / device.bandwidth, problem.flops / product_rate(problem, device)),
         cost=cost,
         predicted_us=cost.total_us,
         bound=cost.bound,

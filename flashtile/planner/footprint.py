@@ -1,6 +1,6 @@
 """What one program of a decode kernel takes of an SM: matrix instruction, shared memory, registers, resident programs.
 
-Those of Triton's kernel stand here, with what all kernels share; ``footprint_gluon.py`` knows Hopper's Gluon kernel.
+Those of Triton's kernel stand here; ``footprint_gluon.py`` knows Hopper's Gluon kernel, ``resources.py`` has what all operations share.
 
 These are estimates of what the compiler allocates, meant to err on the high side: a plan that they allow must neither
 spill nor exceed the device. The constants are named here and calibrated against compiled kernels.
@@ -8,13 +8,11 @@ spill nor exceed the device. The constants are named here and calibrated against
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple
-
 from flashtile.planner.catalog import GLUON_SM90
 from flashtile.planner.device import Device
-from flashtile.planner.figures import Architecture, Mma
+from flashtile.planner.figures import Mma
 from flashtile.planner.footprint_gluon import asks_by_page, gluon_mma, gluon_registers, gluon_shared_memory, registers_asked_for
+from flashtile.planner.resources import Footprint, features_of, fma_operands, instruction_for, instruction_in_words, programs_that_fit
 from flashtile.planner.tiles import TileShape
 from flashtile.problem import DTYPE_BYTES, Problem
 
@@ -50,8 +48,6 @@ FMA_FEATURE_REGISTERS = 5  # what a feature takes beside for 32 keys of an FMA d
 FMA_LOADED_SHARE = 0.4  # FMA operands pass through registers anyway
 VECTOR_LOADED_REGISTERS = 90  # what such loads cost the vector kernel beside
 MIN_COPY_BYTES = 4  # the least that an asynchronous copy brings
-MAX_PROGRAMS_PER_SM = 32
-REGISTER_GRANULE = 8
 COPY_BYTES = 16
 
 
@@ -75,26 +71,6 @@ def mma_name(problem: Problem, tile: TileShape, device: Device) -> str:
     if device.is_gpu and tile.block_m == 1:
         return "the vector units"
     return instruction_in_words(mma_of(problem, tile, device), tile.block_m if tile.swapped else tile.block_n, device)
-
-
-def instruction_in_words(mma: Mma | None, columns: int, device: Device) -> str:
-    """The instruction as people write it ("wgmma m64n64k16"): its N side is as wide as the ``columns`` of the scores, where it can be."""
-    if not device.is_gpu:
-        return "torch's CPU kernels"
-    if mma is None:
-        return "FMA on the vector units"
-    return f"{mma.name} m{mma.m}n{columns if mma.warps > 1 else mma.n}k{mma.k}"
-
-
-@lru_cache(maxsize=4096)
-def instruction_for(arch: Architecture, float32: bool, allow_tf32: bool, m: int, n: int, num_warps: int) -> Mma | None:
-    """The matrix instruction that Triton emits for a product with sides m and n on so many warps; None where it takes FMA."""
-    if float32 and not (allow_tf32 or arch.ieee_float32_mma):
-        return None
-    for mma in arch.mmas:
-        if m >= mma.m and n >= mma.n and num_warps % mma.warps == 0:
-            return mma._replace(k=mma.k // 2, rate=mma.rate / 2 if allow_tf32 else mma.rate / 8) if float32 else mma
-    return None
 
 
 def shared_memory_bytes(problem: Problem, tile: TileShape, device: Device) -> int:
@@ -200,11 +176,6 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
     return int(base + misaligned + copies + accumulator + scores + operands + fragments)
 
 
-def features_of(problem: Problem) -> int:
-    """How many features a kernel carries that take registers of their own."""
-    return problem.softcap + problem.alibi + problem.ragged_q + (problem.page_size > 0)
-
-
 def gathers(problem: Problem, tile: TileShape) -> bool:
     """Whether each key of a tile is looked up by itself: a page holds no whole number of tiles."""
     return bool(problem.page_size and problem.page_size % tile.block_n)
@@ -219,31 +190,6 @@ def _misaligned(problem: Problem, elements: float, device: Device) -> float:
     return SMALL_COPY_REGISTERS * elements * DTYPE_BYTES[problem.dtype_k] / problem.alignment
 
 
-def fma_operands(rows: int, columns: int, inner: int, threads: int) -> int:
-    """Elements of both operands that one thread of an FMA dot touches: its share of the result, as square as it gets."""
-    outputs = max(1, rows * columns // threads)
-    its_rows = min(rows, 1 << (outputs.bit_length() - 1) // 2)
-    return (its_rows + outputs // its_rows) * inner
-
-
-def registers_limit(num_warps: int, device: Device) -> int:
-    """Registers that the device can give each thread of a program of so many warps."""
-    return min(device.architecture.max_regs_per_thread, device.regs_per_sm // (num_warps * device.warp_size))
-
-
-class Footprint(NamedTuple):
-    """What one program takes of an SM, and how many programs an SM holds at a time.
-
-    ``gathers``: the threads that multiply also copy a tile's keys one by one.
-    """
-
-    shared_memory: int
-    registers: int
-    resident: int
-    mma: Mma | None
-    gathers: bool = False
-
-
 def footprint_of(problem: Problem, tile: TileShape, device: Device) -> Footprint:
     """The estimates of one tile together; a CPU holds one block of work a thread."""
     if not device.is_gpu:
@@ -255,12 +201,3 @@ def footprint_of(problem: Problem, tile: TileShape, device: Device) -> Footprint
     if asks:
         resident = 2 if registers_asked_for(problem, tile) else 1
     return Footprint(shared, registers, resident, mma_of(problem, tile, device), gathers(problem, tile) and not asks)
-
-
-def programs_that_fit(shared_memory: int, registers: int, num_warps: int, device: Device) -> int:
-    """Programs that an SM holds: the least of what shared memory, registers and warps allow, at least 1."""
-    granules = -(-registers // REGISTER_GRANULE) * REGISTER_GRANULE
-    by_shared = device.smem_per_sm // max(1, shared_memory)
-    by_registers = device.regs_per_sm // max(1, granules * num_warps * device.warp_size)
-    by_warps = device.max_warps_per_sm // num_warps
-    return max(1, min(by_shared, by_registers, by_warps, MAX_PROGRAMS_PER_SM))

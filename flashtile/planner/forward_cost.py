@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from flashtile.planner.catalog import GLUON_FORWARD_SM90, TRITON_FORWARD
 from flashtile.planner.device import Device
-from flashtile.planner.footprint import Footprint
 from flashtile.planner.forward_footprint import held_dim
 from flashtile.planner.forward_tiles import ForwardTileShape
 from flashtile.planner.forward_work import visible_pairs
+from flashtile.planner.resources import Footprint, product_rate
 from flashtile.planner.walk_cost import SPECIALISED_LOSS, Walk, WalkCost, walk_cost
 from flashtile.problem import DTYPE_BYTES, Problem
 
@@ -35,7 +35,7 @@ def roofline_us(problem: Problem, device: Device) -> tuple[float, float, float]:
     """Microseconds that the device needs at least: for the products, for the exponentials, for the memory."""
     flops = forward_flops(problem)
     scores = flops / 2 / (problem.head_dim + problem.head_dim_v)
-    return 1e6 * flops / device.matrix_rate, 1e6 * scores / device.exp_rate, 1e6 * forward_bytes(problem) / device.bandwidth
+    return 1e6 * flops / product_rate(problem, device), 1e6 * scores / device.exp_rate, 1e6 * forward_bytes(problem) / device.bandwidth
 
 
 def forward_cost(problem: Problem, tile: ForwardTileShape, footprint: Footprint, device: Device) -> WalkCost:

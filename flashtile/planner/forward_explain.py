@@ -11,12 +11,12 @@ from flashtile.errors import UnsupportedError
 from flashtile.planner.choose import plan_decode, plan_forward
 from flashtile.planner.cost import predict_us
 from flashtile.planner.device import Device
-from flashtile.planner.footprint import Footprint, programs_that_fit
 from flashtile.planner.forward_alternatives import ForwardAlternative, forward_alternatives, forward_kernels_passed_over
 from flashtile.planner.forward_cost import forward_bytes, forward_cost, forward_flops, roofline_us
 from flashtile.planner.forward_footprint import forward_footprint, forward_mma_name
 from flashtile.planner.forward_work import TileKinds, row_tiles, tile_kinds
 from flashtile.planner.plans import ForwardPlan
+from flashtile.planner.resources import Footprint, programs_that_fit
 from flashtile.planner.walk_cost import WalkCost
 from flashtile.planner.wording import Compiled, OtherKernel, chooser, counted, head_dims_in_words, mask_in_words
 from flashtile.problem import Problem

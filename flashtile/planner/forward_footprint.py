@@ -11,7 +11,9 @@ from __future__ import annotations
 from flashtile.planner.catalog import GLUON_FORWARD_SM90
 from flashtile.planner.device import Device
 from flashtile.planner.figures import Mma
-from flashtile.planner.footprint import (
+from flashtile.planner.forward_footprint_gluon import gluon_forward_registers, gluon_forward_registers_limit, gluon_forward_shared_memory
+from flashtile.planner.forward_tiles import ForwardTileShape
+from flashtile.planner.resources import (
     Footprint,
     features_of,
     fma_operands,
@@ -20,8 +22,6 @@ from flashtile.planner.footprint import (
     programs_that_fit,
     registers_limit,
 )
-from flashtile.planner.forward_footprint_gluon import gluon_forward_registers, gluon_forward_registers_limit, gluon_forward_shared_memory
-from flashtile.planner.forward_tiles import ForwardTileShape
 from flashtile.problem import DTYPE_BYTES, Problem
 
 SMALLEST_PART = 16  # of a head dim: a matrix instruction's operand

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 from flashtile.planner.catalog import GLUON_FORWARD_SM90, TRITON_FORWARD
 from flashtile.planner.device import Device
-from flashtile.planner.footprint import Footprint
 from flashtile.planner.forward_cost import forward_cost
 from flashtile.planner.forward_footprint import (
     forward_footprint,
@@ -26,6 +25,7 @@ from flashtile.planner.forward_tiles import FORWARD_LIMITS, LONG_WALK, SHORT_HEA
 from flashtile.planner.forward_work import mean_keys, row_tiles
 from flashtile.planner.plans import ForwardPlan
 from flashtile.planner.ranges import MAX_GRID_X, beyond, beyond_powers, beyond_warps
+from flashtile.planner.resources import Footprint
 from flashtile.problem import Problem
 
 Fit = tuple[ForwardTile, Footprint]

@@ -13,16 +13,10 @@ from math import gcd
 from flashtile.planner.catalog import GLUON_SM90, TRITON
 from flashtile.planner.cost import Work, cost_of, row_blocks_of, work_of
 from flashtile.planner.device import Device
-from flashtile.planner.footprint import (
-    Footprint,
-    footprint_of,
-    mma_of,
-    registers_limit,
-    registers_per_thread,
-    shared_memory_bytes,
-)
+from flashtile.planner.footprint import footprint_of, mma_of, registers_per_thread, shared_memory_bytes
 from flashtile.planner.plans import BLOCK_MS, DecodePlan
 from flashtile.planner.ranges import MAX_GRID_X, beyond, beyond_powers, beyond_warps, power_of_two
+from flashtile.planner.resources import Footprint, registers_limit
 from flashtile.planner.splits import (
     COMBINE_WARPS_FROM,
     MAX_SPLITS,

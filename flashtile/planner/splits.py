@@ -12,7 +12,8 @@ from typing import NamedTuple
 from flashtile.planner.catalog import GLUON_SM90, TRITON
 from flashtile.planner.cost import MATRIX_ITERATION_US, SM_BANDWIDTH_SHARE, Work, combine_us, row_blocks_of, work_of
 from flashtile.planner.device import Device
-from flashtile.planner.footprint import Footprint, footprint_of
+from flashtile.planner.footprint import footprint_of
+from flashtile.planner.resources import Footprint
 from flashtile.planner.tiles import SPLIT_UNITS_PERCENT, TileShape
 from flashtile.problem import Problem
 

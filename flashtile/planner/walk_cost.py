@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 from flashtile.planner.device import Device
 from flashtile.planner.figures import EXP_PER_CLOCK, Mma
-from flashtile.planner.footprint import Footprint
 from flashtile.planner.forward_work import row_tiles, walked_tiles
+from flashtile.planner.resources import Footprint
 from flashtile.problem import Problem
 
 MASK_OPERATIONS = 4  # more vector instructions a score in a tile that only some rows see

@@ -23,6 +23,7 @@ from flashtile.problem import Problem
 
 H200 = Device.named("H200")
 A100 = Device.named("A100")
+MI300X = Device.named("MI300X")
 PREFILL = Problem("forward", 4, 4096, seqlen_k=4096, num_heads_q=16, num_heads_kv=16)
 
 
@@ -61,6 +62,16 @@ def test_numbers_of_a_causal_prefill() -> None:
     assert explanation.roofline_matrix_us == pytest.approx(1e6 * explanation.flops / H200.matrix_rate)
     assert explanation.programs == 132
     assert explanation.predicted_us == pytest.approx(explanation.cost.total_us)
+
+
+@pytest.mark.parametrize(
+    ("device", "allow_tf32", "rate"),
+    [(H200, False, H200.vector_rate), (H200, True, H200.matrix_rate / 2), (MI300X, False, MI300X.matrix_rate / 8)],
+)
+def test_the_roofline_is_that_of_the_products_dtype(device: Device, allow_tf32: bool, rate: float) -> None:
+    wide = PREFILL.with_(dtype_q="float32", dtype_k="float32", dtype_v="float32", dtype_out="float32", allow_tf32=allow_tf32)
+    explanation = explain_forward(wide, device)
+    assert explanation.roofline_matrix_us == pytest.approx(1e6 * explanation.flops / rate)
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,9 @@ from flashtile.planner.catalog import GLUON_SM90, TRITON
 from flashtile.planner.choose import plan_decode, plan_for_tile
 from flashtile.planner.cost import predict_us
 from flashtile.planner.device import Device
-from flashtile.planner.footprint import footprint_of, mma_name, mma_of, padded, registers_limit, registers_per_thread, shared_memory_bytes
+from flashtile.planner.footprint import footprint_of, mma_name, mma_of, padded, registers_per_thread, shared_memory_bytes
 from flashtile.planner.plans import DecodePlan
+from flashtile.planner.resources import registers_limit
 from flashtile.planner.rules import choose_tile, fitting_tiles, infeasible
 from flashtile.planner.splits import MAX_SPLITS, MAX_STREAM_TILES, Splits, choose_splits, combine_shape
 from flashtile.planner.tiles import CANDIDATES, LIMITS, SHAPES, Tile
