@@ -17,8 +17,8 @@ from flashtile import reference
 from flashtile.cli.device import RunDevice, device_name, pick_device
 from flashtile.cli.output import console, microseconds, plan_words, print_json, progress, table
 from flashtile.planner.choose import plan_decode
+from flashtile.planner.decode_explain import explain_decode
 from flashtile.planner.device import Device
-from flashtile.planner.explain import explain_decode
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
 from flashtile.testing.sdpa import gather_call, gather_step

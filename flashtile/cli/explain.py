@@ -16,8 +16,9 @@ from flashtile.planner.backward_alternatives import BackwardAlternative
 from flashtile.planner.backward_explain import BackwardExplanation
 from flashtile.planner.catalog import module_of
 from flashtile.planner.choose import plan_backward, plan_decode, plan_forward
+from flashtile.planner.decode_alternatives import Alternative
+from flashtile.planner.decode_explain import Explanation
 from flashtile.planner.device import Device
-from flashtile.planner.explain import Alternative, Explanation
 from flashtile.planner.explain import explain as explain_plan
 from flashtile.planner.forward_alternatives import ForwardAlternative
 from flashtile.planner.forward_explain import ForwardExplanation

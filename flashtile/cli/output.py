@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 
 from flashtile.planner.backward_explain import BackwardExplanation
-from flashtile.planner.explain import Explanation
+from flashtile.planner.decode_explain import Explanation
 from flashtile.planner.forward_explain import ForwardExplanation
 
 # Without a terminal there is no width to keep to, and a wrapped table in a file is hard to read.

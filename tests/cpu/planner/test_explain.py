@@ -14,8 +14,10 @@ import pytest
 from flashtile.errors import UnsupportedError
 from flashtile.planner.catalog import CPU, GLUON_SM90, TRITON
 from flashtile.planner.choose import plan_decode
+from flashtile.planner.decode_alternatives import Alternative
+from flashtile.planner.decode_explain import Explanation
 from flashtile.planner.device import Device
-from flashtile.planner.explain import Alternative, Explanation, explain
+from flashtile.planner.explain import explain
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
 
