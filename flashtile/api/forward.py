@@ -11,7 +11,7 @@ import torch
 
 from flashtile import ops
 from flashtile.api.traced import copied, text_of
-from flashtile.arguments import check_differentiable, needs_gradient
+from flashtile.arguments import check_no_out, needs_gradient
 from flashtile.planner.plans import ForwardPlan
 
 
@@ -230,7 +230,7 @@ def _traced(
     q, k, v = ops.cast_by_autocast(q, k, v) or (q, k, v)
     differentiable = needs_gradient(q, k, v, sinks, alibi_slopes, out)
     if differentiable:
-        check_differentiable(page_table=page_table, alibi_slopes=alibi_slopes, out=out)
+        check_no_out(out)
     result, lse = torch.ops.flashtile.forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, left, right, softcap, scale,
         sinks, alibi_slopes, block_m, text_of(plan, ForwardPlan), allow_tf32, want_lse or differentiable,

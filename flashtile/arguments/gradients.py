@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from flashtile.errors import UnsupportedError, message
-
-if TYPE_CHECKING:
-    import torch
+from flashtile.errors import ArgumentError, UnsupportedError, message
 
 _INSTEAD = "Call it under torch.no_grad(), or detach what needs no gradient."
 
@@ -19,9 +14,10 @@ def needs_gradient(*tensors: object) -> bool:
     return torch.is_grad_enabled() and any(isinstance(tensor, torch.Tensor) and tensor.requires_grad for tensor in tensors)
 
 
-def check_differentiable(*, page_table: object, alibi_slopes: torch.Tensor | None, out: torch.Tensor | None) -> None:
-    """Raises UnsupportedError for what has no gradient, instead of detaching a result in silence; for calls that need one."""
-    if alibi_slopes is not None and getattr(alibi_slopes, "requires_grad", False):
+def check_differentiable(*, page_table: object, alibi_slopes: object, out: object) -> None:
+    """For calls that need a gradient: raises for what has none, instead of detaching a result in silence."""
+    check_no_out(out)
+    if getattr(alibi_slopes, "requires_grad", False):
         raise UnsupportedError(
             message(
                 "alibi_slopes",
@@ -39,8 +35,12 @@ def check_differentiable(*, page_table: object, alibi_slopes: torch.Tensor | Non
                 f"Keys in pages have none: pack k and v, with cu_seqlens_k. {_INSTEAD}",
             )
         )
+
+
+def check_no_out(out: object) -> None:
+    """Raises ArgumentError for an ``out`` that is given in a call that needs a gradient."""
     if out is not None:
-        raise UnsupportedError(
+        raise ArgumentError(
             message(
                 "out",
                 "None where a tensor requires a gradient",
