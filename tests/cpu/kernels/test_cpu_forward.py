@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashtile
 from flashtile.kernels import cpu_forward
@@ -19,6 +18,7 @@ from flashtile.problem import Problem
 from flashtile.testing import poison
 from flashtile.testing.forward_cases import FORWARD_CASES, ForwardCase
 from flashtile.testing.forward_inputs import ForwardInputs, expected_forward, forward_call, make_forward_inputs
+from flashtile.testing.memory import LargestResult
 from flashtile.testing.tolerance import assert_close
 
 NAMED = {case.name: case for case in FORWARD_CASES}
@@ -107,18 +107,6 @@ def test_lse_is_not_written_where_it_is_not_wanted() -> None:
         out, lse = run_engine(inputs, lse=False)
         assert_close(out, None, expected_forward(inputs)[0], None)
         assert lse.isnan().all()
-
-
-class LargestResult(TorchDispatchMode):
-    """Notes the most elements that any operation inside returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple) else (result,):
-            self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
-        return result
 
 
 @pytest.mark.parametrize("features", [{"causal": True}, {"window": (99, 7)}, {"softcap": 9.0}, {"alibi": True, "causal": True}], ids=str)
