@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from flashtile.kernels.call import DecodeRunner
 from flashtile.kernels.combine import combine_spec, combines
@@ -59,6 +59,8 @@ def decode_sm90_kernel(
         for stage in gl.static_range(STAGES):
             mbarrier.init(empty.index(stage), count=1)
         known = gl.allocate_shared_memory(gl.int32, [STAGES, 1], mbarrier.MBarrierLayout())
+    # the copy engine counts in these barriers, and has its own view of shared memory
+    fence_async_shared()
     ring = (k_ring, k_tiles, v_ring, v_tiles, full, empty, known)
     signs = (full, empty, known)
     # warps of their own ask for pages; constants are written inside the calls, for a tuple bound to a name makes numbers of them

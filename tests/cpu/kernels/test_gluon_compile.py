@@ -66,6 +66,7 @@ for problem, plan in json.load(sys.stdin):
     ptx, binary = compiled.asm["ptx"], compiled.asm["cubin"]
     facts = {name: bool(re.search(name, ptx)) for name in ("mma.sync", "wgmma", "cp.async.bulk.tensor", "cp.async.cg", "griddepcontrol")}
     facts |= {"stack": stack_bytes(binary), "shared": compiled.metadata.shared, "takes": parameter_sizes(binary)}
+    facts["fenced"] = "fence.proxy.async" in ptx.split("mbarrier.init")[-1].split("cp.async.bulk.tensor")[0]
     facts["passed"] = sizes_of(Kernel(1, 32, 0, False, False, spec.parameters(compiled.metadata.tensordesc_meta)))
     print(json.dumps(facts), flush=True)
 """
@@ -98,6 +99,7 @@ def test_a_plan_compiles_to_what_was_planned(name: str, compiled: dict[str, dict
     assert (facts["cp.async.bulk.tensor"], facts["cp.async.cg"]) == (
         (False, True) if gathers(problem, plan) and not asks_by_page(problem, plan) else (True, False)
     )
+    assert facts["fenced"], "the copy engine may not see that the barriers are ready"
     assert facts["shared"] <= shared_memory_bytes(problem, plan, H200) <= H200.smem_per_block == 227 * 1024
     assert facts["takes"] == facts["passed"]
 

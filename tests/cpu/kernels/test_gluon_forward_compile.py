@@ -56,11 +56,24 @@ from flashtile.problem import Problem
 
 disassembler = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 
+def early_arrivals(ptx):
+    # arrivals that give memory back, by one thread, with something that other warps may still be at since they last met
+    found, since = [], []
+    for line in ptx.splitlines():
+        if re.match(r"\\s*(bar|barrier)\\.(warp\\.)?sync", line):
+            since = []
+        elif re.search(r"try_wait|wgmma\\.wait_group|ld\\.shared|ldmatrix|bulk\\.wait_group", line):
+            since.append(line.strip())
+        elif "mbarrier.arrive.shared" in line and since:
+            found.append(since)
+    return found
+
 def facts_of(spec):
     compiled = compile_spec(spec, GPUTarget("cuda", 90, 32))
     ptx, binary = compiled.asm["ptx"], compiled.asm["cubin"]
     facts = {name: len(re.findall(name, ptx)) for name in ("wgmma.mma_async", "wgmma.commit_group", "cp.async.bulk.tensor", "setmaxnreg")}
     facts |= {"stack": stack_bytes(binary), "shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps}
+    facts["arrivals"], facts["early"] = ptx.count("mbarrier.arrive.shared"), early_arrivals(ptx)
     facts["takes"] = parameter_sizes(binary)
     facts["passed"] = sizes_of(Kernel(1, 32, 0, False, False, spec.parameters(compiled.metadata.tensordesc_meta)))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -126,6 +139,15 @@ def test_exponentials_lie_beneath_the_product_with_values(name: str, compiled: d
         beneath = [exponentials for left, exponentials in facts["behind"] if left == parts(problem.head_dim_v)]
         assert len(beneath) == plan.block_m // 64
         assert all(exponentials >= plan.block_n // 2 for exponentials in beneath)
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", CASES)
+def test_memory_is_given_back_once_all_warps_are_done_with_it(name: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
+    for facts in compiled[name]:
+        assert facts["arrivals"] > 0
+        assert facts["early"] == []
 
 
 @pytest.mark.slow
