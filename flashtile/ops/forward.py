@@ -126,7 +126,8 @@ class Attention(torch.autograd.Function):
     """A forward call that autograd follows; gradients for q, k, v and sinks, through out and lse."""
 
     @staticmethod
-    def forward(
+    def forward(  # with a setup_context apart from it, each call would pay for torch's binding of its arguments by name
+        ctx: Any,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -145,15 +146,15 @@ class Attention(torch.autograd.Function):
         plan: ForwardPlan | None,
         allow_tf32: bool,
     ) -> Result:
-        return forward(
+        out, lse = forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, seqused_k, causal, window, softcap, scale,
             sinks, alibi_slopes, None, block_m, plan, allow_tf32, True,
         )  # fmt: skip
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-        q, k, v, sinks, cu_q, cu_k, longest_q, longest_k, used_k, causal, window, softcap, scale, slopes, _, _, allow_tf32 = inputs
-        keep(ctx, q, k, v, cu_q, cu_k, longest_q, longest_k, used_k, causal, window, softcap, scale, sinks, slopes, allow_tf32, *output)
+        keep(
+            ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal, window, softcap, scale, sinks,
+            alibi_slopes, allow_tf32, out, lse,
+        )  # fmt: skip
+        return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:

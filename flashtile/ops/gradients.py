@@ -31,7 +31,7 @@ def keep(
     alibi_slopes: torch.Tensor | None,
     allow_tf32: bool,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    lse: torch.Tensor | None,
 ) -> None:
     """Keeps a forward call's arguments and results.
 
