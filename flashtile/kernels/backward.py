@@ -30,7 +30,7 @@ from flashtile.problem import Problem
 _MAX_GRID_X = 2**31 - 1
 
 
-class _Views(NamedTuple):
+class CallViews(NamedTuple):
     """What all kernels of a call are handed: views of numbers, and the number of sequences."""
 
     batch: int
@@ -40,7 +40,7 @@ class _Views(NamedTuple):
     tokens: tuple[Any, ...]
 
 
-_Pass = Callable[[int, BackwardCall, _Views], None]
+_Pass = Callable[[int, BackwardCall, CallViews], None]
 
 
 def specs(problem: Problem, plan: BackwardPlan) -> tuple[Spec, ...]:
@@ -59,7 +59,7 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
     """What runs calls of ``problem`` as ``plan`` says."""
     pointer = pointer_of(backward_delta_kernel)
     heads, delta_rows = problem.num_heads_q, rows_at_once(problem)
-    passes = _delta_pass(problem, device), _keys_pass(problem, plan, device), _queries_pass(problem, plan, device)
+    passes = delta_pass(problem, device), _keys_pass(problem, plan, device), _queries_pass(problem, plan, device)
 
     def run(stream: int, call: BackwardCall) -> None:
         q, cu_seqlens_q = call.q, call.cu_seqlens_q
@@ -67,7 +67,7 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
         if cu_seqlens_q is not None:
             batch, total_q = cu_seqlens_q.shape[0] - 1, q.shape[0]
         if batch == 0:
-            _nobody(call)
+            clear_gradients(call)
             return
         blocks = max(_blocks(call.max_seqlen_q, min(delta_rows, plan.dq_block_m)), _blocks(_max_seqlen_k(call), plan.block_n))
         if batch * heads * blocks > _MAX_GRID_X:
@@ -78,14 +78,14 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
         delta = (pointer(scratch), 0 if cu_seqlens_q is not None else heads * rows, rows, 1)
         lengths = (None if tensor is None else pointer(tensor) for tensor in (cu_seqlens_q, call.cu_seqlens_k, call.seqused_k))
         tokens = (*lengths, call.max_seqlen_q, call.k.shape[1], total_q, call.k.shape[0])
-        views = _Views(batch, rows_view(call.dout, pointer), lse_view(call.lse, pointer), delta, tokens)
+        views = CallViews(batch, rows_view(call.dout, pointer), lse_view(call.lse, pointer), delta, tokens)
         for launch_pass in passes:
             launch_pass(stream, call, views)
 
     return on_device(run, device)
 
 
-def _delta_pass(problem: Problem, device: torch.device) -> _Pass:
+def delta_pass(problem: Problem, device: torch.device) -> _Pass:
     """Writes delta, and dsinks where it is wanted."""
     pointer, heads, block_m = pointer_of(backward_delta_kernel), problem.num_heads_q, rows_at_once(problem)
 
@@ -95,7 +95,7 @@ def _delta_pass(problem: Problem, device: torch.device) -> _Pass:
 
     launch_of(False, problem.sinks)
 
-    def run(stream: int, call: BackwardCall, views: _Views) -> None:
+    def run(stream: int, call: BackwardCall, views: CallViews) -> None:
         row_blocks = _blocks(call.max_seqlen_q, block_m)
         sinks, parts, num_parts = None, None, views.batch * row_blocks
         if call.dsinks is not None and call.sinks is not None:
@@ -123,7 +123,7 @@ def _keys_pass(problem: Problem, plan: BackwardPlan, device: torch.device) -> _P
 
     walked = with_keys(problem, plan.block_m, pointer, launch_of)
 
-    def run(stream: int, call: BackwardCall, views: _Views) -> None:
+    def run(stream: int, call: BackwardCall, views: CallViews) -> None:
         launch, q, dout = walked(call.q, call.dout)
         key_blocks, units = _blocks(_max_seqlen_k(call), plan.block_n), views.batch * heads
         launch.run(
@@ -146,7 +146,7 @@ def _queries_pass(problem: Problem, plan: BackwardPlan, device: torch.device) ->
 
     walked = with_keys(problem, plan.dq_block_n, pointer, launch_of)
 
-    def run(stream: int, call: BackwardCall, views: _Views) -> None:
+    def run(stream: int, call: BackwardCall, views: CallViews) -> None:
         launch, k, v = walked(call.k, call.v)
         row_blocks, units = _blocks(call.max_seqlen_q, plan.dq_block_m), views.batch * heads
         launch.run(
@@ -158,7 +158,7 @@ def _queries_pass(problem: Problem, plan: BackwardPlan, device: torch.device) ->
     return run
 
 
-def _nobody(call: BackwardCall) -> None:
+def clear_gradients(call: BackwardCall) -> None:
     """The gradients where there is no sequence."""
     for gradient in (call.dq, call.dk, call.dv, call.dsinks):
         if gradient is not None:

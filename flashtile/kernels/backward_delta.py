@@ -13,6 +13,7 @@ import triton.language as tl
 
 from flashtile.kernels.launch import Arg, Spec
 from flashtile.kernels.operands import lse_spec, rows_spec, tokens_spec
+from flashtile.kernels.tile.gradients import statistic_offsets
 from flashtile.kernels.tile.rows import load_rows
 from flashtile.kernels.tile.schedule import sequence_rows
 from flashtile.kernels.tile.softmax import LOG2E
@@ -49,22 +50,16 @@ def backward_delta_kernel(
     dout_tile = load_rows(dout.ptr, row_offsets(dout, b_rows, row, h), real, DV, HEAD_DIM_V).to(tl.float32)
     total = tl.sum(out_tile * dout_tile, 1)
     if dlse.ptr is not None:
-        total -= tl.load(dlse.ptr + _at(dlse, b_rows, h, row), mask=real, other=0.0)
-    natural = tl.load(lse.ptr + _at(lse, b_rows, h, row), mask=real, other=float("-inf"))
+        total -= tl.load(dlse.ptr + statistic_offsets(dlse, b_rows, h, row), mask=real, other=0.0)
+    natural = tl.load(lse.ptr + statistic_offsets(lse, b_rows, h, row), mask=real, other=float("-inf"))
     seen = natural > float("-inf")
     total = tl.where(seen, total, 0.0)
-    tl.store(delta.ptr + _at(delta, b_rows, h, row), total, mask=real)
+    tl.store(delta.ptr + statistic_offsets(delta, b_rows, h, row), total, mask=real)
     if sink_parts is not None:
         share = tl.exp2((tl.load(sinks + h) - tl.where(seen, natural, 0.0)) * LOG2E)
         part = -tl.sum(tl.where(seen, share * total, 0.0), 0)
         parts = batch.to(tl.int64) * row_blocks
         tl.store(sink_parts + h * parts + b * row_blocks + row_block, part)
-
-
-@triton.jit
-def _at(view, b, h, row):
-    """(rows,) element offsets into an LseView."""
-    return b.to(tl.int64) * view.stride_b + h.to(tl.int64) * view.stride_h + row.to(tl.int64) * view.stride_m
 
 
 @triton.jit

@@ -10,18 +10,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashtile.kernels.forward import value_parts
 from flashtile.kernels.launch import Arg, Spec
 from flashtile.kernels.operands import Layout, band_spec, lse_spec, rows_spec, scores_spec, tokens_spec, usual_layout, walked_specs
 from flashtile.kernels.tile.band import keys_of, visible_keys, whole_tiles
 from flashtile.kernels.tile.cache import load_tile
-from flashtile.kernels.tile.gradients import load_statistics, probabilities, score_gradients, slope_of
+from flashtile.kernels.tile.gradients import load_delta, load_lse, probabilities, score_gradients, slope_of
 from flashtile.kernels.tile.order import row_block_of
 from flashtile.kernels.tile.results import store_rows
 from flashtile.kernels.tile.rows import clear_rows, load_rows
 from flashtile.kernels.tile.schedule import key_room, owned_keys, sequence_rows, stored_keys
 from flashtile.kernels.tile.softmax import LN2
 from flashtile.kernels.tile.views import row_offsets
-from flashtile.planner.forward_footprint import parts_of
 from flashtile.planner.plans import BackwardPlan
 from flashtile.problem import Problem
 
@@ -142,7 +142,9 @@ def _walk(
         if D_REST > 0:
             q_rest = load_tile(q_ptr + D, q, head, b_rows.to(tl.int64), slot, inside, m, tl.arange(0, D_REST), HEAD_DIM - D, BLOCK_M, 0)
             s = tl.dot(k_rest, tl.trans(q_rest), s, input_precision=PRECISION)
-        lse_log2, row_delta = load_statistics(lse, delta, b_rows, head, row_start + row, inside)
+        # both at once: a load between the products keeps more registers busy
+        lse_log2 = load_lse(lse, b_rows, head, row_start + row, inside)
+        row_delta = load_delta(delta, b_rows, head, row_start + row, inside)
         visible = None
         if EDGES and (band.left is not None or band.right is not None):
             visible = (row[None, :] >= lowest[:, None]) & (row[None, :] <= highest[:, None])
@@ -152,15 +154,16 @@ def _walk(
         dout_tile = load_tile(dout_ptr, dout_view, head, b_rows.to(tl.int64), slot, inside, m, dv, min(HEAD_DIM_V, DV), BLOCK_M, 0)
         p_operand = p.to(dout_tile.dtype)
         dv_sum = tl.dot(p_operand, dout_tile, dv_sum, input_precision=PRECISION)
-        # [BLOCK_N, BLOCK_M]
-        dp = tl.dot(v_tile, tl.trans(dout_tile), input_precision=PRECISION)
+        # [BLOCK_N, BLOCK_M], less delta from the start: a register for each row's delta would be one too many
+        dp = tl.zeros_like(s) - row_delta[None, :]
+        dp = tl.dot(v_tile, tl.trans(dout_tile), dp, input_precision=PRECISION)
         if DV_REST > 0:
             dout_rest = load_tile(
                 dout_ptr + DV, dout_view, head, b_rows.to(tl.int64), slot, inside, m, tl.arange(0, DV_REST), HEAD_DIM_V - DV, BLOCK_M, 0
             )
             dv_rest = tl.dot(p_operand, dout_rest, dv_rest, input_precision=PRECISION)
             dp = tl.dot(v_rest, tl.trans(dout_rest), dp, input_precision=PRECISION)
-        ds = score_gradients(p, dp, row_delta[None, :], capped, scores).to(q_tile.dtype)
+        ds = score_gradients(p, dp, capped, scores).to(q_tile.dtype)
         dk_sum = tl.dot(ds, q_tile, dk_sum, input_precision=PRECISION)
         if D_REST > 0:
             dk_rest = tl.dot(ds, q_rest, dk_rest, input_precision=PRECISION)
@@ -169,7 +172,7 @@ def _walk(
 
 def keys_spec(problem: Problem, plan: BackwardPlan, layout: Layout | None = None) -> Spec:
     """The kernel's specialisation for a layout of q and dout, by default the usual one."""
-    (dim, rest), (dim_v, rest_v) = parts_of(problem.head_dim), parts_of(problem.head_dim_v)
+    (dim, rest), (dim_v, rest_v) = value_parts(problem.head_dim, plan.block_n), value_parts(problem.head_dim_v, plan.block_n)
     i32 = Arg("i32")
     keys, values = rows_spec(problem, problem.dtype_k), rows_spec(problem, problem.dtype_v)
     walked = walked_specs(problem, usual_layout(problem) if layout is None else layout, q=problem.dtype_q, dout=problem.dtype_out)

@@ -8,18 +8,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashtile.kernels.forward import value_parts
 from flashtile.kernels.launch import Arg, Spec
 from flashtile.kernels.operands import Layout, band_spec, keys_specs, lse_spec, rows_spec, scores_spec, tokens_spec, usual_layout
 from flashtile.kernels.tile.band import keys_of, visible_keys, whole_tiles
 from flashtile.kernels.tile.cache import load_tile
-from flashtile.kernels.tile.gradients import load_statistics, probabilities, score_gradients, slope_of
+from flashtile.kernels.tile.gradients import load_delta, load_lse, probabilities, score_gradients, slope_of
 from flashtile.kernels.tile.order import row_block_of
 from flashtile.kernels.tile.results import store_rows
 from flashtile.kernels.tile.rows import clear_rows, load_rows
 from flashtile.kernels.tile.schedule import owned_rows, sequence_rows, stored_keys
 from flashtile.kernels.tile.softmax import LN2
 from flashtile.kernels.tile.views import row_offsets
-from flashtile.planner.forward_footprint import parts_of
 from flashtile.planner.plans import BackwardPlan
 from flashtile.problem import Problem
 
@@ -48,7 +48,8 @@ def backward_queries_kernel(
     b_rows = b * 0 if tokens.cu_seqlens_q is not None else b
     q_rows = row_offsets(q, b_rows, row_start + row, h)
     dout_rows = row_offsets(dout, b_rows, row_start + row, h)
-    lse_log2, row_delta = load_statistics(lse, delta, b_rows, h, row_start + row, real)
+    lse_log2 = load_lse(lse, b_rows, h, row_start + row, real)
+    row_delta = load_delta(delta, b_rows, h, row_start + row, real)
     # [BLOCK_M, D], [BLOCK_M, DV] and the rest of both
     q_tile = load_rows(q.ptr, q_rows, real, D, min(HEAD_DIM, D))
     dout_tile = load_rows(dout.ptr, dout_rows, real, DV, min(HEAD_DIM_V, DV))
@@ -125,7 +126,7 @@ def _walk(
         # [BLOCK_N, DV]
         v_tile = load_tile(v_ptr, v_view, h_kv, b.to(tl.int64), slot, inside, n, dv, min(HEAD_DIM_V, DV), BLOCK_N, 0)
         # [BLOCK_M, BLOCK_N]
-        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
+        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION) - row_delta[:, None]
         if DV_REST > 0:
             v_rest = load_tile(
                 v_ptr + DV, v_view, h_kv, b.to(tl.int64), slot, inside, n, tl.arange(0, DV_REST), HEAD_DIM_V - DV, BLOCK_N, 0
@@ -133,7 +134,7 @@ def _walk(
             dp = tl.dot(dout_rest, tl.trans(v_rest), dp, input_precision=PRECISION)
         visible = (key[None, :] >= lowest[:, None]) & (key[None, :] <= highest[:, None]) if EDGES else None
         p, capped = probabilities(s, scores, slope, key[None, :] - position[:, None], visible, lse_log2[:, None])
-        ds = score_gradients(p, dp, row_delta[:, None], capped, scores).to(k_tile.dtype)
+        ds = score_gradients(p, dp, capped, scores).to(k_tile.dtype)
         dq_sum = tl.dot(ds, k_tile, dq_sum, input_precision=PRECISION)
         if D_REST > 0:
             dq_rest = tl.dot(ds, k_rest, dq_rest, input_precision=PRECISION)
@@ -142,7 +143,7 @@ def _walk(
 
 def queries_spec(problem: Problem, plan: BackwardPlan, layout: Layout | None = None) -> Spec:
     """The kernel's specialisation for a layout of K and V, by default the usual one."""
-    (dim, rest), (dim_v, rest_v) = parts_of(problem.head_dim), parts_of(problem.head_dim_v)
+    (dim, rest), (dim_v, rest_v) = value_parts(problem.head_dim, plan.dq_block_m), value_parts(problem.head_dim_v, plan.dq_block_m)
     i32 = Arg("i32")
     return Spec(
         backward_queries_kernel,

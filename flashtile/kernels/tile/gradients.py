@@ -11,20 +11,27 @@ from flashtile.kernels.tile.softmax import LOG2E, softcapped
 
 
 @triton.jit
-def load_statistics(lse, delta, b, h, row, inside):
-    """(rows,) lse in base 2, and delta. ``inside`` is None where every row is known to exist.
+def load_lse(lse, b, h, row, inside):
+    """(rows,) lse in base 2. ``inside`` is None where every row is known to exist.
 
     A row that does not exist, or that saw no key, gets the lse inf: its probabilities are 0.
     """
-    lse_at = lse.ptr + b.to(tl.int64) * lse.stride_b + h.to(tl.int64) * lse.stride_h + row.to(tl.int64) * lse.stride_m
-    delta_at = delta.ptr + b.to(tl.int64) * delta.stride_b + h.to(tl.int64) * delta.stride_h + row.to(tl.int64) * delta.stride_m
-    if inside is None:
-        natural = tl.load(lse_at)
-        row_delta = tl.load(delta_at)
-    else:
-        natural = tl.load(lse_at, mask=inside, other=float("-inf"))
-        row_delta = tl.load(delta_at, mask=inside, other=0.0)
-    return tl.where(natural == float("-inf"), float("inf"), natural * LOG2E), row_delta
+    at = lse.ptr + statistic_offsets(lse, b, h, row)
+    natural = tl.load(at) if inside is None else tl.load(at, mask=inside, other=float("-inf"))
+    return tl.where(natural == float("-inf"), float("inf"), natural * LOG2E)
+
+
+@triton.jit
+def load_delta(delta, b, h, row, inside):
+    """(rows,) delta, 0 where there is no row. ``inside`` is None where every row is known to exist."""
+    at = delta.ptr + statistic_offsets(delta, b, h, row)
+    return tl.load(at) if inside is None else tl.load(at, mask=inside, other=0.0)
+
+
+@triton.jit
+def statistic_offsets(view, b, h, row):
+    """(rows,) element offsets into an LseView."""
+    return b.to(tl.int64) * view.stride_b + h.to(tl.int64) * view.stride_h + row.to(tl.int64) * view.stride_m
 
 
 @triton.jit
@@ -54,9 +61,9 @@ def probabilities(s, scores, slope, distance, visible, lse_log2):
 
 
 @triton.jit
-def score_gradients(p, dp, delta, capped, scores):
-    """Gradients of the products q.k, short of the scale: ``delta`` broadcasts over the tile."""
-    ds = p * (dp - delta)
+def score_gradients(p, dp, capped, scores):
+    """Gradients of the products q.k, short of the scale. ``dp`` is dP - delta."""
+    ds = p * dp
     if scores.softcap is not None:
         # of cap * tanh(x / cap) by x
         tanh = capped / (scores.softcap * LOG2E)
