@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from flashtile.errors import ArgumentError, AttentionError, DtypeError, ShapeError, ToolchainError, UnsupportedError
     from flashtile.planner.device import Device
     from flashtile.planner.explain import explain
-    from flashtile.planner.plans import DecodePlan, ForwardPlan
+    from flashtile.planner.plans import BackwardPlan, DecodePlan, ForwardPlan
     from flashtile.problem import Problem
 
 __version__ = "0.1.0.dev0"
@@ -45,7 +45,7 @@ _HOMES = {
     "flashtile.errors": ("ArgumentError", "AttentionError", "DtypeError", "ShapeError", "ToolchainError", "UnsupportedError"),
     "flashtile.planner.device": ("Device",),
     "flashtile.planner.explain": ("explain",),
-    "flashtile.planner.plans": ("DecodePlan", "ForwardPlan"),
+    "flashtile.planner.plans": ("BackwardPlan", "DecodePlan", "ForwardPlan"),
     "flashtile.problem": ("Problem",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
@@ -53,6 +53,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "ArgumentError",
     "AttentionError",
+    "BackwardPlan",
     "Band",
     "DecodePlan",
     "Device",

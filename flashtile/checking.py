@@ -21,8 +21,9 @@ def checked() -> Iterator[None]:
 
     Raises ArgumentError that names the first entry of ``seqlens_k`` beyond the cache's capacity, of ``seqused_k`` beyond
     what its sequence has, of ``cu_seqlens_q`` or ``cu_seqlens_k`` that is out of order or out of its tensor, of more queries
-    than ``max_seqlen_q``, or of ``page_table`` outside the cache where a query can see it. Without the switch such entries are
-    clamped or masked on the device: they are never read or written outside, but the result is not what was meant.
+    than ``max_seqlen_q``, of more keys than ``max_seqlen_k`` where a gradient is needed, or of ``page_table`` outside the
+    cache where a query can see it. Without the switch such entries are clamped or masked on the device: they are never read
+    or written outside, but the result is not what was meant.
 
     Each call waits for its device, so this is for finding a bug: it costs time and cannot run while a CUDA graph is
     captured. It holds for the current thread or task, and costs nothing measurable when it is off.
@@ -59,6 +60,20 @@ def check_forward_values(call: ForwardCall, left: int | None) -> None:
     seqlens_k = _checked_lengths("seqused_k", call.seqused_k, room, has)
     if call.page_table is not None:
         _check_pages(call.page_table, call.k, seqlens_q, seqlens_k, left)
+
+
+def check_longest_keys(cu_seqlens_k: torch.Tensor, total_k: int, max_seqlen_k: int) -> None:
+    """Raises ArgumentError for the first sequence of packed keys that is longer than it was said to be, waits for the device."""
+    for i, length in enumerate(_lengths_between("cu_seqlens_k", cu_seqlens_k, total_k)):
+        if length > max_seqlen_k:
+            raise ArgumentError(
+                message(
+                    f"cu_seqlens_k[{i + 1}]",
+                    f"at most max_seqlen_k ({max_seqlen_k}) keys in sequence {i}, since a gradient is needed",
+                    length,
+                    "Pass the longest sequence's length as max_seqlen_k.",
+                )
+            )
 
 
 def _checked_lengths(name: str, lengths: torch.Tensor, room: list[int], has: str) -> list[int]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
 from flashtile import ops
-from flashtile.planner.choose import plan_decode, plan_forward
+from flashtile.planner.choose import plan_backward, plan_decode, plan_forward
 from flashtile.planner.device import Device
 from flashtile.planner.plans import Plan
 from flashtile.problem import Problem
+
+_PLANNERS: dict[str, Callable[[Problem, Device], Plan]] = {"decode": plan_decode, "forward": plan_forward, "backward": plan_backward}
 
 
 def warmup(problems: Iterable[Problem], device: torch.device | str | None = None) -> list[Plan]:
@@ -18,11 +20,12 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | None = None
 
     Args:
         problems: what will be called; ``Problem.decode(...)`` and ``Problem.forward(...)`` make one from a call's arguments,
-            ``Problem(operation=..., batch=...)`` from numbers alone.
+            ``Problem(operation=..., batch=...)`` from numbers alone. The gradients of a forward problem are one of their own:
+            ``problem.with_(operation="backward", lse=True)``.
         device: where they will run; by default the current GPU, or the CPU where there is none.
 
     Returns:
-        The plan of each problem, in order: a DecodePlan or a ForwardPlan.
+        The plan of each problem, in order: a DecodePlan, a ForwardPlan or a BackwardPlan.
 
     Raises:
         UnsupportedError: no kernel can run a problem on this device.
@@ -33,7 +36,7 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | None = None
     figures = Device.of(where)
     plans: list[Plan] = []
     for problem in problems:
-        plan = plan_forward(problem, figures) if problem.operation == "forward" else plan_decode(problem, figures)
+        plan = _PLANNERS[problem.operation](problem, figures)
         prepare = getattr(ops.kernel_module(plan), "prepare", None)
         if prepare is not None:
             prepare(problem, plan, where)

@@ -1,4 +1,4 @@
-"""attention and attention_varlen: prefill, and the forward half of training.
+"""attention and attention_varlen: prefill and training.
 
 Exact attention after FlashAttention (Dao, Fu, Ermon, Rudra, Re: FlashAttention, 2022; Dao: FlashAttention-2, 2023; on Hopper
 Shah, Bikshandi, Zhang, Thakkar, Ramani, Dao: FlashAttention-3, 2024): a program holds rows of queries and walks their keys; the
@@ -38,6 +38,9 @@ def attention(
     ``-left <= k - q - offset <= right``: the last query stands on the last key. Scores, softmax and sums are float32. A query
     that sees no key gives 0.
 
+    Gradients flow to q, k, v and sinks, once (they have no gradient in turn); the same call gives the same bits each time. Within
+    ``torch.autocast``, q, k and v are cast to its dtype where one of them is float32 or their dtypes differ.
+
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim); float16, bfloat16 or float32; head_dim a multiple of 8 up to 256. Any
             strides with a contiguous last dimension.
@@ -49,8 +52,9 @@ def attention(
         softcap: 0.0 is off.
         scale: by default ``head_dim ** -0.5``.
         sinks: (num_heads_q,) float32: a logit per head, in natural-log units, that joins the softmax's denominator once.
-        alibi_slopes: (num_heads_q,) or (batch, num_heads_q) float32.
-        out: where to write, (batch, seqlen_q, num_heads_q, head_dim_v) of q's dtype; allocated where None. Returned.
+        alibi_slopes: (num_heads_q,) or (batch, num_heads_q) float32; no gradient.
+        out: where to write, (batch, seqlen_q, num_heads_q, head_dim_v) of q's dtype; allocated where None. Returned. Only in
+            calls that need no gradient.
         block_m: the query tile, in rows of one query head; the planner's choice where None.
         plan: a whole plan, obeyed as it is.
         allow_tf32: lets float32 products run in TF32.
@@ -60,8 +64,8 @@ def attention(
 
     Raises:
         ShapeError, DtypeError, ArgumentError: an argument is wrong; the message names it and what would work.
-        UnsupportedError: no kernel can run the problem, or not with the plan asked for, with each kernel's reasons; or a tensor
-            requires a gradient while grad mode is on. No gradient flows yet: call it under ``torch.no_grad()``.
+        UnsupportedError: no kernel can run the problem, or not with the plan asked for, with each kernel's reasons; or a gradient
+            is needed where there is none: of slopes, or of keys in pages.
         ToolchainError: a kernel cannot be compiled or launched on this machine.
 
     Work goes to the current stream of q's device, which need not be the current device.
@@ -142,13 +146,15 @@ def attention_varlen(
             belong to nobody: out 0, lse -inf.
         cu_seqlens_k: (batch + 1,) int32: where each sequence's keys start; None with ``page_table``.
         max_seqlen_q: the most queries of one sequence; the device is not read for it. Rows of a longer sequence may not be written.
-        max_seqlen_k: the most keys of one sequence, as a hint for the plan; by default all there is room for. Changes no result.
+        max_seqlen_k: the most keys of one sequence, as a hint for the plan; by default all there is room for. Changes no result,
+            but has to be right where a gradient is needed: keys beyond it may be left without one. Then it saves time, too.
         page_table: (batch, max_pages) int32: the pages of each sequence in order. Entries past a sequence's end are never
-            read; an id outside the cache makes its keys invisible.
+            read; an id outside the cache makes its keys invisible. Pages have no gradient.
         seqused_k: (batch,) int32: how many of its keys each sequence uses, the first ones; needed with ``page_table``. Clamped
             on the device to what there are.
         alibi_slopes: (num_heads_q,) or (batch, num_heads_q) float32.
-        out: where to write, (total_q, num_heads_q, head_dim_v) of q's dtype; allocated where None. Returned.
+        out: where to write, (total_q, num_heads_q, head_dim_v) of q's dtype; allocated where None. Returned. Only in calls that
+            need no gradient.
         causal, window, softcap, scale, sinks, block_m, plan, allow_tf32: as for `attention`.
 
     Returns:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flashtile.arguments import check_differentiable, needs_gradient
-from flashtile.checking import CHECKING, check_forward_values
+from flashtile.checking import CHECKING, check_forward_values, check_longest_keys
 from flashtile.facts import Key, forward_key
 from flashtile.kernels.call import ForwardCall, ForwardRunner
 from flashtile.ops.autocast import cast_by_autocast
@@ -84,6 +84,8 @@ def forward(
             )  # fmt: skip
         if needs_gradient(q, k, v, sinks, alibi_slopes, out):
             check_differentiable(page_table=page_table, alibi_slopes=alibi_slopes, out=out)
+            if CHECKING.get() and cu_seqlens_k is not None and max_seqlen_k is not None:
+                check_longest_keys(cu_seqlens_k, k.shape[0], max_seqlen_k)
             return Attention.apply(  # type: ignore[no-any-return, no-untyped-call]
                 q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal, window, softcap, scale,
                 alibi_slopes, block_m, plan, allow_tf32,

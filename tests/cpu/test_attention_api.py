@@ -16,7 +16,7 @@ from flashtile.errors import ArgumentError, UnsupportedError
 from flashtile.facts import forward_key
 from flashtile.ops import forward as ops
 from flashtile.ops import prepared as prepared_calls
-from flashtile.planner.plans import ForwardPlan
+from flashtile.planner.plans import ForwardPlan, Plan
 from flashtile.problem import Problem
 from flashtile.testing.forward_cases import FORWARD_CASES, ForwardCase
 from flashtile.testing.forward_inputs import expected_forward, make_forward_inputs
@@ -217,18 +217,19 @@ def test_an_explicit_plan_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert noted.plans[2].block_m == 8
 
 
-def test_warmup_plans_and_compiles_either_operation(monkeypatch: pytest.MonkeyPatch) -> None:
-    problems = [Problem.forward(**plain()), Problem(seqlen_k=64), Problem.forward(**varlen())]
+def test_warmup_plans_and_compiles_every_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Problem.forward(**plain())
+    problems = [forward, Problem(seqlen_k=64), Problem.forward(**varlen()), forward.with_(operation="backward", lse=True)]
     prepared: list[Any] = []
 
     class Module:
         @staticmethod
-        def prepare(problem: Problem, plan: flashtile.ForwardPlan | flashtile.DecodePlan, device: torch.device) -> None:
+        def prepare(problem: Problem, plan: Plan, device: torch.device) -> None:
             prepared.append((problem, plan, device))
 
     monkeypatch.setattr("flashtile.ops.kernel_module", lambda plan: Module)
     plans = flashtile.warmup(problems, device="cpu")
-    assert [type(plan).__name__ for plan in plans] == ["ForwardPlan", "DecodePlan", "ForwardPlan"]
+    assert [type(plan).__name__ for plan in plans] == ["ForwardPlan", "DecodePlan", "ForwardPlan", "BackwardPlan"]
     assert prepared == [(problem, plan, torch.device("cpu")) for problem, plan in zip(problems, plans)]
 
 

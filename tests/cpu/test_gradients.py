@@ -233,6 +233,16 @@ def test_a_warm_call_neither_checks_nor_plans(monkeypatch: pytest.MonkeyPatch) -
         gradients(inputs, call.dout, call.dlse)
 
 
+def test_checked_names_a_sequence_of_more_keys_than_it_was_said_to_have() -> None:
+    args, _ = with_leaves(varlen().args | {"max_seqlen_k": 29})
+    with flashtile.checked():
+        run(args | {"max_seqlen_k": 30})
+        with torch.no_grad():  # a hint and no more
+            run(args)
+        with pytest.raises(flashtile.ArgumentError, match=r"cu_seqlens_k\[1\]: .*max_seqlen_k \(29\).* got 30\."):
+            run(args)
+
+
 # Whole models
 
 
