@@ -132,7 +132,8 @@ def _render(
         others.add_row(name, other.why, str(other.rows_wasted), predicted)
     for kernel in explanation.other_kernels:
         others.add_row(f"any of {kernel.kernel}", "; ".join(kernel.reasons), "", "cannot run")
-    console.print(others)
+    if others.row_count:
+        console.print(others)
 
 
 def _tile_name(other: Alternative | ForwardAlternative | BackwardAlternative, owner: str) -> str:

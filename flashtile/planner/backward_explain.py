@@ -16,9 +16,20 @@ from flashtile.planner.choose import plan_backward
 from flashtile.planner.device import Device
 from flashtile.planner.forward_work import TileKinds, tile_kinds
 from flashtile.planner.plans import BackwardPlan
-from flashtile.planner.resources import Footprint, programs_that_fit
+from flashtile.planner.resources import Footprint
 from flashtile.planner.walk_cost import WalkCost
-from flashtile.planner.wording import Compiled, OtherKernel, chooser, counted, head_dims_in_words, mask_in_words
+from flashtile.planner.wording import (
+    Compiled,
+    OtherKernel,
+    as_compiled,
+    chooser,
+    counted,
+    footprint_in_words,
+    head_dims_in_words,
+    idle_in_words,
+    mask_in_words,
+    queries_in_words,
+)
 from flashtile.problem import Problem
 
 
@@ -111,7 +122,10 @@ def explain_backward(
     plan = plan_backward(problem, device, plan=plan)
     tiles = pass_tiles(plan)
     facts = compiled or (None, None)
-    footprints = (_footprint(problem, tiles[0], device, facts[0]), _footprint(problem, tiles[1], device, facts[1]))
+    keys_footprint, queries_footprint = (
+        as_compiled(pass_footprint(problem, tile, device), found, tile.num_warps, device) for tile, found in zip(tiles, facts)
+    )
+    footprints = (keys_footprint, queries_footprint)
     cost = backward_cost(problem, tiles, footprints, device)
     keys = _pass(problem, tiles[0], footprints[0], cost.keys, device, facts[0])
     queries = _pass(problem, tiles[1], footprints[1], cost.queries, device, facts[1])
@@ -133,17 +147,9 @@ def explain_backward(
         roofline_memory_us=memory_us,
         predicted_us=cost.total_us,
         limiter=max(keys, queries, key=lambda one: one.predicted_us).limiter,
-        alternatives=tuple(backward_alternatives(problem, device, plan, cost)) if device.is_gpu else (),
+        alternatives=tuple(backward_alternatives(problem, device, plan, cost)) if device.is_gpu and not idle_in_words(problem) else (),
         other_kernels=tuple(backward_kernels_passed_over(problem, device, plan)),
     )
-
-
-def _footprint(problem: Problem, tile: PassTile, device: Device, compiled: Compiled | None) -> Footprint:
-    footprint = pass_footprint(problem, tile, device)
-    if compiled is None:
-        return footprint
-    resident = min(footprint.resident, programs_that_fit(compiled.shared_bytes, compiled.registers, tile.num_warps, device))
-    return footprint._replace(shared_memory=compiled.shared_bytes, registers=compiled.registers, resident=resident)
 
 
 def _pass(
@@ -177,15 +183,18 @@ def _pass(
 
 def _lines(e: BackwardExplanation) -> Iterator[str]:
     plan, problem, device = e.plan, e.problem, e.device
-    queries = "1 query" if problem.seqlen_q == 1 else f"{problem.seqlen_q} queries"
     yield (
-        f"Gradients of {problem.batch} x {queries} over {problem.seqlen_k} keys ({mask_in_words(problem)}), "
+        f"Gradients of {problem.batch} x {queries_in_words(problem)} over {problem.seqlen_k} keys ({mask_in_words(problem)}), "
         f"{problem.num_heads_q}/{problem.num_heads_kv} heads, head dim {head_dims_in_words(problem)}, {problem.dtype_k} on {device.name}: "
         f"kernel {plan.kernel}, chosen by {chooser(plan)}."
     )
+    idle = idle_in_words(problem)
+    if idle:
+        yield idle
+        return
     if device.is_gpu:
         for tile, one in zip(pass_tiles(plan), (e.keys, e.queries)):
-            yield from _pass_lines(tile, one, device, e.is_compiled)
+            yield from _pass_lines(tile, one, device)
     yield (
         f"Work: {e.flops / 1e9:.2f} GFLOP (2.5 times the forward's), {e.bytes_moved / 1e6:.1f} MB, {e.intensity:.0f} FLOP a byte; "
         f"roofline {e.roofline_us:.1f} us "
@@ -201,19 +210,14 @@ def _lines(e: BackwardExplanation) -> Iterator[str]:
         yield f"Not {other.owned} {other.owner} a program{owner}: {other.why}."
 
 
-def _pass_lines(tile: PassTile, one: PassExplanation, device: Device, is_compiled: bool) -> Iterator[str]:
+def _pass_lines(tile: PassTile, one: PassExplanation, device: Device) -> Iterator[str]:
     name, walked = ("dK and dV", "queries") if one.owner == "keys" else ("dQ", "keys")
     yield (
         f"Pass over {one.owner} ({name}): {one.owned} {one.owner} a program, {one.step} {walked} a step, "
         f"{counted(tile.num_warps, 'warp')}, {counted(tile.num_stages, 'stage')}; "
         f"{one.rows_wasted} {one.owner} of a head's last tile empty; products by {one.mma}."
     )
-    source = "as compiled" if is_compiled else "estimated"
-    spilled = f", {one.spilled_bytes} bytes spilled" if is_compiled else ""
-    yield (
-        f"  Footprint ({source}): {one.shared_memory} of {device.smem_per_block} bytes of shared memory, "
-        f"{one.registers} registers a thread{spilled}; {counted(one.programs_per_sm, 'program')} an SM."
-    )
+    yield f"  {footprint_in_words(one.shared_memory, one.registers, one.spilled_bytes, one.programs_per_sm, device)}"
     yield (
         f"  Schedule: {counted(one.tiles, 'tile')} of {one.owner} on {device.num_sms} SMs: {counted(one.full_waves, 'full wave')} "
         f"and a tail of {counted(one.tail_tiles, 'tile')}; {100 * one.masked_share:.1f}% of {one.walked_tiles} tiles of {walked} masked."

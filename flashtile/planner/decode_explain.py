@@ -7,21 +7,42 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from flashtile.planner.catalog import GLUON_SM90
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.cost import Cost, cost_of, row_blocks_of, work_of
 from flashtile.planner.decode_alternatives import FIXED_BLOCK_M, Alternative, alternatives, kernels_passed_over
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import footprint_of, mma_name
+from flashtile.planner.footprint_gluon import WARPGROUP, asks_by_page, merges_parts
 from flashtile.planner.plans import DecodePlan
-from flashtile.planner.resources import product_rate, programs_that_fit
+from flashtile.planner.resources import Footprint, product_rate
 from flashtile.planner.tiles import variant_name
-from flashtile.planner.wording import Compiled, OtherKernel, chooser, counted
+from flashtile.planner.wording import (
+    Compiled,
+    OtherKernel,
+    as_compiled,
+    chooser,
+    counted,
+    footprint_in_words,
+    idle_in_words,
+    queries_in_words,
+)
 from flashtile.problem import Problem
+
+PAGES_IN_WORDS = {
+    "a page a step": "a step's keys lie on one page",
+    "asking warps": "two more warps ask for pages, one for those of K and one for those of V",
+    "key by key": "each key looks up its page",
+}
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """One decode plan explained. Bytes, FLOP and microseconds; rows are those of one sequence and key head."""
+    """One decode plan explained. Bytes, FLOP and microseconds; rows are those of one sequence and key head.
+
+    ``merged_by`` is who merges partial results: "combine", "programs" that share a unit, or "nobody" where there are none.
+    ``pages`` is how keys are found in a paged cache: "a page a step", "asking warps", "key by key", or "" without pages.
+    """
 
     problem: Problem
     device: Device
@@ -31,6 +52,8 @@ class Explanation:
     rows_wasted: int
     mma: str
     schedule: str
+    merged_by: str
+    pages: str
     programs: int
     programs_per_sm: int
     waves: float
@@ -66,10 +89,8 @@ def explain_decode(problem: Problem, device: Device, plan: DecodePlan | None = N
     """
     plan = plan_decode(problem, device, plan=plan)
     work = work_of(problem)
-    footprint = footprint_of(problem, plan, device)
-    if compiled is not None:
-        resident = programs_that_fit(compiled.shared_bytes, compiled.registers, plan.num_warps, device)
-        footprint = footprint._replace(shared_memory=compiled.shared_bytes, registers=compiled.registers, resident=resident)
+    asking = WARPGROUP if plan.kernel == GLUON_SM90 and asks_by_page(problem, plan) else 0
+    footprint = as_compiled(footprint_of(problem, plan, device), compiled, plan.num_warps + asking, device)
     cost = cost_of(work, plan, footprint, plan.num_splits, device, plan.num_programs)
     blocks = -(-problem.rows // plan.block_m)
     programs = plan.num_programs or row_blocks_of(work, plan.block_m) * problem.num_heads_kv * plan.num_splits
@@ -82,6 +103,8 @@ def explain_decode(problem: Problem, device: Device, plan: DecodePlan | None = N
         rows_wasted=blocks * plan.block_m - problem.rows,
         mma=(compiled.mma if compiled else "") or mma_name(problem, plan, device),
         schedule=schedule_name(plan),
+        merged_by=_merged_by(problem, plan),
+        pages="asking warps" if asking else _pages(problem, footprint),
         programs=programs,
         programs_per_sm=footprint.resident,
         waves=programs / (device.num_sms * footprint.resident),
@@ -95,7 +118,7 @@ def explain_decode(problem: Problem, device: Device, plan: DecodePlan | None = N
         cost=cost,
         predicted_us=cost.total_us,
         bound=cost.bound,
-        alternatives=tuple(alternatives(problem, work, device, (plan, footprint, cost))),
+        alternatives=() if idle_in_words(problem) else tuple(alternatives(problem, work, device, (plan, footprint, cost))),
         other_kernels=tuple(kernels_passed_over(problem, device, plan)),
     )
 
@@ -107,14 +130,30 @@ def schedule_name(plan: DecodePlan) -> str:
     return counted(plan.num_splits, "split") if plan.num_splits > 1 else "no split"
 
 
+def _merged_by(problem: Problem, plan: DecodePlan) -> str:
+    if (plan.num_programs or plan.num_splits) <= 1:
+        return "nobody"
+    longest = max(problem.head_dim, problem.head_dim_v)
+    return "programs" if merges_parts(plan, longest, plan.num_splits, plan.num_programs) else "combine"
+
+
+def _pages(problem: Problem, footprint: Footprint) -> str:
+    if not problem.page_size:
+        return ""
+    return "key by key" if footprint.gathers else "a page a step"
+
+
 def _lines(e: Explanation) -> Iterator[str]:
     plan, problem = e.plan, e.problem
     heads = f"{problem.num_heads_q}/{problem.num_heads_kv} heads"
-    queries = "1 query" if problem.seqlen_q == 1 else f"{problem.seqlen_q} queries"
     yield (
-        f"{problem.batch} x {problem.seqlen_k} keys, {queries}, {heads}, head dim {problem.head_dim}, "
+        f"{problem.batch} x {problem.seqlen_k} keys, {queries_in_words(problem)}, {heads}, head dim {problem.head_dim}, "
         f"{problem.dtype_k} on {e.device.name}: kernel {plan.kernel}, chosen by {chooser(plan)}."
     )
+    idle = idle_in_words(problem)
+    if idle:
+        yield idle
+        return
     kind = " with operands swapped" if plan.swapped else ""
     if plan.block_m == FIXED_BLOCK_M:
         kind = " (as FlashAttention-2's fixed kBlockM)"
@@ -123,16 +162,16 @@ def _lines(e: Explanation) -> Iterator[str]:
         f"products by {e.mma}."
     )
     if e.device.is_gpu:
-        yield f"Program: {plan.block_n} keys a step, {counted(plan.num_warps, 'warp')}, {counted(plan.num_stages, 'stage')}."
-        source = "as compiled" if e.is_compiled else "estimated"
-        spilled = f", {e.spilled_bytes} bytes spilled" if e.is_compiled else ""
-        yield (
-            f"Footprint ({source}): {e.shared_memory} of {e.device.smem_per_block} bytes of shared memory, "
-            f"{e.registers} registers a thread{spilled}; {counted(e.programs_per_sm, 'program')} an SM."
-        )
-        yield (f"Schedule: {e.schedule}, {_shares(e)}; {counted(e.programs, 'program')} on {e.device.num_sms} SMs, {e.waves:.2f} waves.")
+        found = f"; {PAGES_IN_WORDS[e.pages]}" if e.pages else ""
+        yield f"Program: {plan.block_n} keys a step, {counted(plan.num_warps, 'warp')}, {counted(plan.num_stages, 'stage')}{found}."
+        yield footprint_in_words(e.shared_memory, e.registers, e.spilled_bytes, e.programs_per_sm, e.device)
+        on_device = f"{counted(e.programs, 'program')} on {e.device.num_sms} SMs, {e.waves:.2f} waves"
+        yield f"Schedule: {e.schedule}, {_shares(e)}; {on_device}."
+        if e.merged_by == "programs":
+            yield "Merging: where programs share a unit, the last of them merges its parts."
     yield f"Work: {e.bytes_read / 1e6:.1f} MB of keys and values, {e.flops / 1e9:.2f} GFLOP; roofline {e.roofline_us:.1f} us."
-    parts = ", ".join(f"{name.removesuffix('_us')} {value:.1f}" for name, value in e.cost._asdict().items())
+    merge = "merge" if e.merged_by == "programs" else "combine"
+    parts = ", ".join(f"{merge if name == 'combine_us' else name.removesuffix('_us')} {us:.1f}" for name, us in e.cost._asdict().items())
     yield f"Bound by {e.bound}: predicted {e.predicted_us:.1f} us ({parts})."
     for kernel in e.other_kernels:
         yield f"Not kernel {kernel.kernel}: {'; '.join(kernel.reasons)}."

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from flashtile.errors import UnsupportedError
+from flashtile.planner.catalog import GLUON_FORWARD_SM90
 from flashtile.planner.choose import plan_decode, plan_forward
 from flashtile.planner.cost import predict_us
 from flashtile.planner.device import Device
@@ -16,9 +17,19 @@ from flashtile.planner.forward_cost import forward_bytes, forward_cost, forward_
 from flashtile.planner.forward_footprint import forward_footprint, forward_mma_name
 from flashtile.planner.forward_work import TileKinds, row_tiles, tile_kinds
 from flashtile.planner.plans import ForwardPlan
-from flashtile.planner.resources import Footprint, programs_that_fit
 from flashtile.planner.walk_cost import WalkCost
-from flashtile.planner.wording import Compiled, OtherKernel, chooser, counted, head_dims_in_words, mask_in_words
+from flashtile.planner.wording import (
+    Compiled,
+    OtherKernel,
+    as_compiled,
+    chooser,
+    counted,
+    footprint_in_words,
+    head_dims_in_words,
+    idle_in_words,
+    mask_in_words,
+    queries_in_words,
+)
 from flashtile.problem import Problem
 
 FEW_TILES_PERCENT = 50  # row tiles in percent of the SMs below which most of the device idles, and decode may be faster: it splits keys
@@ -99,7 +110,7 @@ def explain_forward(
     that cannot run.
     """
     plan = plan_forward(problem, device, plan=plan)
-    footprint = _footprint(problem, plan, device, compiled)
+    footprint = as_compiled(forward_footprint(problem, plan, device), compiled, plan.num_warps, device)
     cost = forward_cost(problem, plan, footprint, device)
     tiles = row_tiles(problem, plan.block_m)
     heads = problem.batch * problem.num_heads_q
@@ -133,52 +144,45 @@ def explain_forward(
         cost=cost,
         predicted_us=cost.total_us,
         limiter=cost.limiter,
-        alternatives=tuple(forward_alternatives(problem, device, plan, cost)) if device.is_gpu else (),
+        alternatives=tuple(forward_alternatives(problem, device, plan, cost)) if device.is_gpu and not idle_in_words(problem) else (),
         other_kernels=tuple(forward_kernels_passed_over(problem, device, plan)),
         decode_us=_decode_us(problem, device, tiles, cost),
     )
 
 
-def _footprint(problem: Problem, plan: ForwardPlan, device: Device, compiled: Compiled | None) -> Footprint:
-    footprint = forward_footprint(problem, plan, device)
-    if compiled is None:
-        return footprint
-    resident = min(footprint.resident, programs_that_fit(compiled.shared_bytes, compiled.registers, plan.num_warps, device))
-    return footprint._replace(shared_memory=compiled.shared_bytes, registers=compiled.registers, resident=resident)
-
-
 def _decode_us(problem: Problem, device: Device, tiles: int, cost: WalkCost) -> float | None:
     """What decode would take, where a few queries over many keys leave most SMs idle and it is faster; packed keys are not its."""
-    if not device.is_gpu or problem.ragged_k or not tiles or 100 * tiles > FEW_TILES_PERCENT * device.num_sms:
+    if not device.is_gpu or problem.ragged_k or idle_in_words(problem) or 100 * tiles > FEW_TILES_PERCENT * device.num_sms:
         return None
     decode = problem.with_(operation="decode", seqused_k=False)
     try:
-        us = predict_us(decode, plan_decode(decode, device), device).total_us
+        plan = plan_decode(decode, device)
     except UnsupportedError:
         return None
-    return us if us < cost.total_us else None
+    us = predict_us(decode, plan, device).total_us
+    return us if plan.num_splits > 1 and us < cost.total_us else None
 
 
 def _lines(e: ForwardExplanation) -> Iterator[str]:
     plan, problem, device = e.plan, e.problem, e.device
-    queries = "1 query" if problem.seqlen_q == 1 else f"{problem.seqlen_q} queries"
     yield (
-        f"{problem.batch} x {queries} over {problem.seqlen_k} keys ({mask_in_words(problem)}), "
+        f"{problem.batch} x {queries_in_words(problem)} over {problem.seqlen_k} keys ({mask_in_words(problem)}), "
         f"{problem.num_heads_q}/{problem.num_heads_kv} heads, head dim {head_dims_in_words(problem)}, {problem.dtype_k} on {device.name}: "
         f"kernel {plan.kernel}, chosen by {chooser(plan)}."
     )
+    idle = idle_in_words(problem)
+    if idle:
+        yield idle
+        return
     if device.is_gpu:
+        loading = " and one that loads" if plan.kernel == GLUON_FORWARD_SM90 else ""
         yield (
-            f"Tile: block_m {plan.block_m}, {plan.block_n} keys a step, {counted(plan.num_warps, 'warp')}, "
+            f"Tile: block_m {plan.block_m}, {plan.block_n} keys a step, {counted(plan.num_warps, 'warp')}{loading}, "
             f"{counted(plan.num_stages, 'stage')}; {e.rows_wasted} rows of a head's last tile empty; products by {e.mma}."
         )
-        source = "as compiled" if e.is_compiled else "estimated"
-        spilled = f", {e.spilled_bytes} bytes spilled" if e.is_compiled else ""
-        yield (
-            f"Footprint ({source}): {e.shared_memory} of {device.smem_per_block} bytes of shared memory, "
-            f"{e.registers} registers a thread{spilled}; {counted(e.programs_per_sm, 'program')} an SM."
-        )
-        who = f"{counted(e.programs, 'program')} that stay" if plan.num_programs else "a program each"
+        yield footprint_in_words(e.shared_memory, e.registers, e.spilled_bytes, e.programs_per_sm, device)
+        stay = "stays" if e.programs == 1 else "stay"
+        who = f"{counted(e.programs, 'program')} that {stay}" if plan.num_programs else "a program each"
         yield (
             f"Schedule: {counted(e.row_tiles, 'tile')} of rows, {who}, on {device.num_sms} SMs: {counted(e.full_waves, 'full wave')} "
             f"and a tail of {counted(e.tail_tiles, 'tile')}; {100 * e.masked_share:.1f}% of {e.key_tiles} key tiles masked."
@@ -191,8 +195,8 @@ def _lines(e: ForwardExplanation) -> Iterator[str]:
     yield f"Limited by {e.limiter}: predicted {e.predicted_us:.1f} us, {e.tflops:.1f} TFLOP/s ({parts})."
     if e.decode_us is not None:
         yield (
-            f"Consider decode: {counted(e.row_tiles, 'tile')} of rows keep few of {device.num_sms} SMs at work, and it splits the keys "
-            f"(predicted {e.decode_us:.1f} us)."
+            f"Consider decode, which splits the keys (predicted {e.decode_us:.1f} us): "
+            f"there is a tile of rows for {e.row_tiles} of {device.num_sms} SMs."
         )
     for kernel in e.other_kernels:
         yield f"Not kernel {kernel.kernel}: {'; '.join(kernel.reasons)}."

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from flashtile.planner.device import Device
 from flashtile.planner.plans import Plan
+from flashtile.planner.resources import Footprint, programs_that_fit
 from flashtile.planner.walk_cost import WalkCost
 from flashtile.problem import Problem
 
@@ -43,6 +45,11 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def queries_in_words(problem: Problem) -> str:
+    """Queries of a sequence: "1 query", "4 queries"."""
+    return "1 query" if problem.seqlen_q == 1 else f"{problem.seqlen_q} queries"
+
+
 def mask_in_words(problem: Problem) -> str:
     """The mask: "full", "causal", "window 1023, 0"."""
     band = problem.band
@@ -57,6 +64,32 @@ def mask_in_words(problem: Problem) -> str:
 def head_dims_in_words(problem: Problem) -> str:
     """The head dim, or both where the values' is another."""
     return str(problem.head_dim) if problem.head_dim == problem.head_dim_v else f"{problem.head_dim} and {problem.head_dim_v}"
+
+
+def idle_in_words(problem: Problem) -> str | None:
+    """What is done in the place of a plan where there is nothing to compute; None where there is."""
+    if problem.total_q == 0:
+        return "There is no query: nothing is launched."
+    if problem.batch == 0 or problem.seqlen_k == 0:
+        return "There is no key: results are filled in, and no kernel is launched."
+    return None
+
+
+def as_compiled(footprint: Footprint, compiled: Compiled | None, num_warps: int, device: Device) -> Footprint:
+    """The footprint of ``num_warps`` with a compiler's findings, where there are any, in the place of the estimates."""
+    if compiled is None:
+        return footprint
+    resident = programs_that_fit(compiled.shared_bytes, compiled.registers, num_warps, device)
+    return footprint._replace(shared_memory=compiled.shared_bytes, registers=compiled.registers, resident=resident)
+
+
+def footprint_in_words(shared_memory: int, registers: int, spilled_bytes: int | None, programs_per_sm: int, device: Device) -> str:
+    """A footprint in a sentence; ``spilled_bytes`` is None where it is an estimate."""
+    source, spilled = ("estimated", "") if spilled_bytes is None else ("as compiled", f", {spilled_bytes} bytes spilled")
+    return (
+        f"Footprint ({source}): {shared_memory} of {device.smem_per_block} bytes of shared memory, "
+        f"{registers} registers a thread{spilled}; {counted(programs_per_sm, 'program')} an SM."
+    )
 
 
 def why_slower(cost: WalkCost, its: WalkCost, tiles: int, its_tiles: int, owned: str, walked: str) -> str:

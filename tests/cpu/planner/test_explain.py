@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -176,6 +177,45 @@ def test_compiled_figures_replace_the_estimates() -> None:
     assert (explanation.registers, explanation.shared_memory, explanation.spilled_bytes) == (142, 71680, 0)
     assert explanation.programs_per_sm == 3
     assert "as compiled" in "\n".join(explanation.lines())
+
+
+@pytest.mark.parametrize(
+    ("changes", "merged_by", "cost"),
+    [
+        ({}, "combine", "combine 1."),
+        ({"batch": 64, "total_q": 64}, "programs", "merge 0."),
+        ({"batch": 64, "total_q": 64, "head_dim": 256, "head_dim_v": 256, "seqlen_q": 16}, "combine", "combine 4."),
+        ({"batch": 1, "seqlen_k": 64}, "nobody", "combine 0.0"),
+    ],
+    ids=str,
+)
+def test_who_merges_partial_results_is_said(changes: dict[str, Any], merged_by: str, cost: str) -> None:
+    explanation = explain(LLAMA.with_(**changes), H200)
+    assert explanation.merged_by == merged_by
+    assert any(line.startswith("Merging: ") for line in explanation.lines()) == (merged_by == "programs")
+    assert any(line.startswith("Bound by ") and cost in line for line in explanation.lines())
+
+
+@pytest.mark.parametrize(
+    ("page_size", "device", "pages", "words"),
+    [
+        (0, H200, "", "3 stages."),
+        (16, H200, "asking warps", "two more warps ask for pages"),
+        (10, H200, "key by key", "each key looks up its page"),
+        (256, H200, "a page a step", "lie on one page"),
+        (16, B200, "key by key", "each key looks up its page"),
+    ],
+)
+def test_how_pages_are_found_is_said(page_size: int, device: Device, pages: str, words: str) -> None:
+    explanation = explain(LLAMA.with_(page_size=page_size, batch=64, total_q=64), device)
+    assert explanation.pages == pages
+    assert any(line.startswith("Program: ") and words in line for line in explanation.lines())
+
+
+def test_nothing_to_do_is_explained_too() -> None:
+    explanation = explain(LLAMA.with_(seqlen_k=0), H200)
+    assert explanation.alternatives == ()
+    assert "no kernel is launched" in explanation.lines()[1]
 
 
 def test_explaining_imports_neither_torch_nor_triton() -> None:
