@@ -86,11 +86,11 @@ def test_a_plan_of_the_cpu_engine_is_refused_on_a_gpu(device: torch.device) -> N
         run_with_lse(args_of(PLAIN, device), plan=flashtile.ForwardPlan("cpu.forward"))
 
 
-def test_a_gradient_is_refused_before_anything_runs(device: torch.device) -> None:
-    args = args_of(PLAIN, device)
+def test_a_gradient_of_pages_is_refused_before_anything_runs(device: torch.device) -> None:
+    args = args_of(PAGED, device)
     args["k"].requires_grad_()
-    with pytest.raises(UnsupportedError, match=r"k: .*torch\.no_grad\(\)"):
-        flashtile.attention(**args)
+    with pytest.raises(UnsupportedError, match=r"page_table: .*torch\.no_grad\(\)"):
+        flashtile.attention_varlen(**args)
 
 
 def test_a_device_that_is_not_current() -> None:
