@@ -12,8 +12,8 @@ import typer
 import flashtile
 from flashtile import reference
 from flashtile.cli import contest
-from flashtile.cli.device import RunDevice, device_name, pick_device
-from flashtile.cli.output import console, microseconds, print_json, progress, table
+from flashtile.cli.device import RunDevice, pick_device
+from flashtile.cli.output import console, microseconds, table
 from flashtile.cli.shape import Dtype
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
@@ -53,27 +53,8 @@ def decode(
     """Time decode (one query a sequence) on a grid of problems, peers beside it; each result is checked first."""
     where = pick_device(device)
     sizes = _grid(where, heads, batch, keys)
-    rows: list[dict[str, Any]] = []
-    with progress() as bar:
-        task = bar.add_task("bench decode", total=len(sizes))
-        for size in sizes:
-            bar.update(task, description=f"bench decode: {size}")
-            rows.append(_bench_one(size, head_dim, dtype.torch, where, peers, seed))
-            bar.advance(task)
-    document = {
-        "device": device_name(where),
-        "versions": contest.versions(),
-        "protocol": contest.protocol(where),
-        "dtype": dtype.value,
-        "head_dim": head_dim,
-        "results": rows,
-    }
-    if as_json:
-        print_json(document)
-    else:
-        _render(document)
-    if any(row["check"] != "passed" for row in rows):
-        raise typer.Exit(1)
+    bench_one = lambda size: _bench_one(size, head_dim, dtype.torch, where, peers, seed)  # noqa: E731
+    contest.run("decode", sizes, bench_one, where, dtype.value, head_dim, _render, as_json)
 
 
 def _grid(device: torch.device, heads: list[str] | None, batch: list[int] | None, keys: list[int] | None) -> list[Size]:

@@ -13,7 +13,8 @@ import torch
 import typer
 
 import flashtile
-from flashtile.cli.output import console, errors, microseconds
+from flashtile.cli.device import device_name
+from flashtile.cli.output import console, errors, microseconds, print_json, progress
 from flashtile.testing.peers import Peer
 from flashtile.testing.timing import Stopwatch, graphs_in_turn
 from flashtile.testing.tolerance import assert_close
@@ -23,6 +24,7 @@ MAX_SETS = 64
 PEER_LIMIT = 1e-2  # relative L2 error beyond which a peer answers another question than ours
 
 Inputs = TypeVar("Inputs")
+Size = TypeVar("Size")
 
 
 def parse_heads(text: str) -> tuple[int, int]:
@@ -35,6 +37,40 @@ def parse_heads(text: str) -> tuple[int, int]:
     if min(pair) < 1 or pair[0] % pair[1]:
         raise typer.BadParameter(f"{text!r}: every key head serves the same number of query heads, e.g. 32/8.", param_hint="--heads")
     return pair
+
+
+def run(
+    operation: str,
+    sizes: Sequence[Size],
+    bench_one: Callable[[Size], dict[str, Any]],
+    device: torch.device,
+    dtype: str,
+    head_dim: int,
+    render: Callable[[dict[str, Any]], None],
+    as_json: bool,
+) -> None:
+    """Times an operation at every size, and prints the document of it all as a table or JSON; exit code 1 where a result was wrong."""
+    rows: list[dict[str, Any]] = []
+    with progress() as bar:
+        task = bar.add_task(f"bench {operation}", total=len(sizes))
+        for size in sizes:
+            bar.update(task, description=f"bench {operation}: {size}")
+            rows.append(bench_one(size))
+            bar.advance(task)
+    document = {
+        "device": device_name(device),
+        "versions": versions(),
+        "protocol": protocol(device),
+        "dtype": dtype,
+        "head_dim": head_dim,
+        "results": rows,
+    }
+    if as_json:
+        print_json(document)
+    else:
+        render(document)
+    if any(row["check"] != "passed" for row in rows):
+        raise typer.Exit(1)
 
 
 def input_sets(make: Callable[[int], Inputs], num_bytes: Callable[[Inputs], int], device: torch.device, seed: int) -> list[Inputs]:

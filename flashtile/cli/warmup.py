@@ -12,6 +12,7 @@ import flashtile
 from flashtile.cli import shape
 from flashtile.cli.device import RunDevice, device_name, pick_device
 from flashtile.cli.output import console, microseconds, print_json, progress, table
+from flashtile.planner.plans import DecodePlan
 
 
 def warmup(
@@ -54,10 +55,11 @@ def warmup(
             rows.append(
                 {
                     "batch": problem.batch,
+                    "seqlen_q": problem.seqlen_q,
                     "seqlen_k": problem.seqlen_k,
                     "kernel": plan.kernel,
                     "block_m": plan.block_m,
-                    "num_splits": getattr(plan, "num_splits", 1),
+                    **({"num_splits": plan.num_splits} if isinstance(plan, DecodePlan) else {}),
                     "seconds": time.perf_counter() - start,
                 }
             )
@@ -70,9 +72,10 @@ def warmup(
     if as_json:
         print_json({"device": device_name(where), "note": note, "seconds": total, "problems": rows})
         return
-    made = table(f"warmup on {device_name(where)}", "batch", "keys", "kernel", "tile", "splits", "time", left=0)
+    columns = {"batch": "batch", "seqlen_q": "queries", "seqlen_k": "keys", "kernel": "kernel", "block_m": "tile", "num_splits": "splits"}
+    kept = [name for name in columns if name in rows[0]]
+    made = table(f"warmup on {device_name(where)}", *(columns[name] for name in kept), "time", left=0)
     for row in rows:
-        words = [str(row[name]) for name in ("batch", "seqlen_k", "kernel", "block_m", "num_splits")]
-        made.add_row(*words, microseconds(row["seconds"]))
+        made.add_row(*(str(row[name]) for name in kept), microseconds(row["seconds"]))
     console.print(made)
     console.print(f"{len(rows)} shape{'s' if len(rows) > 1 else ''} in {total:.2f} s; {note}.", highlight=False)

@@ -34,4 +34,6 @@ def test_bad_shapes_are_refused() -> None:
 
 def test_forward_shapes_are_planned_too() -> None:
     document = json.loads(CliRunner().invoke(app, ["warmup", "forward", "--device", "cpu", "--seqlen-k", "256", "--json"]).stdout)
-    assert [row["kernel"] for row in document["problems"]] == ["cpu.forward"]
+    (row,) = document["problems"]
+    assert (row["kernel"], row["seqlen_q"], row["seqlen_k"]) == ("cpu.forward", 256, 256)
+    assert "num_splits" not in row
