@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -17,3 +19,12 @@ settings.load_profile("ci" if os.environ.get("CI") else "desk")
 # Test processes share the cores instead of each taking all of them.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, (os.cpu_count() or 1) // _workers))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One thread for torch: problems so small take longer on several."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -11,6 +11,7 @@ from flashtile.testing.backward_inputs import BACKWARD_CASES, Gradients, assert_
 from flashtile.testing.forward_cases import ForwardCase
 from flashtile.testing.forward_inputs import make_forward_inputs
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CASE = ForwardCase("wrong", (70, 20), (90, 20), dtype="bfloat16", causal=True, sinks=True, spare_rows=3, spare_keys=4, num_heads_q=4)
 
 
