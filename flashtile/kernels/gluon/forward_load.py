@@ -17,15 +17,19 @@ from flashtile.kernels.tile.schedule import sequence_rows, stored_keys
 
 @gluon.jit
 def load_tiles(
-    q, k, v, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory,
+    q, k, v, dout, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory, dout_tiles,
     CONSUMERS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Brings every tile of rows that this program takes, and says at the end that there are no more."""
+    """Brings every tile of rows that this program takes, and says at the end that there are no more.
+
+    With q comes ``dout``, which has the values' head dim, unless it is None.
+    """
     q_tiles, k_ring, v_ring, notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
     k_way, v_way = (k, k_ring, k_full, k_empty), (v, v_ring, v_full, v_empty)
     BLOCK_M: gl.constexpr = ROWS * CONSUMERS
     LAST_FIRST: gl.constexpr = band.right is not None
+    ROW_BYTES: gl.constexpr = bytes_of_tile(ROWS, HEAD_DIM) + (bytes_of_tile(ROWS, HEAD_DIM_V) if dout is not None else 0)
     t = gl.program_id(0)
     turn = t * 0
     tiles_done = t * 0
@@ -48,8 +52,10 @@ def load_tiles(
             mbarrier.wait(q_empty.index(c), (tiles_done & 1) ^ 1)
             write_note(notes.index(2 * c + (tiles_done & 1)), b, h, row, row_start, seqlen_q, seqlen_k, turn, negated)
             barrier()
-            mbarrier.expect(q_full.index(c), bytes_of_tile(ROWS, HEAD_DIM))
-            _load_box(q, q_tiles, q_full.index(c), c, b_rows, row_start + row + c * ROWS, h, 0, 1, HEAD_DIM)
+            mbarrier.expect(q_full.index(c), ROW_BYTES)
+            load_box(q, q_tiles, q_full.index(c), c, b_rows, row_start + row + c * ROWS, h, 0, 1, HEAD_DIM)
+            if dout is not None:
+                load_box(dout, dout_tiles, q_full.index(c), c, b_rows, row_start + row + c * ROWS, h, 0, 1, HEAD_DIM_V)
         _load_block(v_way, known, pages, b_keys, sequence, key, h_kv, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, STAGES)
         turn += 1
         # the next tile's number comes while this one's keys do
@@ -106,9 +112,9 @@ def _load_block(
     if PAGE_SIZE > 0:
         for i in range(boxes):
             page = _page_of_box(pages, b, key + i * BOX_ROWS, first, last, BOX_ROWS, PAGE_SIZE)
-            _load_box(box, ring, full.index(stage), stage, page, key % PAGE_SIZE if BOXES == 1 else 0, h, i, BOXES, DIM)
+            load_box(box, ring, full.index(stage), stage, page, key % PAGE_SIZE if BOXES == 1 else 0, h, i, BOXES, DIM)
     else:
-        _load_box(box, ring, full.index(stage), stage, b, key_start + key, h, 0, 1, DIM)
+        load_box(box, ring, full.index(stage), stage, b, key_start + key, h, 0, 1, DIM)
 
 
 @gluon.jit
@@ -118,7 +124,7 @@ def _page_of_box(pages, b, key, first, last, BOX_ROWS: gl.constexpr, PAGE_SIZE: 
 
 
 @gluon.jit
-def _load_box(box, tiles, full, tile, b, row, h, number, NUMBERS: gl.constexpr, DIM: gl.constexpr):
+def load_box(box, tiles, full, tile, b, row, h, number, NUMBERS: gl.constexpr, DIM: gl.constexpr):
     """The panels of box ``number`` of a tile's NUMBERS, from row ``row`` of the tensor on."""
     boxes, _, rest_boxes, _ = tiles
     PANELS: gl.constexpr = main_dim(DIM) // PANEL

@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from flashtile.kernels.gluon.forward_memory import ROWS, main_dim, rest_dim
 from flashtile.kernels.gluon.forward_results import store_rows
-from flashtile.kernels.gluon.forward_schedule import blocks_of_rows, keys_of_sequence, read_note
+from flashtile.kernels.gluon.forward_schedule import blocks_of_rows, keys_of_sequence, read_note, whole_blocks
 from flashtile.kernels.gluon.forward_scores import (
     clear_values,
     first_softmax,
@@ -161,19 +161,6 @@ def hand_back(ring, turn, count, STAGES: gl.constexpr):
         mbarrier.arrive(v_empty.index(stage), count=1)
         turn += 1
     return turn
-
-
-@gluon.jit
-def whole_blocks(band, row, seqlen_q, seqlen_k, BLOCK_N: gl.constexpr):
-    """[low, high): blocks of which each of the consumer's rows sees every key."""
-    offset = seqlen_k - seqlen_q
-    low = seqlen_k * 0
-    high = seqlen_k
-    if band.left is not None:
-        low = gl.cdiv(gl.maximum(gl.minimum(row + ROWS, seqlen_q) - 1 + offset - band.left, 0), BLOCK_N)
-    if band.right is not None:
-        high = gl.maximum(gl.minimum(high - 1, row + offset + band.right) + 1, 0)
-    return low, high // BLOCK_N
 
 
 @gluon.jit

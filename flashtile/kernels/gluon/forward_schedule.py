@@ -73,6 +73,19 @@ def blocks_of_rows(band, row, seqlen_q, seqlen_k, NUM_ROWS: gl.constexpr, BLOCK_
 
 
 @gluon.jit
+def whole_blocks(band, row, seqlen_q, seqlen_k, BLOCK_N: gl.constexpr):
+    """[low, high): blocks of which each of a warpgroup's rows sees every key."""
+    offset = seqlen_k - seqlen_q
+    low = seqlen_k * 0
+    high = seqlen_k
+    if band.left is not None:
+        low = gl.cdiv(gl.maximum(gl.minimum(row + ROWS, seqlen_q) - 1 + offset - band.left, 0), BLOCK_N)
+    if band.right is not None:
+        high = gl.maximum(gl.minimum(high - 1, row + offset + band.right) + 1, 0)
+    return low, high // BLOCK_N
+
+
+@gluon.jit
 def keys_of_sequence(band, seqlen_q, seqlen_k):
     """[first, last) keys that any query of the sequence sees; there may be anything outside."""
     return keys_of(band, seqlen_k - seqlen_q, seqlen_k - 1, seqlen_k)

@@ -107,12 +107,18 @@ def shaped(s, scores, factor, slope, position, key, BLOCK_N: gl.constexpr):
 @gluon.jit
 def masked(s, band, position, key, seqlen_k, BLOCK_N: gl.constexpr):
     """-inf for keys that a row does not see, and for those behind the last."""
+    return gl.where(seen_keys(band, position, key, seqlen_k, BLOCK_N), s, float("-inf"))
+
+
+@gluon.jit
+def seen_keys(band, position, key, seqlen_k, BLOCK_N: gl.constexpr):
+    """Which of BLOCK_N keys each of 64 rows sees."""
     at, n = _places(position, key, BLOCK_N)
     lowest, highest = visible_keys(band, at, 0, seqlen_k)
     seen = n <= highest
     if band.left is not None:
         seen = seen & (n >= lowest)
-    return gl.where(seen, s, float("-inf"))
+    return seen
 
 
 @gluon.jit

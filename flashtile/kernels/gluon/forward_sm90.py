@@ -73,8 +73,8 @@ def forward_sm90_kernel(
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE)),
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 1, CONSUMERS, BLOCK_N,
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE)),
-            (load_tiles, (q, k, v, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory,
-                          CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES)),
+            (load_tiles, (q, k, v, None, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory,
+                          None, CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
@@ -84,8 +84,8 @@ def forward_sm90_kernel(
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE)),
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 2, CONSUMERS, BLOCK_N,
                             HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE)),
-            (load_tiles, (q, k, v, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory,
-                          CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES)),
+            (load_tiles, (q, k, v, None, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory,
+                          None, CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 

@@ -1,0 +1,132 @@
+"""Hopper's backward kernels compiled without a GPU: the instructions that they are made for, and main loops that spill nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from flashtile.band import Band
+from flashtile.planner.plans import BackwardPlan
+from flashtile.problem import Problem
+
+pytest.importorskip("triton")
+
+from flashtile.kernels.gluon.backward_sm90 import heads_at_once
+
+FULL, CAUSAL, WINDOW = Band(None, None), Band(None, 0), Band(1023, 16)
+PACKED: dict[str, Any] = {"batch": 3, "total_q": 4096, "ragged_q": True, "ragged_k": True}
+USUAL: dict[str, Any] = {"block_m": 64, "num_stages": 3, "dq_block_n": 64, "dq_num_stages": 4}
+SHORT: dict[str, Any] = {"block_m": 128, "num_stages": 3, "dq_block_n": 128, "dq_num_stages": 3}
+# name: (what the problem has beside defaults, the plan's tile, most instructions that touch spilled registers in a main loop)
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "head dim 128": ({"band": FULL}, USUAL, 0),
+    "head dim 128, causal": ({"band": CAUSAL, "dtype_q": "float16"}, USUAL, 0),
+    "head dim 128, packed, a window, used keys, sinks": ({"band": WINDOW, "seqused_k": True, "sinks": True} | PACKED, USUAL, 8),
+    "head dim 64": ({"band": FULL, "head_dim": 64}, SHORT, 0),
+    "head dim 64, causal": ({"band": CAUSAL, "head_dim": 64}, SHORT | {"num_programs": 0}, 0),
+    "head dim 64, packed, causal": ({"band": CAUSAL, "head_dim": 64} | PACKED, SHORT, 2),
+    "head dims 96 and 64, causal": ({"band": CAUSAL, "head_dim": 96, "head_dim_v": 64}, USUAL, 0),
+}
+
+COMPILE = """
+import json, pathlib, re, subprocess, sys, tempfile
+import triton
+from triton.backends.compiler import GPUTarget
+from flashtile.kernels.block import Kernel, sizes_of
+from flashtile.kernels.cubin import parameter_sizes
+from flashtile.kernels.gluon.backward_sm90 import keys_spec, queries_spec
+from flashtile.kernels.launch import compile_spec
+from flashtile.planner.plans import BackwardPlan
+from flashtile.problem import Problem
+
+disassembler = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+
+def loops_of(lines):
+    # the innermost ones that multiply
+    labels = {found[1]: i for i, line in enumerate(lines) if (found := re.match(r"\\s*(\\.L_x_\\d+):", line))}
+    jumps = [(labels.get(found[1], i), i) for i, line in enumerate(lines) if (found := re.search(r"BRA.*\\((\\.L_x_\\d+)\\)", line))]
+    loops = {(start, end) for start, end in jumps if any("HGMMA" in line for line in lines[start:end])}
+    innermost = [(a, b) for a, b in loops if not any((c, d) != (a, b) and a <= c and d <= b for c, d in loops)]
+    # what lies behind an end of the program is only waited in: jumps back from there are no loops
+    return [lines[a:b] for a, b in innermost if not any("EXIT" in line for line in lines[a:b])]
+
+def facts_of(spec):
+    compiled = compile_spec(spec, GPUTarget("cuda", 90, 32))
+    ptx, binary = compiled.asm["ptx"], compiled.asm["cubin"]
+    counted = ("wgmma.mma_async", "wgmma.commit_group", "cp.async.bulk.tensor", "setmaxnreg", "red.global")
+    facts = {name: len(re.findall(name, ptx)) for name in counted}
+    facts |= {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps, "takes": parameter_sizes(binary)}
+    facts["passed"] = sizes_of(Kernel(1, 32, 0, False, False, spec.parameters(compiled.metadata.tensordesc_meta)))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    facts["groups"], facts["HGMMA"] = len(re.findall(r"HGMMA[^\\n]*gsb0", text)), text.count("HGMMA")
+    counted = ("HGMMA", "MUFU.EX2", "STL", "LDL")
+    facts["loops"] = [{name: sum(name in line for line in loop) for name in counted} for loop in loops_of(text.splitlines())]
+    return facts
+
+for problem, plan in json.load(sys.stdin):
+    problem, plan = Problem.from_json(problem), BackwardPlan.from_json(plan)
+    print(json.dumps([facts_of(keys_spec(problem, plan)), facts_of(queries_spec(problem, plan))]), flush=True)
+"""
+
+
+def planned(name: str) -> tuple[Problem, BackwardPlan]:
+    changes, tile, _ = CASES[name]
+    defaults = {"operation": "backward", "seqlen_q": 4096, "seqlen_k": 4096, "num_heads_q": 8, "num_heads_kv": 2, "lse": True}
+    return Problem(**(defaults | changes)), BackwardPlan(**({"kernel": "gluon.backward_sm90", "num_programs": 132} | tile))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[dict[str, Any]]]:
+    """What the kernels of each case became: the keys' pass, the queries' pass. Compiled in a process without Triton's interpreter."""
+    asked = [[value.to_json() for value in planned(name)] for name in CASES]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], input=json.dumps(asked), capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_compiles_to_what_was_planned(name: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
+    # of each of two consumers. Keys: scores, then in the loop and behind it gradients of probabilities, dV, dK, and in the loop
+    # the next scores. Queries: both products of the first block, three in the loop, the last one. None is waited for by itself
+    for facts, products in zip(compiled[name], (2 * (1 + 4 + 3), 2 * (2 + 3 + 1)), strict=True):
+        assert facts["warps"] == 12
+        assert facts["shared"] <= 227 * 1024
+        assert facts["cp.async.bulk.tensor"] and facts["setmaxnreg"]
+        assert facts["takes"] == facts["passed"]
+        assert facts["groups"] == facts["wgmma.commit_group"] == products
+        assert facts["HGMMA"] == facts["wgmma.mma_async"]
+        assert facts["red.global"] == 0, "something is added in memory"
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", CASES)
+def test_main_loops_spill_nothing(name: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
+    """Packed queries may have a few numbers elsewhere while the edge of a window is masked, which few blocks need."""
+    problem, plan = planned(name)
+    dim, dim_v = (64 if dim <= 64 else 128 for dim in (problem.head_dim, problem.head_dim_v))
+    # a product of 64 rows is made in steps of 16: scores and gradients of probabilities over dims, the others over the block
+    keys = (dim + dim_v) // 16 + 2 * plan.block_m // 16
+    queries = (dim + dim_v) // 16 + plan.dq_block_n // 16
+    for facts, products, step in zip(compiled[name], (keys, queries), (plan.block_m, plan.dq_block_n), strict=True):
+        main = [loop for loop in facts["loops"] if loop["HGMMA"] == products and loop["MUFU.EX2"] == step // 2]
+        assert len(main) == 2, facts["loops"]
+        assert all(loop["STL"] + loop["LDL"] <= CASES[name][2] for loop in main)
+
+
+def test_heads_are_taken_together_as_l2_holds_what_they_walk() -> None:
+    problem = Problem(operation="backward", seqlen_q=1024, seqlen_k=4096, num_heads_q=16, num_heads_kv=4, head_dim=128)
+    # q and dout of a group take 2 MiB, k and v of a head as much
+    assert heads_at_once(problem) == (4, 4 * 4)
+    assert heads_at_once(problem.with_(seqlen_q=2**20, seqlen_k=2**20)) == (1, 4)
