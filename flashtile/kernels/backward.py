@@ -20,9 +20,9 @@ from flashtile.kernels.backward_delta import backward_delta_kernel, delta_spec, 
 from flashtile.kernels.backward_keys import keys_spec
 from flashtile.kernels.backward_queries import queries_spec
 from flashtile.kernels.call import BackwardCall, BackwardRunner
-from flashtile.kernels.forward import heads_at_once
 from flashtile.kernels.launch import Launch, Spec, launcher, on_device, pointer_of, workspace
 from flashtile.kernels.operands import Layout, lse_view, rows_view, scores_view, with_keys
+from flashtile.kernels.sections import heads_at_once
 from flashtile.kernels.tile.views import band_view
 from flashtile.planner.plans import BackwardPlan
 from flashtile.problem import Problem

@@ -33,6 +33,7 @@ from flashtile.kernels.operands import (
     usual_layout,
     with_keys,
 )
+from flashtile.kernels.sections import heads_at_once
 from flashtile.kernels.tile.band import keys_of, visible_keys, whole_tiles
 from flashtile.kernels.tile.cache import load_tile, locate
 from flashtile.kernels.tile.order import row_block_of
@@ -43,13 +44,9 @@ from flashtile.kernels.tile.softmax import LOG2E, join_sink, normaliser, online_
 from flashtile.kernels.tile.views import band_view, row_offsets
 from flashtile.planner.forward_footprint import SMALLEST_PART, parts_of
 from flashtile.planner.plans import ForwardPlan
-from flashtile.problem import DTYPE_BYTES, Problem
+from flashtile.problem import Problem
 
 _MAX_GRID_X = 2**31 - 1
-_L2_SHARE = 0.5  # of the cache, for the keys of the heads that are taken together
-_WALKS_AT_BEST = 2  # of the longest row block's time that a section keeps all SMs busy
-_SMS_A_HEAD = 8  # that read the same keys at the same time, so that L2 need not hold them for long
-_L2_BYTES = 32 << 20  # where no device says
 
 
 @triton.jit
@@ -281,27 +278,3 @@ def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRu
         )  # fmt: skip
 
     return on_device(run, device)
-
-
-def heads_at_once(problem: Problem, device: torch.device, block_m: int) -> int:
-    """Query heads whose row blocks take turns (tile/order.py), all of a key head's together, in sections of like size.
-
-    As many as L2 holds the keys of. But a section's row blocks, the longest first, are to keep all SMs busy for longer than the
-    longest one takes, or SMs wait for it at the end; more heads than L2 holds do no harm while several SMs read the same keys
-    at the same time.
-    """
-    if problem.band.right is None or problem.band.left is not None:
-        # all row blocks take equally long: nothing is gained by taking the last ones first
-        return problem.group
-    l2_bytes, num_sms = _L2_BYTES, 1
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        l2_bytes, num_sms = properties.L2_cache_size, properties.multi_processor_count
-    per_key = problem.head_dim * DTYPE_BYTES[problem.dtype_k] + problem.head_dim_v * DTYPE_BYTES[problem.dtype_v]
-    held = problem.group * max(1, int(_L2_SHARE * l2_bytes) // max(1, problem.seqlen_k * per_key))
-    # a head's row blocks take half as long as they would, were all as long as the longest
-    longest = -(-2 * num_sms // (-(-problem.seqlen_q // block_m) + 1))
-    wanted = max(held, min(_WALKS_AT_BEST * longest, num_sms // _SMS_A_HEAD), longest)
-    heads = max(1, problem.num_heads_q * (1 if problem.ragged_q else problem.batch))
-    sections = max(1, heads // wanted)
-    return problem.group * -(-heads // (sections * problem.group))

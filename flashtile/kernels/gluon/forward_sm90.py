@@ -19,7 +19,6 @@ from triton.experimental.gluon import language as gl
 
 from flashtile.errors import UnsupportedError
 from flashtile.kernels.call import ForwardCall, ForwardRunner
-from flashtile.kernels.forward import heads_at_once
 from flashtile.kernels.gluon.forward_counter import tile_counters
 from flashtile.kernels.gluon.forward_load import load_tiles
 from flashtile.kernels.gluon.forward_memory import (
@@ -33,6 +32,7 @@ from flashtile.kernels.gluon.forward_memory import (
 from flashtile.kernels.gluon.forward_rows import attend_tiles
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Descriptor, Launch, Spec, launcher, on_device
 from flashtile.kernels.operands import lse_view, rows_spec, rows_view, scores_view, shared_specs
+from flashtile.kernels.sections import heads_at_once
 from flashtile.kernels.tile.views import RowsView, TokensView, band_view
 from flashtile.planner.plans import ForwardPlan
 from flashtile.problem import Problem
