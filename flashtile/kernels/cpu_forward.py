@@ -16,7 +16,8 @@ from torch.nn.functional import pad
 from flashtile.band import Band
 from flashtile.kernels.call import ForwardCall, ForwardRunner
 from flashtile.kernels.cpu_keys import KeyReader
-from flashtile.kernels.cpu_run import Run, Tokens, clear, join_sinks, packed_tokens, run_packed, runs_of, tensors_of
+from flashtile.kernels.cpu_mask import triangle_of
+from flashtile.kernels.cpu_run import Run, clear, join_sinks, run_packed, runs_of, tensors_of, tokens_of
 from flashtile.kernels.cpu_scores import Partials, computes_natively, flash, needs_products
 from flashtile.planner.plans import ForwardPlan
 from flashtile.problem import Problem
@@ -43,7 +44,7 @@ def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRu
         if call.q.numel() == 0:
             return
         reader = KeyReader(call.k, call.v, call.page_table, through_float32)
-        queries, keys = _tokens(call, reader)
+        queries, keys = tokens_of(call, reader)
         for part in runs_of(queries, keys, reader):
             unpacked = always_unpacked or part.seqlen_q >= _WORTH_UNPACKED
             if in_one_piece and unpacked and reader.key_mask is None:
@@ -54,30 +55,12 @@ def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRu
     return run
 
 
-def _tokens(call: ForwardCall, reader: KeyReader) -> tuple[list[Tokens], list[Tokens]]:
-    """Each sequence's queries and keys, clamped to what there is."""
-    batch = call.q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
-    if call.cu_seqlens_q is None:
-        queries = [Tokens(0, call.q.shape[1])] * batch
-    else:
-        queries = packed_tokens(call.cu_seqlens_q, call.q.shape[0])
-    if call.cu_seqlens_k is None:
-        keys = [Tokens(0, reader.capacity)] * batch
-    else:
-        keys = packed_tokens(call.cu_seqlens_k, call.k.shape[0])
-    if call.seqused_k is not None:
-        keys = [Tokens(start, min(max(used, 0), length)) for used, (start, length) in zip(call.seqused_k.tolist(), keys)]
-    return queries, keys
-
-
 def _run_whole(call: ForwardCall, run: Run, reader: KeyReader, band: Band) -> None:
     """A run with all of its rows at once, some heads after others; ``band`` has no left side."""
     q, out, lse = tensors_of(call, run)
     q, out = q.transpose(1, 2), out.transpose(1, 2)
     sinks = None if call.sinks is None else call.sinks[:, None]
-    # Query i sees keys 0 to i + shift; so the first queries may see none.
-    shift = run.seqlen_k if band.right is None else min(run.seqlen_k - run.seqlen_q + band.right, run.seqlen_k)
-    blind = min(max(0, -shift), run.seqlen_q) if run.seqlen_k else run.seqlen_q
+    shift, blind = triangle_of(band, run.seqlen_q, run.seqlen_k)
     if blind:
         out[:, :, :blind] = 0.0
         if lse is not None:

@@ -37,6 +37,12 @@ def segments_of(band: Band, offset: int, here: slice, seqlen_k: int, rows: int, 
     return [cut for cut in cuts if cut.start < cut.stop]
 
 
+def triangle_of(band: Band, seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+    """(shift, blind) of a band without a left side: query i sees keys 0 to i + shift, so that the first ``blind`` queries see none."""
+    shift = seqlen_k if band.right is None else min(seqlen_k - seqlen_q + band.right, seqlen_k)
+    return shift, min(max(0, -shift), seqlen_q) if seqlen_k else seqlen_q
+
+
 class MaskBlock(NamedTuple):
     """A mask over one block of keys: ``bias`` float32 (batch or 1, hk or 1, rows, keys) is added to the scores;
     ``blind`` bool (batch or 1, hk or 1, rows) marks rows that see none of these keys, None if there is no such row."""

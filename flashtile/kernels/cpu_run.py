@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 
 from flashtile.band import Band
-from flashtile.kernels.call import DecodeCall, ForwardCall
+from flashtile.kernels.call import BackwardCall, DecodeCall, ForwardCall
 from flashtile.kernels.cpu_keys import KeyReader
 from flashtile.kernels.cpu_mask import Mask, segments_of
 from flashtile.kernels.cpu_scores import Partials, attend, needs_products
@@ -47,6 +47,22 @@ def packed_tokens(cu_seqlens: torch.Tensor, total: int) -> list[Tokens]:
     return [Tokens(start, max(0, stop - start)) for start, stop in pairwise(starts)]
 
 
+def tokens_of(call: ForwardCall | BackwardCall, reader: KeyReader) -> tuple[list[Tokens], list[Tokens]]:
+    """Each sequence's queries and keys, clamped to what there is."""
+    batch = call.q.shape[0] if call.cu_seqlens_q is None else call.cu_seqlens_q.shape[0] - 1
+    if call.cu_seqlens_q is None:
+        queries = [Tokens(0, call.q.shape[1])] * batch
+    else:
+        queries = packed_tokens(call.cu_seqlens_q, call.q.shape[0])
+    if call.cu_seqlens_k is None:
+        keys = [Tokens(0, reader.capacity)] * batch
+    else:
+        keys = packed_tokens(call.cu_seqlens_k, call.k.shape[0])
+    if call.seqused_k is not None:
+        keys = [Tokens(start, min(max(used, 0), length)) for used, (start, length) in zip(call.seqused_k.tolist(), keys)]
+    return queries, keys
+
+
 def runs_of(queries: Sequence[Tokens], keys: Sequence[Tokens], reader: KeyReader) -> Iterator[Run]:
     """Neighbouring sequences of equal lengths, as many as the reader can serve at once; opened in the reader.
 
@@ -75,15 +91,34 @@ def clear(call: DecodeCall | ForwardCall) -> None:
 
 def tensors_of(call: DecodeCall | ForwardCall, run: Run) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """q and out (batch, seqlen_q, hq, d or dv) and lse (batch, hq, seqlen_q) of a run, as views."""
-    if call.cu_seqlens_q is None:
-        sequences = slice(run.first, run.stop)
-        return call.q[sequences], call.out[sequences], None if call.lse is None else call.lse[sequences]
+    packed = call.cu_seqlens_q is not None
+    lse = None if call.lse is None else lse_of(call.lse, run, packed)
+    return queries_of(call.q, run, packed), queries_of(call.out, run, packed), lse
+
+
+def queries_of(tensor: torch.Tensor, run: Run, packed: bool) -> torch.Tensor:
+    """A run's part of q, out or their gradients, (batch, seqlen_q, hq, d or dv), as a view."""
+    return _sequences_of(tensor, run, packed, run.row, run.seqlen_q)
+
+
+def keys_of(tensor: torch.Tensor, run: Run, packed: bool) -> torch.Tensor:
+    """A run's part of k, v or their gradients, (batch, seqlen_k, hk, d or dv), as a view."""
+    return _sequences_of(tensor, run, packed, run.key, run.seqlen_k)
+
+
+def _sequences_of(tensor: torch.Tensor, run: Run, packed: bool, start: int, length: int) -> torch.Tensor:
+    if not packed:
+        return tensor[run.first : run.stop, :length]
     batch = run.stop - run.first
-    rows = slice(run.row, run.row + batch * run.seqlen_q)
-    q = call.q[rows].view(batch, run.seqlen_q, *call.q.shape[1:])
-    out = call.out[rows].view(batch, run.seqlen_q, *call.out.shape[1:])
-    lse = None if call.lse is None else call.lse[:, rows].view(-1, batch, run.seqlen_q).transpose(0, 1)
-    return q, out, lse
+    return tensor[start : start + batch * length].view(batch, length, *tensor.shape[1:])
+
+
+def lse_of(lse: torch.Tensor, run: Run, packed: bool) -> torch.Tensor:
+    """A run's part of lse or its gradient, (batch, hq, seqlen_q), as a view."""
+    if not packed:
+        return lse[run.first : run.stop]
+    batch = run.stop - run.first
+    return lse[:, run.row : run.row + batch * run.seqlen_q].view(-1, batch, run.seqlen_q).transpose(0, 1)
 
 
 def run_packed(call: DecodeCall | ForwardCall, run: Run, reader: KeyReader, band: Band, positions: int) -> None:

@@ -105,8 +105,9 @@ def _floors(inputs: ForwardInputs, call: BackwardCall, expected: Gradients) -> G
     out, lse = expected_forward(inputs)
     products = out * call.dout.double().nan_to_num(0.0)
     delta = products.sum(dim=-1).transpose(-1, -2)
-    # A dlse equal to delta cancels it, and leaves the other term.
-    one_term = expected_gradients(inputs, call.dout, delta)
+    # A dlse equal to delta cancels it, and leaves the other term; which may be small by chance, so that delta's own terms join it.
+    own_terms = products.norm(dim=-1).transpose(-1, -2)
+    one_term = expected_gradients(inputs, call.dout, delta + own_terms)
     rounding = score_error_of(lse)
     dq, dk, dv = (rounding * torch.maximum(e.abs(), t.abs()) for e, t in zip(expected[:3], one_term[:3]))
     if call.sinks is None:
