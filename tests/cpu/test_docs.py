@@ -103,7 +103,9 @@ def test_make_targets_exist(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_files_named_exist(page: Path) -> None:
     files = [
-        f"/{path.relative_to(ROOT).as_posix()}" for top in ("flashtile", "tests", "benchmarks", "docs") for path in (ROOT / top).rglob("*")
+        f"/{path.relative_to(ROOT).as_posix()}"
+        for top in ("flashtile", "tests", "benchmarks", "docs", "examples")
+        for path in (ROOT / top).rglob("*")
     ]
     files += [f"/{path.name}" for path in ROOT.iterdir()]
     for name in re.findall(r"`([\w./-]+\.(?:py|txt|toml|md))`", page.read_text(encoding="utf-8")):
