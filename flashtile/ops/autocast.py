@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 
@@ -20,3 +22,8 @@ def cast_by_autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple
     if len(dtypes) == 1 and torch.float32 not in dtypes:
         return None
     return q.to(wanted), k.to(wanted), v.to(wanted)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """For operators, which take their tensors as they come: what autocast wants is cast where a call is traced."""
+    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()

@@ -9,6 +9,7 @@ import torch
 
 from flashtile.arguments import check_differentiable
 from flashtile.errors import UnsupportedError, message
+from flashtile.ops.autocast import without_autocast
 from flashtile.ops.backward import traced_backward
 from flashtile.ops.forward import forward
 from flashtile.ops.gradients import gradients, keep
@@ -39,7 +40,7 @@ def forward_operator(
     want_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward` as torch.compile sees it: the plan is JSON text; lse has no element unless wanted."""
-    with torch.no_grad():
+    with torch.no_grad(), without_autocast(q.device):
         out, lse = forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal,
             (window_left, window_right), softcap, scale, sinks, alibi_slopes, None, block_m,

@@ -142,6 +142,24 @@ def test_gradients_that_flow_in_may_have_any_strides(laid_out: Callable[[torch.T
     assert_gradients(inputs, call._replace(dout=dout.contiguous()), expected)
 
 
+@pytest.mark.parametrize("name", ["q", "k"])
+def test_tensors_that_share_memory_sum_their_gradients(name: str) -> None:
+    """Of an expanded tensor, whose heads are all one, and of views into one projection."""
+    inputs = plain(sinks=False)
+    one = inputs.args[name][:, :, :1].detach().requires_grad_()
+    args = inputs.args | {name: one.expand(inputs.args[name].shape)}
+    dout = torch.randn(2, 9, 4, 16)
+    (found,) = torch.autograd.grad(flashtile.attention(**args), one, dout)
+    apart = args | {name: args[name].detach().contiguous().requires_grad_()}
+    (expected,) = torch.autograd.grad(flashtile.attention(**apart), apart[name], dout)
+    torch.testing.assert_close(found, expected.sum(dim=2, keepdim=True))
+
+    qkv = torch.randn(2, 9, 3, 4, 16, requires_grad=True)
+    apart_qkv = [part.detach().contiguous().requires_grad_() for part in qkv.unbind(2)]
+    (found,) = torch.autograd.grad(flashtile.attention(*qkv.unbind(2)), qkv, dout)
+    torch.testing.assert_close(found, torch.stack(torch.autograd.grad(flashtile.attention(*apart_qkv), apart_qkv, dout), dim=2))
+
+
 def test_the_gradient_of_a_sum() -> None:
     inputs = plain()
     args, leaves = with_leaves(inputs.args)

@@ -112,6 +112,15 @@ def test_under_autocast() -> None:
         torch.testing.assert_close(grad, wanted)
 
 
+def test_an_operator_takes_tensors_as_they_come() -> None:
+    args = plain()
+    expected, _ = torch.ops.flashtile.forward(*operands(args))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = torch.ops.flashtile.forward(*operands(args))
+    assert torch.equal(out, expected)
+    assert out.dtype == torch.float32
+
+
 def test_with_activation_checkpointing() -> None:
     args, leaves = leaves_of(plain(sinks=True))
     expected = torch.autograd.grad(loss(args), leaves)
