@@ -12,8 +12,8 @@ from flashtile.kernels.gluon.forward_load import load_box
 from flashtile.kernels.gluon.forward_memory import ROWS, bytes_of_tile
 from flashtile.kernels.gluon.forward_schedule import blocks_of_rows, tile_numbered, write_note
 from flashtile.kernels.gluon.names import barrier
+from flashtile.kernels.tile.gradients import load_delta, load_lse
 from flashtile.kernels.tile.schedule import sequence_rows, stored_keys
-from flashtile.kernels.tile.softmax import LOG2E
 
 
 @gluon.jit
@@ -60,14 +60,16 @@ def load_keys_and_queries(
         row = low * BLOCK_M
         for _ in range(GROUP * (high - low)):
             rows = row + gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [1], [0]))
-            lse_log2, own_delta = softmax_of_rows(lse, delta, b_rows, row_start, rows, rows < seqlen_q, h_q)
+            # asked for before the wait, so that they come meanwhile
+            lse_log2 = load_lse(lse, b_rows, h_q, row_start + rows, rows < seqlen_q)
+            row_delta = load_delta(delta, b_rows, h_q, row_start + rows, rows < seqlen_q)
             mbarrier.wait(q_empty.index(stage), phase ^ 1)
             lse_ring.index(stage).store(lse_log2)
             barrier()
             mbarrier.expect(q_full.index(stage), bytes_of_tile(BLOCK_M, DIM))
             load_box(q, q_ring, q_full.index(stage), stage, b_rows, row_start + row, h_q, 0, 1, DIM)
             mbarrier.wait(dout_empty.index(stage), phase ^ 1)
-            delta_ring.index(stage).store(own_delta)
+            delta_ring.index(stage).store(row_delta)
             barrier()
             mbarrier.expect(dout_full.index(stage), bytes_of_tile(BLOCK_M, DIM_V))
             load_box(dout, dout_ring, dout_full.index(stage), stage, b_rows, row_start + row, h_q, 0, 1, DIM_V)
@@ -97,17 +99,6 @@ def blocks_of_queries(band, key, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr):
     low, high = blocks_of_rows(band, key, seqlen_k, seqlen_q, 2 * ROWS, BLOCK_M)
     # keys behind those that count have a gradient too, which is 0
     return low, gl.where(key < seqlen_k, high, low + 1)
-
-
-@gluon.jit
-def softmax_of_rows(lse, delta, b, row_start, rows, real, h):
-    """Base-2 lse and delta of queries; an lse of inf, which makes probabilities 0, where there is no row or it sees no key."""
-    token = (row_start + rows).to(gl.int64)
-    lse_at = lse.ptr + b.to(gl.int64) * lse.stride_b + h.to(gl.int64) * lse.stride_h + token * lse.stride_m
-    delta_at = delta.ptr + b.to(gl.int64) * delta.stride_b + h.to(gl.int64) * delta.stride_h + token * delta.stride_m
-    natural = gl.load(lse_at, mask=real, other=float("-inf"))
-    own_delta = gl.load(delta_at, mask=real, other=0.0)
-    return gl.where(natural == float("-inf"), float("inf"), natural * LOG2E), own_delta
 
 
 @gluon.jit

@@ -8,7 +8,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from flashtile.kernels.gluon.backward_load import softmax_of_rows
 from flashtile.kernels.gluon.backward_results import clear_gradient, padded_dim, store_gradient
 from flashtile.kernels.gluon.forward_load import load_tiles
 from flashtile.kernels.gluon.forward_memory import ROWS, allocate_exchange, allocate_tiles
@@ -16,6 +15,7 @@ from flashtile.kernels.gluon.forward_rows import hand_back
 from flashtile.kernels.gluon.forward_schedule import blocks_of_rows, keys_of_sequence, read_note, whole_blocks
 from flashtile.kernels.gluon.forward_scores import clear_values, operand_layout, products_layout, rows_layout, seen_keys
 from flashtile.kernels.gluon.names import barrier
+from flashtile.kernels.tile.gradients import load_delta, load_lse
 from flashtile.kernels.tile.schedule import owned_rows
 
 
@@ -61,7 +61,8 @@ def sum_over_keys(
     while b >= 0:
         b_rows = b * 0 if tokens.cu_seqlens_q is not None else b
         rows = row + gl.arange(0, ROWS, R)
-        lse_log2, own_delta = softmax_of_rows(lse, delta, b_rows, row_start, rows, rows < seqlen_q, h)
+        lse_log2 = load_lse(lse, b_rows, h, row_start + rows, rows < seqlen_q)
+        row_delta = load_delta(delta, b_rows, h, row_start + rows, rows < seqlen_q)
         q = q_tiles[1].index(C)
         if Q_IN_REGISTERS:
             q = q.load(operand_layout(BLOCK_N))
@@ -83,7 +84,7 @@ def sum_over_keys(
         s, dp = warpgroup_mma_wait(0, deps=(s, dp))
         barrier()
         mbarrier.arrive(v_empty.index(turn % STAGES), count=1)
-        ds = _gradients_of_scores(s, dp, lse_log2, own_delta, scores, place, block, BLOCK_N)
+        ds = _gradients_of_scores(s, dp, lse_log2, row_delta, scores, place, block, BLOCK_N)
         operand = gl.convert_layout(ds.to(dq_box.dtype), operand_layout(D))
         for _ in range(block - own_low):
             block -= 1
@@ -94,10 +95,10 @@ def sum_over_keys(
             s, dp = warpgroup_mma_wait(1, deps=(s, dp))
             barrier()
             mbarrier.arrive(v_empty.index(turn % STAGES), count=1)
-            ds = _gradients_of_scores(s, dp, lse_log2, own_delta, scores, place, block, BLOCK_N)
-            # to wait here for the next block's keys ends the basic block: the assembler would move the wait for the product
-            # with keys to the front of the exponentials
-            mbarrier.wait(k_full.index((turn + 1) % STAGES), ((turn + 1) // STAGES) & 1, pred=block > own_low)
+            ds = _gradients_of_scores(s, dp, lse_log2, row_delta, scores, place, block, BLOCK_N)
+            # these keys are there: to wait for them again ends the basic block, or else the assembler would move the wait for the
+            # product with the last ones to the front of the exponentials
+            mbarrier.wait(k_full.index(turn % STAGES), (turn // STAGES) & 1)
             dq, ds = warpgroup_mma_wait(0, deps=(dq_coming, ds))
             barrier()
             mbarrier.arrive(k_empty.index(last_stage), count=1)
