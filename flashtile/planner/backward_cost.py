@@ -6,16 +6,16 @@ from typing import NamedTuple
 
 from flashtile.planner.backward_tiles import PassTile
 from flashtile.planner.backward_work import seen_by
-from flashtile.planner.catalog import TRITON_BACKWARD
+from flashtile.planner.catalog import GLUON_BACKWARD_SM90, TRITON_BACKWARD
 from flashtile.planner.device import Device
 from flashtile.planner.forward_cost import CPU_START_US, forward_flops
 from flashtile.planner.forward_footprint import held_dim
 from flashtile.planner.resources import Footprint, product_rate
-from flashtile.planner.walk_cost import Walk, WalkCost, walk_cost
+from flashtile.planner.walk_cost import SPECIALISED_LOSS, Walk, WalkCost, walk_cost
 from flashtile.problem import DTYPE_BYTES, Problem
 
-START_US = {TRITON_BACKWARD: 3.0}  # launch of a pass, its first loads, its last rows written
-TILE_US = {TRITON_BACKWARD: 1.5}  # a tile's first and last step, which nothing overlaps
+START_US = {GLUON_BACKWARD_SM90: 3.0, TRITON_BACKWARD: 3.0}  # launch of a pass, its first loads, its last rows written
+TILE_US = {GLUON_BACKWARD_SM90: 1.0, TRITON_BACKWARD: 1.5}  # a tile's first and last step, which nothing overlaps
 DELTA_START_US = 2.0  # launch of the kernel that computes delta
 SCORE_OPERATIONS = 6  # vector instructions a score: scale, difference, its gradient's difference and product, two conversions
 STATISTICS_BYTES = 8  # of a query: lse and delta
@@ -86,7 +86,8 @@ def pass_cost(problem: Problem, tile: PassTile, footprint: Footprint, device: De
         start_us=START_US[tile.kernel],
         tile_us=TILE_US[tile.kernel],
     )
-    return walk_cost(seen_by(problem, tile.owner), walk, footprint, None, tile.num_warps, device)
+    loss = SPECIALISED_LOSS if tile.kernel == GLUON_BACKWARD_SM90 else None
+    return walk_cost(seen_by(problem, tile.owner), walk, footprint, loss, tile.num_warps, device)
 
 
 def backward_cost(

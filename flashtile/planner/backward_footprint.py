@@ -1,25 +1,43 @@
 """What one program of a pass of a backward kernel takes of an SM: matrix instruction, shared memory, registers, resident programs.
 
+Those of Triton's kernel stand here, with what both kernels share; ``backward_footprint_gluon.py`` knows Hopper's Gluon kernel.
+
 These are estimates of what the compiler allocates, meant to err on the high side: a plan that they allow must neither
 spill nor exceed the device. The constants are named here and calibrated against compiled kernels.
 """
 
 from __future__ import annotations
 
+from flashtile.planner.backward_footprint_gluon import CONSUMER_REGISTERS, gluon_pass_registers, gluon_pass_shared_memory
+from flashtile.planner.backward_shapes import FMA, UNALIGNED, WIDE, WIDE_FMA, shapes_of
 from flashtile.planner.backward_tiles import PassTile
+from flashtile.planner.catalog import GLUON_BACKWARD_SM90
 from flashtile.planner.device import Device
 from flashtile.planner.figures import Mma
 from flashtile.planner.forward_footprint import held_dim
-from flashtile.planner.resources import Footprint, instruction_for, instruction_in_words, programs_that_fit
+from flashtile.planner.resources import (
+    ITS_WARPS,
+    TALL_TILE,
+    Footprint,
+    features_of,
+    fma_operands,
+    instruction_for,
+    instruction_in_words,
+    programs_that_fit,
+    registers_limit,
+)
 from flashtile.problem import DTYPE_BYTES, Problem
 
-SHARED_SCRATCH = 1024  # barriers, layouts that change
-REGISTERS_BASE = {"cuda": 75, "hip": 60}  # addresses, loop counters, row statistics, fragments on their way into an instruction
-REGISTERS_PER_SCORE = 3.0  # a score, its gradient, and both packed
-REGISTERS_PER_FEATURE = {"cuda": 8, "hip": 14}  # each of softcap, ALiBi and packed rows
+SHARED_SCRATCH = 2048  # lse and delta of queries that are walked, barriers
+# Of shapes that nobody has compiled:
+FEATURE_REGISTERS = 15  # each of softcap, ALiBi and packed rows
+REGISTERS_BASE = 75  # addresses, loop counters, row statistics, fragments on their way into an instruction
+REGISTERS_PER_SCORE = 2.0  # of a score and its gradient
+REGISTERS_PER_COPY = 2  # the address of one copy of a walked tile
 FRAGMENTS_SHARE = 0.5  # of the owned rows' fragments, which instructions take from registers
-FMA_REGISTERS = 60  # an FMA dot's operands
-LOADED_REGISTERS = 4.0  # an element of a walked tile that no asynchronous copy can bring
+WIDE_REGISTERS = 40  # four-byte operands
+FMA_BASE = 50
+FMA_OPERANDS_LIVE = 0.2  # share of all FMA dots' operand elements that live in registers at a time
 MIN_COPY_BYTES = 4  # the least that one brings
 COPY_BYTES = 16
 FMA_BYTES = 4  # of an FMA dot's operand, whatever it was in memory
@@ -39,40 +57,78 @@ def pass_mma_name(problem: Problem, tile: PassTile, device: Device) -> str:
 
 
 def pass_shared_memory(problem: Problem, tile: PassTile, device: Device) -> int:
-    """Bytes of shared memory that one program takes: the owned rows' two operands, a ring of the walked ones, and scores on their
-    way from one product to the next."""
-    mma = pass_mma(problem, tile, device)
-    size = DTYPE_BYTES[problem.dtype_k] if mma is not None else FMA_BYTES
-    dims = held_dim(problem.head_dim) + held_dim(problem.head_dim_v)
-    buffers = tile.num_stages if mma is not None and mma.warps > 1 else max(1, tile.num_stages - 1)
-    scores = 2 if tile.owner == "keys" else 1
-    return size * (tile.owned * dims + buffers * tile.step * dims + scores * tile.owned * tile.step) + SHARED_SCRATCH
+    """Bytes of shared memory that one program takes.
+
+    Of Triton's kernel: both operands of what it owns beside a ring of what it walks, num_stages of them where the matrix instruction
+    itself reads shared memory, else one less (at least 1). Probabilities and gradients of scores pass through it where warps share
+    rows; tcgen05 wants operands in the other order too. AMD holds what a program owns in registers; FMA wants operands four bytes wide.
+    """
+    if tile.kernel == GLUON_BACKWARD_SM90:
+        return gluon_pass_shared_memory(problem, tile)
+    mma, size = pass_mma(problem, tile, device), DTYPE_BYTES[problem.dtype_k]
+    dim, dim_v = held_dim(problem.head_dim), held_dim(problem.head_dim_v)
+    dims, widest = dim + dim_v, max(dim, dim_v)
+    scores = tile.owned * tile.step
+    if device.backend == "hip":
+        ring = (tile.num_stages - 1) * tile.step * dims * size
+        return max(tile.owned * widest * size, ring + tile.step * widest * size + scores * size)
+    if mma is None:
+        owned = tile.owned * dims * FMA_BYTES
+        if not device.architecture.async_copies:
+            return owned + max(tile.step * widest * size, scores * FMA_BYTES)
+        return owned + max(1, tile.num_stages - 1) * tile.step * dims * FMA_BYTES + scores * FMA_BYTES + SHARED_SCRATCH
+    buffers = tile.num_stages if mma.warps > 1 else max(1, tile.num_stages - 1)
+    need = (tile.owned + buffers * tile.step) * dims * size + SHARED_SCRATCH
+    if mma.name.startswith("tcgen05"):
+        return need + (tile.owned + tile.step) * widest * size
+    return need + (scores * size if mma.warps == 1 or size == FMA_BYTES else 0)
 
 
 def pass_registers(problem: Problem, tile: PassTile, device: Device) -> int:
-    """32-bit registers that one thread would like to have; more than ``registers_limit`` means spills.
+    """32-bit registers that one thread would like to have; more than ``pass_registers_limit`` means spills.
 
-    A base and the features, the accumulators, the scores and their gradients, spread over the threads; then operands where
-    instructions take them from registers.
+    Of Triton's kernel: what the shape took when it was compiled; of other shapes an estimate: a base, the
+    accumulators, scores and their gradients, spread over the threads, then operands where instructions take them from registers.
     """
-    threads = tile.num_warps * device.warp_size
-    dim, dim_v = held_dim(problem.head_dim), held_dim(problem.head_dim_v)
-    need: float = REGISTERS_BASE[device.backend] + REGISTERS_PER_FEATURE[device.backend] * _features(problem)
-    need += tile.owned * (dim + dim_v if tile.owner == "keys" else dim) / threads
-    need += REGISTERS_PER_SCORE * tile.owned * tile.step / threads
-    if problem.alignment < (MIN_COPY_BYTES if device.architecture.async_copies else COPY_BYTES):
-        need += LOADED_REGISTERS * tile.step * (dim + dim_v) / threads
+    if tile.kernel == GLUON_BACKWARD_SM90:
+        return gluon_pass_registers(problem, tile)
     mma = pass_mma(problem, tile, device)
+    for shape in shapes_of(family_of(problem, device), tile.owner, max(problem.head_dim, problem.head_dim_v)):
+        if (shape.owned, shape.step, shape.num_warps) == (tile.owned, tile.step, tile.num_warps) and shape.num_stages >= tile.num_stages:
+            return shape.shaped if problem.softcap or problem.alibi or problem.ragged_q else shape.registers
+    return _estimated_registers(problem, tile, mma, device)
+
+
+def family_of(problem: Problem, device: Device) -> str:
+    """Which of ``SHAPES`` are for the problem's products and copies."""
+    mma = pass_mma(problem, PassTile("", "keys", TALL_TILE, TALL_TILE, ITS_WARPS, 1), device)
+    wide = DTYPE_BYTES[problem.dtype_k] == FMA_BYTES
     if mma is None:
-        need += FMA_REGISTERS
-    elif mma.warps == 1:
-        need += FRAGMENTS_SHARE * tile.owned * (dim + dim_v) * DTYPE_BYTES[problem.dtype_k] / 4 / threads
-    return int(need)
+        return WIDE_FMA if wide and device.architecture.async_copies else FMA
+    if problem.alignment < (MIN_COPY_BYTES if device.architecture.async_copies else COPY_BYTES):
+        return UNALIGNED
+    return f"{WIDE} {mma.name}" if wide else mma.name
 
 
-def _features(problem: Problem) -> int:
-    """How many features a kernel carries that take registers of their own."""
-    return problem.softcap + problem.alibi + problem.ragged_q
+def _estimated_registers(problem: Problem, tile: PassTile, mma: Mma | None, device: Device) -> int:
+    threads = tile.num_warps * device.warp_size
+    dim, dim_v, size = held_dim(problem.head_dim), held_dim(problem.head_dim_v), DTYPE_BYTES[problem.dtype_k]
+    accumulators = tile.owned * (dim + dim_v if tile.owner == "keys" else dim) / threads
+    if mma is None:
+        scores = fma_operands(tile.owned, tile.step, dim, threads) + fma_operands(tile.owned, tile.step, dim_v, threads)
+        sums = fma_operands(tile.owned, dim, tile.step, threads)
+        sums += fma_operands(tile.owned, dim_v, tile.step, threads) if tile.owner == "keys" else 0
+        return int(FMA_BASE + FEATURE_REGISTERS * features_of(problem) + accumulators + FMA_OPERANDS_LIVE * (scores + sums))
+    features = FEATURE_REGISTERS * features_of(problem)
+    copies = tile.step * (dim + dim_v) * size / COPY_BYTES / threads
+    need = REGISTERS_BASE + features + accumulators + REGISTERS_PER_SCORE * tile.owned * tile.step / threads + REGISTERS_PER_COPY * copies
+    need += FRAGMENTS_SHARE * tile.owned * (dim + dim_v) * size / 4 / threads if mma.warps == 1 else 0.0
+    return int(need + (WIDE_REGISTERS if size == FMA_BYTES else 0))
+
+
+def pass_registers_limit(tile: PassTile, device: Device) -> int:
+    """Registers that the device can give each thread that computes."""
+    return CONSUMER_REGISTERS if tile.kernel == GLUON_BACKWARD_SM90 else registers_limit(tile.num_warps, device)
 
 
 def pass_footprint(problem: Problem, tile: PassTile, device: Device) -> Footprint:
@@ -80,4 +136,7 @@ def pass_footprint(problem: Problem, tile: PassTile, device: Device) -> Footprin
     if not device.is_gpu:
         return Footprint(0, 0, 1, None)
     shared, registers = pass_shared_memory(problem, tile, device), pass_registers(problem, tile, device)
-    return Footprint(shared, registers, programs_that_fit(shared, registers, tile.num_warps, device), pass_mma(problem, tile, device))
+    mma = pass_mma(problem, tile, device)
+    if tile.kernel == GLUON_BACKWARD_SM90:  # its warps are given all registers of an SM
+        return Footprint(shared, registers, 1, mma)
+    return Footprint(shared, registers, programs_that_fit(shared, registers, tile.num_warps, device), mma)

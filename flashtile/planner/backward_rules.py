@@ -10,7 +10,14 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from flashtile.planner.backward_cost import pass_cost
-from flashtile.planner.backward_footprint import pass_footprint, pass_mma, pass_registers, pass_shared_memory
+from flashtile.planner.backward_footprint import (
+    family_of,
+    pass_footprint,
+    pass_mma,
+    pass_registers,
+    pass_registers_limit,
+    pass_shared_memory,
+)
 from flashtile.planner.backward_tiles import (
     BACKWARD_LIMITS,
     OWNERS,
@@ -22,10 +29,11 @@ from flashtile.planner.backward_tiles import (
     plan_of_passes,
 )
 from flashtile.planner.backward_work import owned_tiles, seen_by
+from flashtile.planner.catalog import GLUON_BACKWARD_SM90
 from flashtile.planner.device import Device
 from flashtile.planner.plans import BackwardPlan
 from flashtile.planner.ranges import MAX_GRID_X, beyond, beyond_powers, beyond_warps
-from flashtile.planner.resources import Footprint, registers_limit
+from flashtile.planner.resources import Footprint
 from flashtile.problem import Problem
 
 OWNED_GAIN_PERCENT = 8  # what a tile that owns less must gain: less is within the model's error
@@ -38,12 +46,14 @@ def backward_infeasible(problem: Problem, plan: BackwardPlan, device: Device) ->
     if plan.kernel not in BACKWARD_LIMITS or not device.is_gpu:
         return []
     reasons = []
-    if plan.num_programs:
+    if plan.num_programs < 0:
+        reasons.append(f"num_programs {plan.num_programs} is negative")
+    if plan.kernel != GLUON_BACKWARD_SM90 and plan.num_programs:
         reasons.append(f"num_programs {plan.num_programs}: {plan.kernel} has a program for each tile, which is 0")
     for tile in pass_tiles(plan):
         against = _malformed(tile, device) or pass_misfits(problem, tile, device)
         tiles = 0 if against else owned_tiles(problem, tile)
-        if tiles > MAX_GRID_X:
+        if tiles > MAX_GRID_X and not plan.num_programs:
             against = [f"{tiles} tiles of {tile.owned} {tile.owner} want as many programs, and a grid holds {MAX_GRID_X}"]
         reasons += [f"the pass that owns {tile.owner}: {reason}" for reason in against]
     return reasons
@@ -57,9 +67,16 @@ def _malformed(tile: PassTile, device: Device) -> list[str]:
     return [
         *beyond_powers(owned, tile.owned, limits.owned),
         *beyond_powers(step, tile.step, limits.step),
-        *beyond_warps(f"{prefix}num_warps", tile.num_warps, device),
-        *beyond(f"{prefix}num_stages", tile.num_stages, limits.stages),
+        *_warps_against(f"{prefix}num_warps", tile, limits.warps, device),
+        *beyond(f"{prefix}num_stages", tile.num_stages, limits.stages[tile.owner]),
     ]
+
+
+def _warps_against(name: str, tile: PassTile, warps: int, device: Device) -> list[str]:
+    """Against warps that the tile's kernel does not take: ``warps`` alone, where that is not 0."""
+    if not warps:
+        return beyond_warps(name, tile.num_warps, device)
+    return [] if tile.num_warps == warps else [f"{name} {tile.num_warps} is not {warps}, which {tile.kernel} takes"]
 
 
 def pass_misfits(problem: Problem, tile: PassTile, device: Device) -> list[str]:
@@ -72,7 +89,7 @@ def pass_misfits(problem: Problem, tile: PassTile, device: Device) -> list[str]:
             f"{tile.num_stages} stages of {tile.step} {walked} beside {tile.owned} {tile.owner} take {shared} bytes of shared memory, "
             f"and a program of {device.name} has {limit}"
         )
-    registers, most = pass_registers(problem, tile, device), registers_limit(tile.num_warps, device)
+    registers, most = pass_registers(problem, tile, device), pass_registers_limit(tile, device)
     if registers > most:
         how = "" if pass_mma(problem, tile, device) else " (as FMA: it has no matrix instruction)"
         reasons.append(
@@ -92,7 +109,9 @@ def choose_backward_plan(problem: Problem, device: Device, kernel: str) -> Backw
     if reasons:
         return reasons
     keys, queries = (tile for tile in chosen if isinstance(tile, PassTile))
-    plan = plan_of_passes(keys, queries)
+    most = max(owned_tiles(problem, keys), owned_tiles(problem, queries))
+    stays = kernel == GLUON_BACKWARD_SM90  # as many programs as SMs, which take tiles until none is left
+    plan = plan_of_passes(keys, queries, max(1, min(most, device.num_sms)) if stays else 0)
     return backward_infeasible(problem, plan, device) or plan
 
 
@@ -100,7 +119,9 @@ def choose_pass(problem: Problem, device: Device, kernel: str, owner: Owner) -> 
     """The tile of one pass, or why there is none."""
     able, unable = pass_fits(problem, device, kernel, owner)
     if not able:
-        return [f"the pass that owns {owner}: {reason}" for _, reasons in unable for reason in reasons]
+        none = f"it has no tile for head dims {problem.head_dim} and {problem.head_dim_v} that would not spill"
+        reasons = [reason for _, against in unable for reason in against] or [none]
+        return [f"the pass that owns {owner}: {reason}" for reason in reasons]
     return by_pass_time(problem, device, able)
 
 
@@ -140,8 +161,7 @@ def pass_fits(problem: Problem, device: Device, kernel: str, owner: Owner) -> Fi
 @lru_cache(maxsize=1024)
 def _fits(kind: Problem, device: Device, kernel: str, owner: Owner) -> Fits:
     able, unable = [], []
-    tall = pass_mma(kind, PassTile(kernel, owner, 128, 64, 8, 2), device)
-    for tiles in pass_candidates(kernel, owner, tall):
+    for tiles in pass_candidates(kernel, owner, max(kind.head_dim, kind.head_dim_v), family_of(kind, device)):
         tile = next((tile for tile in tiles if not pass_misfits(kind, tile, device)), None)
         if tile is None:
             unable.append((tiles[-1], tuple(pass_misfits(kind, tiles[-1], device))))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from flashtile.planner.catalog import TRITON_BACKWARD
-from flashtile.planner.figures import Mma
+from flashtile.planner.backward_shapes import shapes_of
+from flashtile.planner.catalog import GLUON_BACKWARD_SM90, TRITON_BACKWARD
+from flashtile.planner.forward_tiles import SHORT_HEAD
 from flashtile.planner.plans import BackwardPlan, Source
 
 Owner = Literal["keys", "queries"]
@@ -28,15 +29,17 @@ class PassTile(NamedTuple):
 
 
 class BackwardLimits(NamedTuple):
-    """What a kernel can be compiled for at all: powers of two, from and to."""
+    """What a kernel can be compiled for at all: powers of two, from and to; ``warps`` where not every power of two will do."""
 
     owned: tuple[int, int]
     step: tuple[int, int]
-    stages: tuple[int, int]
+    stages: dict[Owner, tuple[int, int]]  # by what the pass owns
+    warps: int = 0
 
 
 BACKWARD_LIMITS: dict[str, BackwardLimits] = {
-    TRITON_BACKWARD: BackwardLimits((16, 128), (16, 128), (1, 4)),
+    GLUON_BACKWARD_SM90: BackwardLimits((128, 128), (64, 128), {"keys": (2, 4), "queries": (3, 4)}, 8),
+    TRITON_BACKWARD: BackwardLimits((16, 128), (16, 128), {"keys": (1, 4), "queries": (1, 4)}),
 }
 
 
@@ -48,7 +51,7 @@ def pass_tiles(plan: BackwardPlan) -> tuple[PassTile, PassTile]:
     )
 
 
-def plan_of_passes(keys: PassTile, queries: PassTile, source: Source = "rule") -> BackwardPlan:
+def plan_of_passes(keys: PassTile, queries: PassTile, num_programs: int = 0, source: Source = "rule") -> BackwardPlan:
     """The plan whose ``pass_tiles`` these are."""
     return BackwardPlan(
         kernel=keys.kernel,
@@ -60,30 +63,29 @@ def plan_of_passes(keys: PassTile, queries: PassTile, source: Source = "rule") -
         dq_block_n=queries.step,
         dq_num_warps=queries.num_warps,
         dq_num_stages=queries.num_stages,
+        num_programs=num_programs,
         source=source,
     )
 
 
-# The portable kernel: for each way to multiply the shapes (rows a step, warps, stages) of a number of owned rows in order of
-# preference; the later ones are for longer heads, wider types and less shared memory.
-Shapes = dict[int, tuple[tuple[int, int, int], ...]]
-_FEW: Shapes = {
-    32: ((32, 2, 2), (32, 2, 1), (16, 2, 2), (16, 2, 1), (16, 4, 2), (16, 4, 1), (16, 8, 1)),
-    16: ((16, 1, 2), (16, 1, 1), (16, 2, 2), (16, 2, 1), (16, 4, 2), (16, 4, 1), (16, 8, 1)),
-}
-_MATRIX: Shapes = {
-    128: ((64, 8, 2), (64, 8, 1), (32, 8, 2), (32, 8, 1), (16, 8, 2), (16, 8, 1)),
-    64: ((64, 4, 2), (64, 4, 1), (32, 4, 2), (32, 4, 1), (16, 4, 2), (16, 4, 1), (32, 8, 1), (16, 8, 1)),
-} | _FEW
-_FMA: Shapes = {  # no matrix instruction: results as square as possible
-    64: ((32, 8, 2), (32, 8, 1), (16, 8, 1)),
-    32: ((32, 8, 2), (32, 8, 1), (16, 8, 1)),
-    16: ((16, 4, 2), (16, 4, 1), (16, 8, 1)),
-}
+# Hopper's kernel: rows a step and ring stages of both passes.
+_HOPPER_SHORT: dict[Owner, tuple[int, int]] = {"keys": (128, 3), "queries": (128, 3)}
+_HOPPER_USUAL: dict[Owner, tuple[int, int]] = {"keys": (64, 3), "queries": (64, 4)}
 
 
-def pass_candidates(kernel: str, owner: Owner, mma: Mma | None) -> tuple[tuple[PassTile, ...], ...]:
+def hopper_pass_tile(owner: Owner, head_dim: int) -> PassTile:
+    """The one tile of a pass of Hopper's kernel for heads of ``head_dim``: two warpgroups of 64 rows."""
+    step, stages = (_HOPPER_SHORT if head_dim <= SHORT_HEAD else _HOPPER_USUAL)[owner]
+    return PassTile(GLUON_BACKWARD_SM90, owner, 128, step, 8, stages)
+
+
+def pass_candidates(kernel: str, owner: Owner, head_dim: int, family: str) -> tuple[tuple[PassTile, ...], ...]:
     """All tiles of a pass that a kernel's rule may choose, best first: a tuple for each number of owned rows, of which the first
-    that fits counts. ``mma`` is the preferred instruction of a tall tile."""
-    shapes = _FMA if mma is None else _MATRIX
-    return tuple(tuple(PassTile(kernel, owner, owned, *shape) for shape in shapes[owned]) for owned in sorted(shapes, reverse=True))
+    that fits counts. ``family`` is the portable kernel's, a key of ``SHAPES``."""
+    if kernel == GLUON_BACKWARD_SM90:
+        return ((hopper_pass_tile(owner, head_dim),),)
+    shapes = shapes_of(family, owner, head_dim)
+    return tuple(
+        tuple(PassTile(kernel, owner, *shape[:4]) for shape in shapes if shape.owned == owned)
+        for owned in sorted({shape.owned for shape in shapes}, reverse=True)
+    )

@@ -24,7 +24,8 @@ class Kernel:
     max_head_dim: int = MAX_HEAD_DIM
     head_dim_multiple: int = 8
     kv_scales: tuple[str, ...] = ("none",)
-    pages: bool = True  # whether keys may lie on pages
+    pages: bool = True  # whether keys may lie on pages,
+    shaped_scores: bool = True  # and scores pass through a softcap or get ALiBi biases
 
     def reasons_against(self, problem: Problem, device: Device) -> list[str]:
         """Why this kernel cannot run the problem on the device: empty where it can."""
@@ -54,6 +55,8 @@ class Kernel:
             reasons.append(f"scales a {problem.kv_scales} are none of {', '.join(self.kv_scales)}")
         if problem.page_size and not self.pages:
             reasons.append(f"keys lie on pages of {problem.page_size}, which have no gradient")
+        if not self.shaped_scores:
+            reasons += [f"scores with {name} are not its" for name in ("softcap", "alibi") if getattr(problem, name)]
         return reasons
 
 
@@ -63,6 +66,7 @@ CPU = "cpu.decode"
 GLUON_FORWARD_SM90 = "gluon.forward_sm90"
 TRITON_FORWARD = "triton.forward"
 CPU_FORWARD = "cpu.forward"
+GLUON_BACKWARD_SM90 = "gluon.backward_sm90"
 TRITON_BACKWARD = "triton.backward"
 CPU_BACKWARD = "cpu.backward"
 
@@ -84,6 +88,14 @@ CATALOG: tuple[Kernel, ...] = (
     ),
     Kernel(TRITON_FORWARD, "flashtile.kernels.forward", "forward", ("cuda", "hip"), _FLOATS, _FLOATS),
     Kernel(CPU_FORWARD, "flashtile.kernels.cpu_forward", "forward", ("cpu",), _FLOATS, _FLOATS),
+    Kernel(
+        GLUON_BACKWARD_SM90, "flashtile.kernels.gluon.backward_sm90", "backward", ("cuda",), _HALVES, _HALVES,
+        architectures=("sm_90",),
+        min_alignment=16,  # what tensor maps take
+        max_head_dim=128,  # a warpgroup's registers hold dK and dV of 64 keys
+        pages=False,
+        shaped_scores=False,
+    ),
     Kernel(TRITON_BACKWARD, "flashtile.kernels.backward", "backward", ("cuda", "hip"), _FLOATS, _FLOATS, pages=False),
     Kernel(CPU_BACKWARD, "flashtile.kernels.cpu_backward", "backward", ("cpu",), _FLOATS, _FLOATS, pages=False),
 )  # fmt: skip

@@ -39,10 +39,14 @@ def test_each_device_has_its_kernel(device: str, kernel: str) -> None:
 @pytest.mark.parametrize("name", Device.names())
 @pytest.mark.parametrize("head_dim", [8, 64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_every_device_trains_every_head_dim(name: str, head_dim: int, dtype: str) -> None:
+def test_every_device_trains_every_head_dim_that_its_registers_hold(name: str, head_dim: int, dtype: str) -> None:
     device = Device.named(name)
     problem = Problem("backward", 1, 512, seqlen_k=512, head_dim=head_dim, dtype_q=dtype, softcap=True, alibi=True, ragged_q=True)
-    assert backward_infeasible(problem, plan_backward(problem, device), device) == []
+    if name == "T4" and head_dim > 128:
+        with pytest.raises(UnsupportedError, match="it has no tile for head dims"):
+            plan_backward(problem, device)
+    else:
+        assert backward_infeasible(problem, plan_backward(problem, device), device) == []
 
 
 def test_an_explicit_plan_is_obeyed_as_it_is() -> None:

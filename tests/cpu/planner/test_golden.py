@@ -19,12 +19,12 @@ def module(name: str) -> ModuleType:
     return loaded
 
 
-TABLES = (module("golden"), module("golden_forward"))
+TABLES = (module("golden"), module("golden_forward"), module("golden_backward"))
 EXPECTED = [table.TABLE.read_text(encoding="utf-8").splitlines() for table in TABLES]
 ROWS = [(table, row, line) for table, lines in zip(TABLES, EXPECTED) for row, line in zip(table.PROBLEMS, lines)]
 
 
-@pytest.mark.parametrize(("table", "lines"), list(zip(TABLES, EXPECTED)), ids=["decode", "forward"])
+@pytest.mark.parametrize(("table", "lines"), list(zip(TABLES, EXPECTED)), ids=["decode", "forward", "backward"])
 def test_every_problem_has_a_line(table: ModuleType, lines: list[str]) -> None:
     assert len(lines) == len(table.PROBLEMS)
 

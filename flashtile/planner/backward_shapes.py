@@ -1,0 +1,145 @@
+"""The portable kernel's shapes of both passes, with the registers that they took when compiled: what is here does not spill.
+
+For each family (a matrix instruction, or what stands in for one) and pass, the shapes of each head dim in order of preference.
+Compiled with Triton 3.7, causal, with four query heads a key head. FMA is the vector units where there is no instruction.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+FMA = "fma"
+WIDE_FMA = "wide fma"  # operands of four bytes, by asynchronous copies
+WIDE = "wide"  # before an instruction's name: operands of four bytes
+UNALIGNED = "unaligned"  # no asynchronous copy can bring operands, so that threads load them one by one
+SPILLS = 999
+
+
+class Shape(NamedTuple):
+    """Rows owned, rows a step, warps, ring stages; registers a thread, and with softcap, ALiBi or packed rows."""
+
+    owned: int
+    step: int
+    num_warps: int
+    num_stages: int
+    registers: int
+    shaped: int
+
+
+Shapes = dict[int, tuple[Shape, ...]]  # by head dim; one between takes those of the next larger one
+
+
+def _of(*shapes: tuple[int, int, int, int, int, int]) -> tuple[Shape, ...]:
+    return tuple(Shape(*shape) for shape in shapes)
+
+
+_WGMMA: dict[str, Shapes] = {
+    "keys": {
+        64: _of((128, 64, 8, 2, 240, 250), (64, 64, 4, 2, 235, 250)),
+        96: _of((128, 64, 8, 2, 237, SPILLS), (128, 32, 8, 2, 232, 242)),
+        128: _of((128, 64, 8, 2, 252, SPILLS), (128, 32, 8, 2, 241, 241)),
+        192: _of((64, 64, 8, 2, 255, SPILLS), (64, 32, 8, 2, 236, 254)),
+        256: _of((64, 16, 8, 2, 255, SPILLS), (32, 32, 8, 2, 160, 160), (32, 16, 8, 2, 168, 168)),
+    },
+    "queries": {
+        64: _of((128, 64, 8, 2, 152, 205), (64, 64, 4, 2, 149, 205)),
+        96: _of((128, 64, 8, 2, 185, 240), (64, 64, 4, 2, 186, SPILLS), (64, 32, 4, 2, 186, 200)),
+        128: _of((128, 64, 8, 2, 200, 245), (128, 32, 8, 2, 156, 200), (64, 64, 4, 2, 208, SPILLS), (64, 32, 4, 2, 159, 205)),
+        192: _of((128, 64, 8, 2, 232, SPILLS), (128, 32, 8, 2, 214, 240), (64, 32, 4, 2, 246, SPILLS)),
+        256: _of((128, 32, 8, 2, 222, 245), (64, 32, 8, 2, 214, 240)),
+    },
+}
+_TCGEN05: dict[str, Shapes] = {
+    "keys": {
+        64: _of((128, 64, 8, 2, 254, SPILLS), (128, 32, 8, 2, 200, 230)),
+        128: _of((128, 64, 8, 2, 243, SPILLS), (128, 32, 8, 2, 200, 230)),
+        256: _of((64, 32, 8, 2, 204, 230)),
+    },
+    "queries": {
+        64: _of((128, 64, 8, 2, 148, 200)),
+        128: _of((128, 64, 8, 2, 182, 227)),
+        256: _of((64, 32, 8, 2, 128, 180)),
+    },
+}
+_MMA_SYNC: dict[str, Shapes] = {
+    "keys": {
+        64: _of((128, 64, 8, 2, 254, 255), (64, 64, 4, 2, 233, SPILLS), (64, 32, 4, 2, 180, 231)),
+        96: _of((128, 32, 8, 2, 255, SPILLS), (128, 16, 8, 2, 217, 235)),
+        128: _of((128, 16, 8, 2, 232, 241), (64, 16, 4, 2, 226, 240)),
+        192: _of((32, 32, 8, 2, 210, 225), (32, 16, 4, 2, 215, 230)),
+        256: _of((64, 16, 8, 2, 252, SPILLS), (32, 32, 8, 2, 204, 214), (32, 16, 8, 2, 196, 210)),
+    },
+    "queries": {
+        64: _of((128, 64, 8, 2, 185, 200), (64, 64, 4, 2, 181, 200), (64, 32, 4, 2, 168, 190)),
+        96: _of((128, 64, 8, 2, 255, SPILLS), (128, 32, 8, 2, 218, 230), (64, 32, 4, 2, 187, 200)),
+        128: _of((128, 32, 8, 2, 198, 210), (64, 32, 4, 2, 200, 215)),
+        192: _of((128, 16, 8, 2, 242, 252), (64, 16, 4, 2, 240, 252)),
+        256: _of((128, 16, 8, 2, 238, 250), (64, 16, 8, 2, 206, 211), (32, 32, 4, 2, 168, 190)),
+    },
+}
+_MFMA: dict[str, Shapes] = {
+    "keys": {
+        64: _of((64, 64, 4, 1, 336, 370), (64, 32, 4, 2, 258, 300)),
+        128: _of((128, 32, 8, 1, 255, SPILLS), (64, 32, 4, 1, 256, 300)),
+        256: _of((32, 16, 4, 1, 222, 228)),
+    },
+    "queries": {
+        64: _of((128, 64, 8, 1, 200, 230)),
+        128: _of((128, 32, 8, 1, 199, 251), (64, 32, 4, 1, 220, 260)),
+        256: _of((64, 16, 4, 1, 196, 230)),
+    },
+}
+_WIDE: dict[str, Shapes] = {
+    "keys": {
+        64: _of((64, 32, 4, 2, 255, SPILLS), (32, 16, 8, 2, 176, 190)),
+        128: _of((64, 16, 8, 2, 255, SPILLS), (32, 16, 8, 2, 176, 190)),
+        256: _of((32, 16, 8, 2, 174, 190)),
+    },
+    "queries": {
+        64: _of((64, 32, 4, 2, 175, 230)),
+        128: _of((64, 16, 4, 2, 220, 240), (32, 16, 8, 2, 128, 150)),
+        256: _of((32, 16, 8, 2, 128, 150)),
+    },
+}
+_WIDE_MFMA: dict[str, Shapes] = {
+    "keys": {64: _of((32, 32, 4, 1, 268, 300)), 128: _of((32, 16, 4, 1, 220, 260)), 256: _of((16, 16, 2, 1, 370, 400))},
+    "queries": {128: _of((32, 16, 4, 1, 190, 230)), 256: _of((16, 16, 2, 1, 364, 400))},
+}
+_FMA: dict[str, Shapes] = {
+    "keys": {
+        64: _of((32, 32, 8, 1, 255, SPILLS), (16, 16, 8, 1, 150, 172)),
+        128: _of((16, 16, 8, 1, 232, 245)),
+    },
+    "queries": {
+        64: _of((64, 16, 8, 1, 230, SPILLS), (32, 16, 8, 1, 200, 255)),
+        128: _of((32, 16, 8, 1, 255, SPILLS), (16, 16, 8, 1, 150, 182)),
+        256: _of((16, 16, 8, 1, 255, SPILLS)),
+    },
+}
+_WIDE_FMA: dict[str, Shapes] = {
+    "keys": {
+        64: _of((32, 32, 8, 2, 108, 130)),
+        128: _of((64, 16, 8, 2, 143, 165), (32, 16, 8, 2, 112, 130)),
+        256: _of((32, 16, 8, 2, 147, 165), (16, 16, 8, 2, 80, 110)),
+    },
+    "queries": {
+        64: _of((64, 32, 8, 2, 107, 130)),
+        128: _of((64, 32, 8, 2, 128, 150), (32, 16, 8, 2, 78, 110)),
+        256: _of((32, 16, 8, 2, 106, 130), (16, 16, 8, 2, 80, 110)),
+    },
+}
+_UNALIGNED: dict[str, Shapes] = {
+    "keys": {64: _of((64, 16, 8, 2, 216, 230)), 128: _of((32, 16, 8, 2, 244, 250)), 256: _of((16, 16, 8, 1, 179, 200))},
+    "queries": {64: _of((64, 16, 8, 2, 216, 230)), 128: _of((32, 16, 8, 2, 128, 150)), 256: _of((16, 16, 8, 1, 176, 200))},
+}
+SHAPES: dict[str, dict[str, Shapes]] = {
+    "wgmma": _WGMMA, "tcgen05.mma": _TCGEN05, "mma.sync": _MMA_SYNC, "mfma": _MFMA, "wmma": _MMA_SYNC,
+    "wide wgmma": _WIDE, "wide tcgen05.mma": _WIDE, "wide mma.sync": _WIDE, "wide mfma": _WIDE_MFMA, "wide wmma": _WIDE,
+    FMA: _FMA, WIDE_FMA: _WIDE_FMA, UNALIGNED: _UNALIGNED,
+}  # fmt: skip
+
+
+def shapes_of(family: str, owner: str, head_dim: int) -> tuple[Shape, ...]:
+    """The shapes of a pass for heads of ``head_dim``, best first; none where none is known."""
+    known = SHAPES[family][owner]
+    return next((shapes for dim, shapes in known.items() if dim >= head_dim), ())
