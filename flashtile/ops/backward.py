@@ -46,6 +46,7 @@ def backward(
     """
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dsinks = torch.empty_like(sinks) if sinks is not None and want_dsinks else None
+    # dlse is promised like lse, contiguous: of one number a row, a copy costs little.
     call = BackwardCall(
         q, k, v, out, lse, _readable(dout), None if dlse is None else dlse.contiguous(), dq, dk, dv, dsinks,
         cu_seqlens_q, cu_seqlens_k, seqused_k,

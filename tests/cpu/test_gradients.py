@@ -211,6 +211,19 @@ def test_kernels_get_the_forward_calls_own_tensors(inputs: ForwardInputs, monkey
         assert grad.shape[-1] == 1 or grad.stride(-1) == 1
 
 
+def test_what_flows_into_lse_is_laid_out_like_lse(monkeypatch: pytest.MonkeyPatch) -> None:
+    noted = Noted(monkeypatch)
+    args, leaves = with_leaves(plain().args)
+    _, lse = run(args)
+    for dlse in (torch.randn(2, 9, 4).mT, torch.randn(()).expand(lse.shape)):
+        torch.autograd.grad(lse, leaves, dlse, retain_graph=True)
+        given = noted.calls[-1].dlse
+        assert given is not None
+        assert given.stride() == lse.stride()
+        assert torch.equal(given, dlse)
+    assert all((call.dout == 0).all() and call.dout.is_contiguous() for call in noted.calls)
+
+
 def test_only_gradients_that_are_needed_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
     noted = Noted(monkeypatch)
     for name in NAMES:
