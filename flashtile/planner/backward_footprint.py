@@ -81,7 +81,8 @@ def pass_shared_memory(problem: Problem, tile: PassTile, device: Device) -> int:
     need = (tile.owned + buffers * tile.step) * dims * size + SHARED_SCRATCH
     if mma.name.startswith("tcgen05"):
         return need + (tile.owned + tile.step) * widest * size
-    return need + (scores * size if mma.warps == 1 or size == FMA_BYTES else 0)
+    shares_rows = mma.warps == 1 and tile.owned < widest
+    return need + (scores * size if shares_rows or size == FMA_BYTES else 0)
 
 
 def pass_registers(problem: Problem, tile: PassTile, device: Device) -> int:

@@ -1,0 +1,265 @@
+"""Backward rules: both passes' tiles are counted exactly, what is chosen fits, and what is refused says the number that decided."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flashtile.band import Band
+from flashtile.errors import UnsupportedError
+from flashtile.planner.backward_cost import backward_bytes, backward_cost, backward_flops, pass_cost
+from flashtile.planner.backward_footprint import pass_footprint, pass_registers, pass_registers_limit, pass_shared_memory
+from flashtile.planner.backward_rules import OWNED_GAIN_PERCENT, backward_infeasible, choose_pass, pass_fits
+from flashtile.planner.backward_shapes import SHAPES, SPILLS
+from flashtile.planner.backward_tiles import BACKWARD_LIMITS, OWNERS, Owner, PassTile, hopper_pass_tile, pass_tiles, plan_of_passes
+from flashtile.planner.backward_work import owned_tiles, seen_by
+from flashtile.planner.catalog import GLUON_BACKWARD_SM90, TRITON_BACKWARD, kernel_named
+from flashtile.planner.choose import plan_backward
+from flashtile.planner.device import Device
+from flashtile.planner.forward_cost import forward_flops
+from flashtile.planner.forward_work import tile_kinds, visible_pairs
+from flashtile.planner.plans import BackwardPlan
+from flashtile.problem import DTYPE_BYTES, Problem
+
+H200 = Device.named("H200")
+A100 = Device.named("A100")
+T4 = Device.named("T4")
+GPUS = [Device.named(name) for name in Device.names() if name != "cpu"]
+FULL, CAUSAL = Band(), Band(None, 0)
+
+
+def training(seqlen: int = 4096, batch: int = 4, **facts: Any) -> Problem:
+    return Problem(
+        "backward", batch, seqlen, **{"seqlen_k": seqlen, "num_heads_q": 16, "num_heads_kv": 16, "band": CAUSAL, "lse": True, **facts}
+    )
+
+
+bands = st.builds(Band, left=st.sampled_from([None, 0, 1, 5, 17, 64]), right=st.sampled_from([None, 0, 1, 9, 40]))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    seqlen_q=st.integers(0, 90), seqlen_k=st.integers(0, 90), band=bands,
+    owned=st.sampled_from([1, 16, 48]), step=st.sampled_from([1, 8, 32]),
+)  # fmt: skip
+def test_keys_walk_the_queries_that_see_them(seqlen_q: int, seqlen_k: int, band: Band, owned: int, step: int) -> None:
+    problem = training(seqlen_q, seqlen_k=seqlen_k, band=band)
+    mask = problem.band.dense(seqlen_q, seqlen_k)
+    walked = masked = 0
+    for key in range(0, seqlen_k, owned):
+        keys = mask[:, key : key + owned]
+        for row in range(0, seqlen_q, step):
+            tile = keys[row : row + step]
+            walked += bool(tile.any())
+            masked += bool(tile.any() and (not tile.all() or tile.shape[0] < step))
+    seen = seen_by(problem, "keys")
+    assert visible_pairs(seen) == visible_pairs(problem) == int(mask.sum())
+    assert tile_kinds(seen, owned, step) == (walked, masked)
+
+
+def test_each_pass_has_a_tile_for_what_it_owns() -> None:
+    problem = training(1000, seqlen_k=3000, num_heads_kv=4)
+    assert owned_tiles(problem, PassTile(TRITON_BACKWARD, "keys", 128, 64, 8, 2)) == 4 * 4 * 24
+    assert owned_tiles(problem, PassTile(TRITON_BACKWARD, "queries", 128, 64, 8, 2)) == 4 * 16 * 8
+
+
+def test_packed_keys_fill_their_sequences_as_the_queries_do() -> None:
+    packed = training(8192, batch=64, ragged_q=True, ragged_k=True, total_q=70_000)
+    seen = seen_by(packed, "keys")
+    assert (seen.total_q, seen.ragged_q) == (70_000, True)
+    assert seen_by(packed.with_(ragged_k=False), "keys").total_q == 64 * 8192
+
+
+def test_flops_are_two_and_a_half_times_the_forwards_and_bytes_those_of_all_tensors() -> None:
+    problem = training(1024, band=FULL, num_heads_kv=4)
+    assert backward_flops(problem) == 5 * forward_flops(problem) // 2 == 4 * 16 * 1024 * 1024 * 10 * 128
+    assert backward_bytes(problem) == 4 * 1024 * (16 * (4 * 128 * 2 + 4) + 4 * 4 * 128 * 2)
+
+
+problems = st.builds(
+    lambda group, num_heads_kv, dtype_q, alignment, **facts: Problem(
+        "backward",
+        num_heads_q=group * num_heads_kv,
+        num_heads_kv=num_heads_kv,
+        dtype_q=dtype_q,
+        alignment=max(alignment, DTYPE_BYTES[dtype_q]),
+        **facts,
+    ),
+    group=st.sampled_from([1, 4, 7]),
+    num_heads_kv=st.sampled_from([1, 8, 32]),
+    batch=st.integers(0, 100),
+    seqlen_q=st.sampled_from([0, 1, 16, 64, 100, 128, 2048, 65536]),
+    seqlen_k=st.sampled_from([0, 1, 63, 777, 4096, 131072]),
+    head_dim=st.sampled_from([8, 64, 72, 96, 128, 160, 192, 256]),
+    head_dim_v=st.sampled_from([8, 64, 96, 128, 256]),
+    dtype_q=st.sampled_from(["float16", "bfloat16", "float32"]),
+    band=st.sampled_from([CAUSAL, FULL, Band(1023, 0), Band(0, 0), Band(100, 200)]),
+    ragged_q=st.booleans(),
+    alibi=st.booleans(),
+    softcap=st.booleans(),
+    allow_tf32=st.booleans(),
+    alignment=st.sampled_from([2, 8, 16]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(problem=problems, device=st.sampled_from([*GPUS, Device.named("cpu")]))
+def test_every_planned_backward_is_feasible(problem: Problem, device: Device) -> None:
+    if device is T4 and max(problem.head_dim, problem.head_dim_v) > 128:
+        with pytest.raises(UnsupportedError, match="it has no tile"):  # no registers for dK and dV without matrix instructions
+            plan_backward(problem, device)
+        return
+    plan = plan_backward(problem, device)
+    assert backward_infeasible(problem, plan, device) == []
+    tiles = pass_tiles(plan)
+    footprints = (pass_footprint(problem, tiles[0], device), pass_footprint(problem, tiles[1], device))
+    assert backward_cost(problem, tiles, footprints, device).total_us > 0
+    if device.is_gpu:
+        for tile in tiles:
+            assert pass_shared_memory(problem, tile, device) <= device.smem_per_block
+            assert pass_registers(problem, tile, device) <= pass_registers_limit(tile, device)
+        assert plan.kernel == TRITON_BACKWARD or device.arch == "sm_90"
+        assert plan.num_programs <= device.num_sms
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+@pytest.mark.parametrize("device", [device for device in GPUS if device.has_mma], ids=lambda device: device.name)
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_the_first_tile_is_taken_unless_a_later_one_is_predicted_to_gain(owner: Owner, device: Device, head_dim: int) -> None:
+    problem = training(8192, head_dim=head_dim, band=FULL)
+    tile = choose_pass(problem, device, TRITON_BACKWARD, owner)
+    assert isinstance(tile, PassTile)
+    able = pass_fits(problem, device, TRITON_BACKWARD, owner).able
+    times = {other: pass_cost(problem, other, footprint, device).total_us for other, footprint in able}
+    assert 100 * min(times.values()) >= (100 - OWNED_GAIN_PERCENT) * times[tile]
+    before = [other for other, _ in able][: [other for other, _ in able].index(tile)]
+    assert all(100 * times[tile] < (100 - OWNED_GAIN_PERCENT) * times[other] for other in before)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "expected"),
+    [(64, (128, 128, 8, 3, 128, 128, 8, 3)), (96, (64, 128, 8, 3, 128, 64, 8, 4)), (128, (64, 128, 8, 3, 128, 64, 8, 4))],
+)
+def test_hoppers_kernel_has_a_tile_for_short_heads_and_one_for_others(head_dim: int, expected: tuple[int, ...]) -> None:
+    plan = plan_backward(training(head_dim=head_dim), H200)
+    assert plan.kernel == GLUON_BACKWARD_SM90
+    assert (plan.block_m, plan.block_n, plan.num_warps, plan.num_stages) == expected[:4]
+    assert (plan.dq_block_m, plan.dq_block_n, plan.dq_num_warps, plan.dq_num_stages) == expected[4:]
+
+
+def test_hoppers_programs_stay_and_are_no_more_than_sms_or_tiles() -> None:
+    assert plan_backward(training(), H200).num_programs == H200.num_sms
+    assert plan_backward(training(500, batch=1, num_heads_q=8, num_heads_kv=2), H200).num_programs == 8 * 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"softcap": True}, "scores with softcap are not its"),
+        ({"alibi": True}, "scores with alibi are not its"),
+        ({"head_dim": 192}, "head_dim 192 is not a multiple of 8 up to 128"),
+        ({"alignment": 8}, "multiples of 8 bytes"),
+        ({"dtype_q": "float32"}, "float32 is none of"),
+    ],
+)
+def test_what_hoppers_kernel_cannot_take_goes_to_the_portable_one(changes: dict[str, Any], reason: str) -> None:
+    problem = training(**changes)
+    assert plan_backward(problem, H200).kernel == TRITON_BACKWARD
+    assert reason in "; ".join(kernel_named(GLUON_BACKWARD_SM90).reasons_against(problem, H200))
+
+
+@pytest.mark.parametrize(
+    ("owner", "head_dim", "head_dim_v", "compiled"),
+    [("keys", 128, 128, 231_816), ("keys", 64, 64, 167_800), ("queries", 128, 128, 197_400), ("queries", 64, 64, 131_848)],
+)
+def test_hoppers_shared_memory_is_what_its_tiles_take(owner: Owner, head_dim: int, head_dim_v: int, compiled: int) -> None:
+    problem = training(head_dim=head_dim, head_dim_v=head_dim_v)
+    shared = pass_shared_memory(problem, hopper_pass_tile(owner, max(head_dim, head_dim_v)), H200)
+    assert compiled <= shared <= compiled + 1024
+
+
+@pytest.mark.parametrize(
+    ("plan", "reason"),
+    [
+        (BackwardPlan(TRITON_BACKWARD, 24), "the pass that owns keys: block_m 24 is not a power of two from 16 to 128"),
+        (BackwardPlan(TRITON_BACKWARD, dq_block_n=48), "the pass that owns queries: dq_block_n 48 is not a power of two"),
+        (BackwardPlan(TRITON_BACKWARD, num_warps=3), "num_warps 3 is not a power of two"),
+        (BackwardPlan(TRITON_BACKWARD, dq_num_stages=9), "dq_num_stages 9 is not within 1 and 4"),
+        (BackwardPlan(TRITON_BACKWARD, num_programs=132), "num_programs 132"),
+        (BackwardPlan(TRITON_BACKWARD, num_programs=-1), "num_programs -1 is negative"),
+        (BackwardPlan(TRITON_BACKWARD, 128, 128, 4), "it would spill"),
+        (BackwardPlan(TRITON_BACKWARD, 128, 128, num_stages=4), "bytes of shared memory, and a program of H200 has 232448"),
+        (BackwardPlan(GLUON_BACKWARD_SM90, block_n=64), "block_n 64 is not a power of two from 128 to 128"),
+        (BackwardPlan(GLUON_BACKWARD_SM90, num_warps=4), "num_warps 4 is not 8, which gluon.backward_sm90 takes"),
+        (BackwardPlan(GLUON_BACKWARD_SM90, dq_num_stages=2), "dq_num_stages 2 is not within 3 and 4"),
+        (BackwardPlan(GLUON_BACKWARD_SM90, 128, dq_num_stages=3), "128 keys and 128 queries a step with head dims 128 and 128 want"),
+    ],
+)
+def test_an_impossible_plan_says_the_number_that_decides(plan: BackwardPlan, reason: str) -> None:
+    assert reason in "; ".join(backward_infeasible(training(), plan, H200))
+
+
+def test_a_grid_has_a_limit() -> None:
+    crowd = training(1 << 20, batch=1 << 16, num_heads_q=64, num_heads_kv=64)
+    plan = BackwardPlan(TRITON_BACKWARD, 16, 16, 1, 1, 16, 16, 1, 1)
+    assert "a grid holds 2147483647" in "; ".join(backward_infeasible(crowd, plan, A100))
+
+
+def test_features_and_loads_one_by_one_take_smaller_tiles() -> None:
+    plain, shaped, unaligned = (
+        choose_pass(problem, A100, TRITON_BACKWARD, "keys")
+        for problem in (training(head_dim=96), training(head_dim=96, softcap=True), training(head_dim=96, alignment=2))
+    )
+    assert isinstance(plain, PassTile)
+    assert isinstance(shaped, PassTile)
+    assert isinstance(unaligned, PassTile)
+    assert shaped.owned * shaped.step < plain.owned * plain.step
+    assert unaligned.owned * unaligned.step < shaped.owned * shaped.step
+
+
+def test_less_shared_memory_means_a_smaller_tile() -> None:
+    large, small = (choose_pass(training(head_dim=256), device, TRITON_BACKWARD, "queries") for device in (A100, Device.named("L40S")))
+    assert isinstance(large, PassTile)
+    assert isinstance(small, PassTile)
+    assert small.owned * small.step < large.owned * large.step
+
+
+def test_shapes_are_within_the_limits_of_the_kernel() -> None:
+    limits = BACKWARD_LIMITS[TRITON_BACKWARD]
+    for passes in SHAPES.values():
+        for owner in OWNERS:
+            for head_dim, shapes in passes[owner].items():
+                assert head_dim in (64, 96, 128, 192, 256)
+                for shape in shapes:
+                    assert limits.owned[0] <= shape.owned <= limits.owned[1]
+                    assert limits.step[0] <= shape.step <= min(shape.owned, limits.step[1])
+                    assert limits.stages[owner][0] <= shape.num_stages <= limits.stages[owner][1]
+                    assert shape.registers < SPILLS
+
+
+def test_plans_are_their_passes() -> None:
+    plan = BackwardPlan(GLUON_BACKWARD_SM90, 64, 128, 8, 3, 128, 64, 8, 4, 132)
+    assert plan_of_passes(*pass_tiles(plan), num_programs=132) == plan
+
+
+@settings(max_examples=100, deadline=None)
+@given(seqlen=st.sampled_from([100, 512, 1024, 8192]), device=st.sampled_from(GPUS), head_dim=st.sampled_from([64, 128]))
+def test_the_model_never_promises_more_than_the_device_has(seqlen: int, device: Device, head_dim: int) -> None:
+    problem = training(seqlen, head_dim=head_dim, band=FULL)
+    tiles = pass_tiles(plan_backward(problem, device))
+    cost = backward_cost(problem, tiles, (pass_footprint(problem, tiles[0], device), pass_footprint(problem, tiles[1], device)), device)
+    assert cost.total_us >= 1e6 * backward_flops(problem) / device.matrix_rate
+    assert min(*cost.keys, *cost.queries, cost.delta_us) >= 0
+
+
+def test_more_sms_are_never_slower() -> None:
+    problem = training(2048)
+    larger = replace(A100, num_sms=2 * A100.num_sms, matrix_rate=2 * A100.matrix_rate, vector_rate=2 * A100.vector_rate,
+                     exp_rate=2 * A100.exp_rate, bandwidth=2 * A100.bandwidth)  # fmt: skip
+    for tile in pass_tiles(plan_backward(problem, A100)):
+        times = [pass_cost(problem, tile, pass_footprint(problem, tile, device), device).total_us for device in (A100, larger)]
+        assert times[1] < times[0]
