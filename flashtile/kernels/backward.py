@@ -35,8 +35,7 @@ class CallViews(NamedTuple):
 
     batch: int
     dout: tuple[Any, ...]
-    lse: tuple[Any, ...]
-    delta: tuple[Any, ...]
+    statistics: tuple[Any, ...]
     tokens: tuple[Any, ...]
 
 
@@ -73,12 +72,11 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
         if batch * heads * blocks > _MAX_GRID_X:
             limit = f"a grid of {batch} x {heads} x {blocks} programs: at most {_MAX_GRID_X}"
             raise UnsupportedError("The call does not fit a launch.", {plan.kernel: [limit]})
-        scratch = workspace(heads * total_q, q.device)
-        rows = total_q if cu_seqlens_q is not None else q.shape[1]
-        delta = (pointer(scratch), 0 if cu_seqlens_q is not None else heads * rows, rows, 1)
+        lse_log2, delta = workspace(heads * total_q, q.device), workspace(heads * total_q, q.device)
+        strides = (heads * q.shape[1], q.shape[1]) if cu_seqlens_q is None else (0, total_q)
         lengths = (None if tensor is None else pointer(tensor) for tensor in (cu_seqlens_q, call.cu_seqlens_k, call.seqused_k))
         tokens = (*lengths, call.max_seqlen_q, call.k.shape[1], total_q, call.k.shape[0])
-        views = CallViews(batch, rows_view(call.dout, pointer), lse_view(call.lse, pointer), delta, tokens)
+        views = CallViews(batch, rows_view(call.dout, pointer), (pointer(lse_log2), pointer(delta), *strides), tokens)
         for launch_pass in passes:
             launch_pass(stream, call, views)
 
@@ -102,7 +100,8 @@ def delta_pass(problem: Problem, device: torch.device) -> _Pass:
             sinks, parts = pointer(call.sinks), pointer(workspace(heads * num_parts, call.q.device))
         launch = launch_of(call.dlse is not None, parts is not None)
         launch.run(
-            heads * num_parts, 1, stream, rows_view(call.out, pointer), views.dout, views.lse, lse_view(call.dlse, pointer), views.delta,
+            heads * num_parts, 1, stream, rows_view(call.out, pointer), views.dout, lse_view(call.lse, pointer),
+            lse_view(call.dlse, pointer), views.statistics,
             sinks, parts, views.tokens, heads, views.batch, row_blocks, *launch.constants,
         )  # fmt: skip
         if call.dsinks is not None and parts is not None:
@@ -127,7 +126,7 @@ def _keys_pass(problem: Problem, plan: BackwardPlan, device: torch.device) -> _P
         launch, q, dout = walked(call.q, call.dout)
         key_blocks, units = _blocks(_max_seqlen_k(call), plan.block_n), views.batch * heads
         launch.run(
-            units * key_blocks, 1, stream, q, dout, views.lse, views.delta, rows_view(call.k, pointer), rows_view(call.v, pointer),
+            units * key_blocks, 1, stream, q, dout, views.statistics, rows_view(call.k, pointer), rows_view(call.v, pointer),
             rows_view(call.dk, pointer), rows_view(call.dv, pointer), views.tokens,
             scores_view(call.scale, call.softcap, call.alibi_slopes, pointer), transposed,
             heads, views.batch, key_blocks, min(at_once, units), *launch.constants,
@@ -150,7 +149,7 @@ def _queries_pass(problem: Problem, plan: BackwardPlan, device: torch.device) ->
         launch, k, v = walked(call.k, call.v)
         row_blocks, units = _blocks(call.max_seqlen_q, plan.dq_block_m), views.batch * heads
         launch.run(
-            units * row_blocks, 1, stream, rows_view(call.q, pointer), views.dout, views.lse, views.delta, k, v,
+            units * row_blocks, 1, stream, rows_view(call.q, pointer), views.dout, views.statistics, k, v,
             rows_view(call.dq, pointer), views.tokens, scores_view(call.scale, call.softcap, call.alibi_slopes, pointer), band,
             heads, views.batch, row_blocks, min(at_once, units), *launch.constants,
         )  # fmt: skip

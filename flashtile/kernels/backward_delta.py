@@ -1,4 +1,4 @@
-"""Before the backward's passes: delta of every row, and the sinks' gradient, which needs nothing else.
+"""Before the backward's passes: what they need of every row, and the sinks' gradient, which needs nothing else.
 
 delta = rowsum(out * dout) - dlse. A sink has no value and takes exp(sink - lse) of a row, so that its gradient is
 -sum over rows of exp(sink - lse) * delta: each program leaves its rows' part, and a second kernel adds the parts up in order.
@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 
 from flashtile.kernels.launch import Arg, Spec
-from flashtile.kernels.operands import lse_spec, rows_spec, tokens_spec
-from flashtile.kernels.tile.gradients import statistic_offsets
+from flashtile.kernels.operands import lse_spec, rows_spec, statistics_spec, tokens_spec
 from flashtile.kernels.tile.rows import load_rows
 from flashtile.kernels.tile.schedule import sequence_rows
 from flashtile.kernels.tile.softmax import LOG2E
@@ -27,7 +26,7 @@ PARTS_AT_ONCE = 1024
 
 @triton.jit
 def backward_delta_kernel(
-    out, dout, lse, dlse, delta, sinks, sink_parts, tokens, num_heads, batch, row_blocks,
+    out, dout, lse, dlse, statistics, sinks, sink_parts, tokens, num_heads, batch, row_blocks,
     BLOCK_M: tl.constexpr, HEAD_DIM_V: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * row blocks * query heads), heads of the same rows side by side.
@@ -50,16 +49,24 @@ def backward_delta_kernel(
     dout_tile = load_rows(dout.ptr, row_offsets(dout, b_rows, row, h), real, DV, HEAD_DIM_V).to(tl.float32)
     total = tl.sum(out_tile * dout_tile, 1)
     if dlse.ptr is not None:
-        total -= tl.load(dlse.ptr + statistic_offsets(dlse, b_rows, h, row), mask=real, other=0.0)
-    natural = tl.load(lse.ptr + statistic_offsets(lse, b_rows, h, row), mask=real, other=float("-inf"))
+        total -= tl.load(dlse.ptr + _offsets(dlse, b_rows, h, row), mask=real, other=0.0)
+    natural = tl.load(lse.ptr + _offsets(lse, b_rows, h, row), mask=real, other=float("-inf"))
     seen = natural > float("-inf")
     total = tl.where(seen, total, 0.0)
-    tl.store(delta.ptr + statistic_offsets(delta, b_rows, h, row), total, mask=real)
+    at = b_rows.to(tl.int64) * statistics.stride_b + h.to(tl.int64) * statistics.stride_h + row
+    tl.store(statistics.lse_log2 + at, tl.where(seen, natural * LOG2E, float("inf")), mask=real)
+    tl.store(statistics.delta + at, total, mask=real)
     if sink_parts is not None:
         share = tl.exp2((tl.load(sinks + h) - tl.where(seen, natural, 0.0)) * LOG2E)
         part = -tl.sum(tl.where(seen, share * total, 0.0), 0)
         parts = batch.to(tl.int64) * row_blocks
         tl.store(sink_parts + h * parts + b * row_blocks + row_block, part)
+
+
+@triton.jit
+def _offsets(view, b, h, row):
+    """(rows,) element offsets into an LseView."""
+    return b.to(tl.int64) * view.stride_b + h.to(tl.int64) * view.stride_h + row.to(tl.int64) * view.stride_m
 
 
 @triton.jit
@@ -90,7 +97,7 @@ def delta_spec(problem: Problem, *, dlse: bool, dsinks: bool) -> Spec:
             "dout": rows_spec(problem, problem.dtype_out),
             "lse": lse_spec(),
             "dlse": lse_spec() if dlse else LseView(None, None, None, None),
-            "delta": lse_spec(),
+            "statistics": statistics_spec(),
             "sinks": sink,
             "sink_parts": sink,
             "tokens": tokens_spec(problem),

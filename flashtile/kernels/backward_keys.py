@@ -12,10 +12,10 @@ import triton.language as tl
 
 from flashtile.kernels.forward import value_parts
 from flashtile.kernels.launch import Arg, Spec
-from flashtile.kernels.operands import Layout, band_spec, lse_spec, rows_spec, scores_spec, tokens_spec, usual_layout, walked_specs
+from flashtile.kernels.operands import Layout, band_spec, rows_spec, scores_spec, statistics_spec, tokens_spec, usual_layout, walked_specs
 from flashtile.kernels.tile.band import keys_of, visible_keys, whole_tiles
 from flashtile.kernels.tile.cache import load_tile
-from flashtile.kernels.tile.gradients import load_delta, load_lse, probabilities, score_gradients, slope_of
+from flashtile.kernels.tile.gradients import load_statistics, probabilities, score_gradients, slope_of
 from flashtile.kernels.tile.order import row_block_of
 from flashtile.kernels.tile.results import store_rows
 from flashtile.kernels.tile.rows import clear_rows, load_rows
@@ -28,7 +28,7 @@ from flashtile.problem import Problem
 
 @triton.jit
 def backward_keys_kernel(
-    q, dout, lse, delta, k, v, dk, dv, tokens, scores, band, num_heads, batch, key_blocks, heads_at_once,
+    q, dout, statistics, k, v, dk, dv, tokens, scores, band, num_heads, batch, key_blocks, heads_at_once,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr, DV_REST: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -78,7 +78,7 @@ def backward_keys_kernel(
     whole_start, whole_end = whole_tiles(band, first_position, last_position, first, last, BLOCK_M)
     for edges in tl.static_range(2):
         dk_sum, dk_rest, dv_sum, dv_rest = _walk(
-            dk_sum, dk_rest, dv_sum, dv_rest, k_tile, k_rest, v_tile, v_rest, q, dout, lse, delta, tokens, scores, band,
+            dk_sum, dk_rest, dv_sum, dv_rest, k_tile, k_rest, v_tile, v_rest, q, dout, statistics, tokens, scores, band,
             b, h, row_start, position, first, last, whole_start, whole_end, edges == 0,
             GROUP, BLOCK_M, HEAD_DIM, HEAD_DIM_V, D, D_REST, DV, DV_REST, STAGES, PRECISION,
         )  # fmt: skip
@@ -97,7 +97,7 @@ def backward_keys_kernel(
 
 @triton.jit
 def _walk(
-    dk_sum, dk_rest, dv_sum, dv_rest, k_tile, k_rest, v_tile, v_rest, q, dout, lse, delta, tokens, scores, band,
+    dk_sum, dk_rest, dv_sum, dv_rest, k_tile, k_rest, v_tile, v_rest, q, dout, statistics, tokens, scores, band,
     b, h, row_start, position, first, last, whole_start, whole_end, EDGES: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr, DV_REST: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -142,9 +142,7 @@ def _walk(
         if D_REST > 0:
             q_rest = load_tile(q_ptr + D, q, head, b_rows.to(tl.int64), slot, inside, m, tl.arange(0, D_REST), HEAD_DIM - D, BLOCK_M, 0)
             s = tl.dot(k_rest, tl.trans(q_rest), s, input_precision=PRECISION)
-        # both at once: a load between the products keeps more registers busy
-        lse_log2 = load_lse(lse, b_rows, head, row_start + row, inside)
-        row_delta = load_delta(delta, b_rows, head, row_start + row, inside)
+        lse_log2, delta = load_statistics(statistics, b_rows, head, row_start + tile, m, inside)
         visible = None
         if EDGES and (band.left is not None or band.right is not None):
             visible = (row[None, :] >= lowest[:, None]) & (row[None, :] <= highest[:, None])
@@ -155,7 +153,7 @@ def _walk(
         p_operand = p.to(dout_tile.dtype)
         dv_sum = tl.dot(p_operand, dout_tile, dv_sum, input_precision=PRECISION)
         # [BLOCK_N, BLOCK_M], less delta from the start: a register for each row's delta would be one too many
-        dp = tl.zeros_like(s) - row_delta[None, :]
+        dp = tl.zeros_like(s) - delta[None, :]
         dp = tl.dot(v_tile, tl.trans(dout_tile), dp, input_precision=PRECISION)
         if DV_REST > 0:
             dout_rest = load_tile(
@@ -180,8 +178,7 @@ def keys_spec(problem: Problem, plan: BackwardPlan, layout: Layout | None = None
         backward_keys_kernel,
         args={
             **walked,
-            "lse": lse_spec(),
-            "delta": lse_spec(),
+            "statistics": statistics_spec(),
             "k": keys,
             "v": values,
             "dk": keys,

@@ -10,10 +10,10 @@ import triton.language as tl
 
 from flashtile.kernels.forward import value_parts
 from flashtile.kernels.launch import Arg, Spec
-from flashtile.kernels.operands import Layout, band_spec, keys_specs, lse_spec, rows_spec, scores_spec, tokens_spec, usual_layout
+from flashtile.kernels.operands import Layout, band_spec, keys_specs, rows_spec, scores_spec, statistics_spec, tokens_spec, usual_layout
 from flashtile.kernels.tile.band import keys_of, visible_keys, whole_tiles
 from flashtile.kernels.tile.cache import load_tile
-from flashtile.kernels.tile.gradients import load_delta, load_lse, probabilities, score_gradients, slope_of
+from flashtile.kernels.tile.gradients import load_statistics, probabilities, score_gradients, slope_of
 from flashtile.kernels.tile.order import row_block_of
 from flashtile.kernels.tile.results import store_rows
 from flashtile.kernels.tile.rows import clear_rows, load_rows
@@ -26,7 +26,7 @@ from flashtile.problem import Problem
 
 @triton.jit
 def backward_queries_kernel(
-    q, dout, lse, delta, k, v, dq, tokens, scores, band, num_heads, batch, row_blocks, heads_at_once,
+    q, dout, statistics, k, v, dq, tokens, scores, band, num_heads, batch, row_blocks, heads_at_once,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr, DV_REST: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -48,8 +48,7 @@ def backward_queries_kernel(
     b_rows = b * 0 if tokens.cu_seqlens_q is not None else b
     q_rows = row_offsets(q, b_rows, row_start + row, h)
     dout_rows = row_offsets(dout, b_rows, row_start + row, h)
-    lse_log2 = load_lse(lse, b_rows, h, row_start + row, real)
-    row_delta = load_delta(delta, b_rows, h, row_start + row, real)
+    lse_log2, delta = load_statistics(statistics, b_rows, h, row_start, row, real)
     # [BLOCK_M, D], [BLOCK_M, DV] and the rest of both
     q_tile = load_rows(q.ptr, q_rows, real, D, min(HEAD_DIM, D))
     dout_tile = load_rows(dout.ptr, dout_rows, real, DV, min(HEAD_DIM_V, DV))
@@ -68,7 +67,7 @@ def backward_queries_kernel(
     b_keys = b * 0 if tokens.cu_seqlens_k is not None else b
     for edges in tl.static_range(2):
         dq_sum, dq_rest = _walk(
-            dq_sum, dq_rest, q_tile, q_rest, dout_tile, dout_rest, lse_log2, row_delta, k, v, scores, band, slope_of(scores, b, h),
+            dq_sum, dq_rest, q_tile, q_rest, dout_tile, dout_rest, lse_log2, delta, k, v, scores, band, slope_of(scores, b, h),
             b_keys, h // GROUP, key_start, row + offset, first, last, whole_start, whole_end, edges == 0,
             BLOCK_N, HEAD_DIM, HEAD_DIM_V, D, D_REST, DV, DV_REST, STAGES, PRECISION,
         )  # fmt: skip
@@ -82,7 +81,7 @@ def backward_queries_kernel(
 
 @triton.jit
 def _walk(
-    dq_sum, dq_rest, q_tile, q_rest, dout_tile, dout_rest, lse_log2, row_delta, k, v, scores, band, slope,
+    dq_sum, dq_rest, q_tile, q_rest, dout_tile, dout_rest, lse_log2, delta, k, v, scores, band, slope,
     b, h_kv, key_start, position, first, last, whole_start, whole_end, EDGES: tl.constexpr,
     BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr, DV_REST: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -126,7 +125,7 @@ def _walk(
         # [BLOCK_N, DV]
         v_tile = load_tile(v_ptr, v_view, h_kv, b.to(tl.int64), slot, inside, n, dv, min(HEAD_DIM_V, DV), BLOCK_N, 0)
         # [BLOCK_M, BLOCK_N]
-        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION) - row_delta[:, None]
+        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION) - delta[:, None]
         if DV_REST > 0:
             v_rest = load_tile(
                 v_ptr + DV, v_view, h_kv, b.to(tl.int64), slot, inside, n, tl.arange(0, DV_REST), HEAD_DIM_V - DV, BLOCK_N, 0
@@ -150,8 +149,7 @@ def queries_spec(problem: Problem, plan: BackwardPlan, layout: Layout | None = N
         args={
             "q": rows_spec(problem, problem.dtype_q),
             "dout": rows_spec(problem, problem.dtype_out),
-            "lse": lse_spec(),
-            "delta": lse_spec(),
+            "statistics": statistics_spec(),
             **keys_specs(problem, usual_layout(problem) if layout is None else layout),
             "dq": rows_spec(problem, problem.dtype_q),
             "tokens": tokens_spec(problem),

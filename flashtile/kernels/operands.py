@@ -20,6 +20,7 @@ from flashtile.kernels.tile.views import (
     PagesView,
     RowsView,
     ScoresView,
+    StatisticsView,
     TokensView,
     band_view,
 )
@@ -74,6 +75,11 @@ def lse_spec() -> LseView:
     """lse, or another float32 number a row."""
     i64 = Arg("i64")
     return LseView(Arg("*fp32"), i64, i64, i64)
+
+
+def statistics_spec() -> StatisticsView:
+    """What the backward's first kernel writes of each query, and its passes read."""
+    return StatisticsView(Arg("*fp32"), Arg("*fp32"), Arg("i64"), Arg("i64"))
 
 
 def scores_spec(problem: Problem) -> ScoresView:

@@ -11,27 +11,17 @@ from flashtile.kernels.tile.softmax import LOG2E, softcapped
 
 
 @triton.jit
-def load_lse(lse, b, h, row, inside):
-    """(rows,) lse in base 2. ``inside`` is None where every row is known to exist.
+def load_statistics(statistics, b, h, start, m, inside):
+    """(rows,) lse in base 2 and delta of queries start + m. ``inside`` is None where every query is known to exist.
 
-    A row that does not exist, or that saw no key, gets the lse inf: its probabilities are 0.
+    Others get the lse inf, as those that saw no key have: their probabilities are 0.
     """
-    at = lse.ptr + statistic_offsets(lse, b, h, row)
-    natural = tl.load(at) if inside is None else tl.load(at, mask=inside, other=float("-inf"))
-    return tl.where(natural == float("-inf"), float("inf"), natural * LOG2E)
-
-
-@triton.jit
-def load_delta(delta, b, h, row, inside):
-    """(rows,) delta, 0 where there is no row. ``inside`` is None where every row is known to exist."""
-    at = delta.ptr + statistic_offsets(delta, b, h, row)
-    return tl.load(at) if inside is None else tl.load(at, mask=inside, other=0.0)
-
-
-@triton.jit
-def statistic_offsets(view, b, h, row):
-    """(rows,) element offsets into an LseView."""
-    return b.to(tl.int64) * view.stride_b + h.to(tl.int64) * view.stride_h + row.to(tl.int64) * view.stride_m
+    base = b.to(tl.int64) * statistics.stride_b + h.to(tl.int64) * statistics.stride_h + start
+    if inside is None:
+        return tl.load(statistics.lse_log2 + base + m), tl.load(statistics.delta + base + m)
+    else:
+        lse_log2 = tl.load(statistics.lse_log2 + base + m, mask=inside, other=float("inf"))
+        return lse_log2, tl.load(statistics.delta + base + m, mask=inside, other=0.0)
 
 
 @triton.jit

@@ -40,6 +40,17 @@ class LseView(NamedTuple):
     stride_m: Any
 
 
+class StatisticsView(NamedTuple):
+    """What the backward needs of each query, float32 (sequence, head, query position), positions side by side: lse in base 2, inf
+    for a query that saw no key; and delta. Packed queries have stride_b 0.
+    """
+
+    lse_log2: Any
+    delta: Any
+    stride_b: Any
+    stride_h: Any
+
+
 class PartialsView(NamedTuple):
     """Split results in one float32 buffer: out [token, head, split, dim] normalised, from ``lse_start`` on lse
     [token, head, split] (natural log). ptr is None where nothing is split. Of programs that share a line: out
