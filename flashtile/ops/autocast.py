@@ -13,7 +13,7 @@ def cast_by_autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple
     Within ``torch.autocast`` for q's device, q, k and v are cast to its dtype where one is float32 or their dtypes differ; 16-bit
     tensors of one dtype, and float64 ones, which are an error, stay. Sinks and slopes are float32 whatever autocast says.
     """
-    if not all(isinstance(tensor, torch.Tensor) for tensor in (q, k, v)) or not torch.is_autocast_enabled(q.device.type):
+    if not all(isinstance(tensor, torch.Tensor) for tensor in (q, k, v)) or not _autocasts(q.device):
         return None
     wanted = torch.get_autocast_dtype(q.device.type)
     dtypes = {q.dtype, k.dtype, v.dtype}
@@ -26,4 +26,9 @@ def cast_by_autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """For operators, which take their tensors as they come: what autocast wants is cast where a call is traced."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocasts(device: torch.device) -> bool:
+    """Whether autocast is on; torch cannot be asked about devices that have none."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)

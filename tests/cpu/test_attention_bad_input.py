@@ -176,6 +176,7 @@ BAD: dict[str, tuple[Callable[[], Args], Change, type[Exception], tuple[str, ...
     # per head
     "sinks_shape": (plain, with_(sinks=torch.zeros(2)), ShapeError, ("sinks:", "(4,)", "each query head")),
     "sinks_dtype": (packed, with_(sinks=PER_HEAD.half()), DtypeError, ("sinks:", "float32", "sinks.float()")),
+    "all_on_meta": (plain, of(on_meta, "q", "k", "v"), UnsupportedError, ("device:", "CUDA, ROCm or CPU", "meta")),
     "sinks_device": (plain, with_(sinks=on_meta(PER_HEAD)), ArgumentError, ("sinks:", "q's device")),
     "sinks_rank": (plain, with_(sinks=torch.tensor(1.0)), ShapeError, ("sinks:", "(4,)", "shape ()")),
     "slopes_shape": (packed, with_(alibi_slopes=torch.zeros(3, 4)), ShapeError, ("alibi_slopes:", "(4,) or (2, 4)")),
