@@ -146,6 +146,28 @@ def test_forward_obeys_block_m_and_has_no_splits() -> None:
     assert "forward splits no keys" in refused.stderr
 
 
+def test_backward_has_two_passes_and_neither_block_m_nor_splits() -> None:
+    document = explain("backward", "--device", "a100", "--batch", "4", "--heads", "16", "--kv-heads", "4", "--head-dim", "64")
+    assert document["problem"]["operation"] == "backward"
+    assert (document["problem"]["seqlen_q"], document["problem"]["lse"]) == (4096, True)
+    assert document["plan"]["kernel"] == "triton.backward"
+    assert document["keys"]["tiles"] == 4 * 4 * 4096 // document["plan"]["block_n"]
+    assert document["queries"]["tiles"] == 4 * 16 * 4096 // document["plan"]["dq_block_m"]
+    for option in ("--block-m", "--num-splits"):
+        refused = CliRunner().invoke(app, ["explain", "backward", option, "64"])
+        assert refused.exit_code == 2
+        assert option in refused.stderr
+
+
+def test_backward_is_told_to_a_person_with_a_table_of_the_other_tiles() -> None:
+    result = CliRunner().invoke(app, ["explain", "backward", "--device", "h200", "--head-dim", "256"])
+    assert result.exit_code == 0
+    assert "Pass over keys (dK and dV)" in result.stdout
+    assert "Pass over queries (dQ)" in result.stdout
+    assert "32 keys" in result.stdout
+    assert "any of gluon.backward_sm90" in result.stdout
+
+
 def test_forward_is_told_to_a_person_with_a_table_of_the_other_tiles() -> None:
     result = CliRunner().invoke(app, ["explain", "forward", "--device", "h200", "--head-dim", "64"])
     assert result.exit_code == 0
