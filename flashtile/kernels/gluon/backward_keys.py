@@ -21,7 +21,7 @@ from flashtile.kernels.tile.schedule import owned_rows
 
 @gluon.jit
 def backward_keys_kernel(
-    q, k, v, dout, dk_box, dv_box, dk, dv, lse, delta, tokens, keys, band, counter, num_programs, num_heads_kv, batch, heads_at_once,
+    q, k, v, dout, dk_box, dv_box, dk, dv, statistics, tokens, keys, band, counter, num_programs, num_heads_kv, batch, heads_at_once,
     scale, scale_log2, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -55,7 +55,7 @@ def backward_keys_kernel(
                             0, GROUP, BLOCK_M, HEAD_DIM, HEAD_DIM_V, STAGES)),
         (sum_over_queries, (dk_box, dv_box, dk, dv, tokens, keys, band, batch, num_heads_kv, scale, scale_log2, memory,
                             1, GROUP, BLOCK_M, HEAD_DIM, HEAD_DIM_V, STAGES)),
-        (load_keys_and_queries, (q, k, v, dout, lse, delta, tokens, keys, band, counter, num_programs, batch, num_heads_kv, heads_at_once,
+        (load_keys_and_queries, (q, k, v, dout, statistics, tokens, keys, band, counter, num_programs, batch, num_heads_kv, heads_at_once,
                                  memory, GROUP, BLOCK_M, D, DV, STAGES)),
     ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 

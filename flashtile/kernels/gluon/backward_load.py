@@ -12,13 +12,13 @@ from flashtile.kernels.gluon.forward_load import load_box
 from flashtile.kernels.gluon.forward_memory import ROWS, bytes_of_tile
 from flashtile.kernels.gluon.forward_schedule import blocks_of_rows, tile_numbered, write_note
 from flashtile.kernels.gluon.names import barrier
-from flashtile.kernels.tile.gradients import load_delta, load_lse
+from flashtile.kernels.tile.gradients import load_statistics
 from flashtile.kernels.tile.schedule import sequence_rows, stored_keys
 
 
 @gluon.jit
 def load_keys_and_queries(
-    q, k, v, dout, lse, delta, tokens, keys, band, counter, num_programs, batch, num_heads_kv, heads_at_once, memory,
+    q, k, v, dout, statistics, tokens, keys, band, counter, num_programs, batch, num_heads_kv, heads_at_once, memory,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Brings every block of 128 keys that this program takes, and for each query head of their group its blocks of queries."""
@@ -61,8 +61,7 @@ def load_keys_and_queries(
         for _ in range(GROUP * (high - low)):
             rows = row + gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [1], [0]))
             # asked for before the wait, so that they come meanwhile
-            lse_log2 = load_lse(lse, b_rows, h_q, row_start + rows, rows < seqlen_q)
-            row_delta = load_delta(delta, b_rows, h_q, row_start + rows, rows < seqlen_q)
+            lse_log2, row_delta = load_statistics(statistics, b_rows, h_q, row_start, rows, rows < seqlen_q)
             mbarrier.wait(q_empty.index(stage), phase ^ 1)
             lse_ring.index(stage).store(lse_log2)
             barrier()

@@ -15,13 +15,13 @@ from flashtile.kernels.gluon.forward_rows import hand_back
 from flashtile.kernels.gluon.forward_schedule import blocks_of_rows, keys_of_sequence, read_note, whole_blocks
 from flashtile.kernels.gluon.forward_scores import clear_values, operand_layout, products_layout, rows_layout, seen_keys
 from flashtile.kernels.gluon.names import barrier
-from flashtile.kernels.tile.gradients import load_delta, load_lse
+from flashtile.kernels.tile.gradients import load_statistics
 from flashtile.kernels.tile.schedule import owned_rows
 
 
 @gluon.jit
 def backward_queries_kernel(
-    q, k, v, dout, dq_box, dq, lse, delta, tokens, pages, scores, band, counter, num_programs, num_heads, batch, heads_at_once,
+    q, k, v, dout, dq_box, dq, statistics, tokens, pages, scores, band, counter, num_programs, num_heads, batch, heads_at_once,
     scale, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     STAGES: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -35,9 +35,9 @@ def backward_queries_kernel(
     notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty = allocate_exchange(2, STAGES)
     memory = (q_tiles, k_ring, v_ring, notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty)
     gl.warp_specialize([
-        (sum_over_keys, (dq_box, dq, lse, delta, tokens, scores, band, batch, num_heads, scale, memory, dout_tiles,
+        (sum_over_keys, (dq_box, dq, statistics, tokens, scores, band, batch, num_heads, scale, memory, dout_tiles,
                          0, BLOCK_N, HEAD_DIM, HEAD_DIM_V, STAGES, Q_IN_REGISTERS)),
-        (sum_over_keys, (dq_box, dq, lse, delta, tokens, scores, band, batch, num_heads, scale, memory, dout_tiles,
+        (sum_over_keys, (dq_box, dq, statistics, tokens, scores, band, batch, num_heads, scale, memory, dout_tiles,
                          1, BLOCK_N, HEAD_DIM, HEAD_DIM_V, STAGES, Q_IN_REGISTERS)),
         (load_tiles, (q, k, v, dout, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory,
                       dout_tiles, 2, GROUP, BLOCK_N, D, DV, 0, STAGES)),
@@ -46,7 +46,7 @@ def backward_queries_kernel(
 
 @gluon.jit
 def sum_over_keys(
-    dq_box, dq_view, lse, delta, tokens, scores, band, batch, num_heads, scale, memory, dout_tiles,
+    dq_box, dq_view, statistics, tokens, scores, band, batch, num_heads, scale, memory, dout_tiles,
     C: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     STAGES: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -61,8 +61,7 @@ def sum_over_keys(
     while b >= 0:
         b_rows = b * 0 if tokens.cu_seqlens_q is not None else b
         rows = row + gl.arange(0, ROWS, R)
-        lse_log2 = load_lse(lse, b_rows, h, row_start + rows, rows < seqlen_q)
-        row_delta = load_delta(delta, b_rows, h, row_start + rows, rows < seqlen_q)
+        lse_log2, row_delta = load_statistics(statistics, b_rows, h, row_start, rows, rows < seqlen_q)
         q = q_tiles[1].index(C)
         if Q_IN_REGISTERS:
             q = q.load(operand_layout(BLOCK_N))

@@ -2,7 +2,7 @@
 
 In the first a program owns 128 keys and sums their dK and dV over the queries that see them (backward_keys.py); in the second it
 owns 128 queries and sums their dQ (backward_queries.py). Nothing is added in memory, so that results never vary. Before them the
-portable backward's small kernel makes each query's delta.
+portable backward's small kernel makes what they need of each query.
 
 Source: FlashAttention-2 and -3 (Dao 2023, Shah et al. 2024).
 """
@@ -21,7 +21,7 @@ from flashtile.kernels.gluon.backward_keys import backward_keys_kernel
 from flashtile.kernels.gluon.backward_queries import backward_queries_kernel
 from flashtile.kernels.gluon.forward_counter import tile_counters
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Descriptor, Spec, launcher, on_device, workspace
-from flashtile.kernels.operands import band_spec, lse_spec, lse_view, rows_spec, rows_view, scores_spec, scores_view, tokens_spec
+from flashtile.kernels.operands import band_spec, rows_spec, rows_view, scores_spec, scores_view, statistics_spec, tokens_spec
 from flashtile.kernels.tile.views import PagesView, RowsView, TokensView, band_view
 from flashtile.planner.plans import BackwardPlan
 from flashtile.problem import DTYPE_BYTES, Problem
@@ -115,8 +115,7 @@ def _numbers_spec(problem: Problem, plan: BackwardPlan) -> dict[str, Any]:
     """What both passes are told."""
     i32 = Arg("i32")
     return {
-        "lse": lse_spec(),
-        "delta": lse_spec(),
+        "statistics": statistics_spec(),
         "tokens": tokens_spec(problem),
         "counter": Arg("*i32") if plan.num_programs else None,
         "num_programs": i32,
@@ -163,13 +162,14 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
         if max(row_tiles * heads, key_tiles * heads_kv) > _MAX_TILES:
             limit = f"{max(row_tiles * heads, key_tiles * heads_kv)} tiles of {_TILE} rows: at most {_MAX_TILES}"
             raise UnsupportedError("The call does not fit a launch.", {plan.kernel: [limit]})
-        scratch = workspace(heads * total_q, q.device)
-        delta = (pointer(scratch), 0, total_q, 1) if cu_seqlens_q is not None else (pointer(scratch), heads * seqlen_q, seqlen_q, 1)
+        lse_log2, delta = workspace(heads * total_q, q.device), workspace(heads * total_q, q.device)
+        strides = (0, total_q) if cu_seqlens_q is not None else (heads * seqlen_q, seqlen_q)
+        statistics = (pointer(lse_log2), pointer(delta), *strides)
         lengths = [None if tensor is None else pointer(tensor) for tensor in (cu_seqlens_q, cu_seqlens_k, call.seqused_k)]
         tokens = (*lengths, seqlen_q, seqlen_k, total_q, total_k)
         keys = (lengths[1], lengths[0], None, seqlen_k, seqlen_q, total_k, total_q)
-        lse, scale = lse_view(call.lse, pointer), call.scale
-        write_delta(stream, call, CallViews(batch, rows_view(dout, pointer), lse, delta, tokens))
+        scale = call.scale
+        write_delta(stream, call, CallViews(batch, rows_view(dout, pointer), statistics, tokens))
         if not q.numel() or not k.numel():
             clear_gradients(call._replace(dsinks=None))
             return
@@ -185,13 +185,13 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
         grid = min(programs, key_tiles * heads_kv) if programs else key_tiles * heads_kv
         in_line = heads_kv if cu_seqlens_k is not None else batch * heads_kv
         over_queries.run(
-            grid, 1, stream, q, k, v, dout, dk, dv, dk_view, dv_view, lse, delta, tokens, keys, transposed, counter, grid, heads_kv, batch,
+            grid, 1, stream, q, k, v, dout, dk, dv, dk_view, dv_view, statistics, tokens, keys, transposed, counter, grid, heads_kv, batch,
             min(keys_at_once, in_line), scale, scores[0], *over_queries.constants,
         )  # fmt: skip
         grid = min(programs, row_tiles * heads) if programs else row_tiles * heads
         in_line = heads if cu_seqlens_q is not None else batch * heads
         over_keys.run(
-            grid, 1, stream, q, k, v, dout, dq, dq_view, lse, delta, tokens, _NO_PAGES, scores, band, counter, grid, heads, batch,
+            grid, 1, stream, q, k, v, dout, dq, dq_view, statistics, tokens, _NO_PAGES, scores, band, counter, grid, heads, batch,
             min(queries_at_once, in_line), scale, *over_keys.constants,
         )  # fmt: skip
 
