@@ -88,16 +88,21 @@ def pass_shared_memory(problem: Problem, tile: PassTile, device: Device) -> int:
 def pass_registers(problem: Problem, tile: PassTile, device: Device) -> int:
     """32-bit registers that one thread would like to have; more than ``pass_registers_limit`` means spills.
 
-    Of Triton's kernel: what the shape took when it was compiled; of other shapes an estimate: a base, the
-    accumulators, scores and their gradients, spread over the threads, then operands where instructions take them from registers.
+    Of Triton's kernel: what the shape took when it was compiled; of other shapes an estimate: a base, the accumulators, scores and
+    their gradients, spread over the threads, then operands where instructions take them from registers.
     """
     if tile.kernel == GLUON_BACKWARD_SM90:
         return gluon_pass_registers(problem, tile)
     mma = pass_mma(problem, tile, device)
     for shape in shapes_of(family_of(problem, device), tile.owner, max(problem.head_dim, problem.head_dim_v)):
         if (shape.owned, shape.step, shape.num_warps) == (tile.owned, tile.step, tile.num_warps) and shape.num_stages >= tile.num_stages:
-            return shape.shaped if problem.softcap or problem.alibi or problem.ragged_q else shape.registers
+            return shape.shaped if has_features(problem) else shape.registers
     return _estimated_registers(problem, tile, mma, device)
+
+
+def has_features(problem: Problem) -> bool:
+    """Whether kernels carry more than full and causal masks over whole sequences."""
+    return problem.softcap or problem.alibi or problem.ragged_q or problem.band.left is not None
 
 
 def family_of(problem: Problem, device: Device) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from flashtile.band import Band
 from flashtile.planner.backward_cost import pass_cost
 from flashtile.planner.backward_footprint import (
     family_of,
@@ -153,7 +154,7 @@ def pass_fits(problem: Problem, device: Device, kernel: str, owner: Owner) -> Fi
     kind = Problem(
         operation="backward", head_dim=problem.head_dim, head_dim_v=problem.head_dim_v, dtype_q=problem.dtype_q, dtype_k=problem.dtype_k,
         dtype_v=problem.dtype_v, dtype_out=problem.dtype_out, softcap=problem.softcap, alibi=problem.alibi, ragged_q=problem.ragged_q,
-        alignment=problem.alignment, allow_tf32=problem.allow_tf32,
+        band=Band(None if problem.band.left is None else 0, None), alignment=problem.alignment, allow_tf32=problem.allow_tf32,
     )  # fmt: skip
     return _fits(kind, device, kernel, owner)
 

@@ -16,7 +16,7 @@ SPILLS = 999
 
 
 class Shape(NamedTuple):
-    """Rows owned, rows a step, warps, ring stages; registers a thread, and with softcap, ALiBi or packed rows."""
+    """Rows owned, rows a step, warps, ring stages; registers a thread, and with softcap, ALiBi, a window or packed rows."""
 
     owned: int
     step: int
@@ -64,7 +64,7 @@ _TCGEN05: dict[str, Shapes] = {
 _MMA_SYNC: dict[str, Shapes] = {
     "keys": {
         64: _of((128, 64, 8, 2, 254, 255), (64, 64, 4, 2, 233, SPILLS), (64, 32, 4, 2, 180, 231)),
-        96: _of((128, 32, 8, 2, 255, SPILLS), (128, 16, 8, 2, 217, 239)),
+        96: _of((128, 16, 8, 2, 217, 239)),
         128: _of((128, 16, 8, 2, 232, 241), (64, 16, 4, 2, 226, 243)),
         192: _of((32, 32, 8, 2, 210, 225), (32, 16, 4, 2, 215, 230)),
         256: _of((64, 16, 8, 2, 252, SPILLS), (32, 32, 8, 2, 204, 214), (32, 16, 8, 2, 196, 210)),

@@ -28,6 +28,7 @@ from flashtile.problem import DTYPE_BYTES, Problem
 H200 = Device.named("H200")
 A100 = Device.named("A100")
 T4 = Device.named("T4")
+B200 = Device.named("B200")
 GPUS = [Device.named(name) for name in Device.names() if name != "cpu"]
 FULL, CAUSAL = Band(), Band(None, 0)
 
@@ -211,14 +212,21 @@ def test_a_grid_has_a_limit() -> None:
 
 def test_features_and_loads_one_by_one_take_smaller_tiles() -> None:
     plain, shaped, unaligned = (
-        choose_pass(problem, A100, TRITON_BACKWARD, "keys")
-        for problem in (training(head_dim=96), training(head_dim=96, softcap=True), training(head_dim=96, alignment=2))
+        choose_pass(problem, B200, TRITON_BACKWARD, "keys")
+        for problem in (training(head_dim=128), training(head_dim=128, softcap=True), training(head_dim=128, alignment=2))
     )
     assert isinstance(plain, PassTile)
     assert isinstance(shaped, PassTile)
     assert isinstance(unaligned, PassTile)
     assert shaped.owned * shaped.step < plain.owned * plain.step
     assert unaligned.owned * unaligned.step < shaped.owned * shaped.step
+
+
+def test_a_window_counts_as_a_feature() -> None:
+    causal, window = (choose_pass(training(head_dim=128, band=band), B200, TRITON_BACKWARD, "keys") for band in (CAUSAL, Band(1023, 0)))
+    assert isinstance(causal, PassTile)
+    assert isinstance(window, PassTile)
+    assert window.step < causal.step
 
 
 def test_less_shared_memory_means_a_smaller_tile() -> None:
