@@ -31,7 +31,8 @@ _MAX_GRID_X = 2**31 - 1
 
 
 class CallViews(NamedTuple):
-    """What all kernels of a call are handed: views of numbers, and the number of sequences."""
+    """What several kernels of a call are handed: views of numbers, and the number of sequences. ``statistics`` is a StatisticsView, written
+    by ``delta_pass`` and read by both passes."""
 
     batch: int
     dout: tuple[Any, ...]
@@ -84,7 +85,7 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
 
 
 def delta_pass(problem: Problem, device: torch.device) -> _Pass:
-    """Writes delta, and dsinks where it is wanted."""
+    """Writes what both passes need of each query, and dsinks where it is wanted."""
     pointer, heads, block_m = pointer_of(backward_delta_kernel), problem.num_heads_q, rows_at_once(problem)
 
     @functools.cache

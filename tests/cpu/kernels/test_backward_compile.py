@@ -54,7 +54,7 @@ class Point:
 
 POINTS = {
     "sm_75, float16, queries": Point("sm_75", "queries", (64, 16, 8, 1), 64, "", {"dtype_q": "float16"}, copies=False),
-    "sm_80, head dim 64, keys": Point("sm_80", "keys", (64, 64, 4, 2), 64, "mma.sync m16n8k16", FULL),
+    "sm_80, head dim 64, keys": Point("sm_80", "keys", (64, 32, 4, 2), 64, "mma.sync m16n8k16", FULL),
     "sm_80, head dim 128, keys": Point("sm_80", "keys", (128, 16, 8, 2), 128, "mma.sync m16n8k16"),
     "sm_80, head dim 128, queries": Point("sm_80", "queries", (128, 32, 8, 2), 128, "mma.sync m16n8k16"),
     "sm_80, head dim 256, queries": Point("sm_80", "queries", (64, 16, 8, 2), 256, "mma.sync m16n8k16"),
@@ -62,14 +62,14 @@ POINTS = {
     "sm_90, head dim 64, keys": Point("sm_90", "keys", (128, 64, 8, 2), 64, "wgmma", FULL),
     "sm_90, head dim 64, everything, packed, keys": Point("sm_90", "keys", (64, 64, 4, 2), 64, "wgmma", ALL | PACKED),
     "sm_90, head dim 64, everything, packed, queries": Point("sm_90", "queries", (128, 64, 8, 2), 64, "wgmma", ALL | PACKED),
-    "sm_90, head dim 96, keys": Point("sm_90", "keys", (128, 64, 8, 2), 96, "wgmma"),
-    "sm_90, head dim 128, keys": Point("sm_90", "keys", (128, 64, 8, 2), 128, "wgmma"),
+    "sm_90, head dim 96, keys": Point("sm_90", "keys", (128, 32, 8, 2), 96, "wgmma"),
+    "sm_90, head dim 128, keys": Point("sm_90", "keys", (128, 32, 8, 2), 128, "wgmma"),
     "sm_90, head dim 128, queries": Point("sm_90", "queries", (128, 64, 8, 2), 128, "wgmma"),
     "sm_90, head dim 192, queries": Point("sm_90", "queries", (128, 64, 8, 2), 192, "wgmma"),
     "sm_90, head dim 256, keys": Point("sm_90", "keys", (64, 16, 8, 2), 256, "wgmma"),
-    "sm_100, head dim 128, keys": Point("sm_100", "keys", (128, 64, 8, 2), 128, "tcgen05.mma"),
+    "sm_100, head dim 128, keys": Point("sm_100", "keys", (128, 32, 8, 2), 128, "tcgen05.mma"),
     "sm_100, head dim 128, queries": Point("sm_100", "queries", (128, 64, 8, 2), 128, "tcgen05.mma"),
-    "gfx942, head dim 128, keys": Point("gfx942", "keys", (128, 32, 8, 1), 128, "v_mfma_f32_32x32x8_bf16", copies=False),
+    "gfx942, head dim 128, keys": Point("gfx942", "keys", (64, 32, 4, 1), 128, "v_mfma_f32_32x32x8_bf16", copies=False),
     "gfx942, head dim 128, queries": Point("gfx942", "queries", (128, 32, 8, 1), 128, "v_mfma_f32_32x32x8_bf16", copies=False),
 }
 
