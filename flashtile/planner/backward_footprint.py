@@ -29,6 +29,7 @@ from flashtile.planner.resources import (
 from flashtile.problem import DTYPE_BYTES, Problem
 
 SHARED_SCRATCH = 2048  # lse and delta of queries that are walked, barriers
+WIDE_SCORES = 4  # four-byte scores, their gradients, and both in another order
 # Of shapes that nobody has compiled:
 FEATURE_REGISTERS = 15  # each of softcap, ALiBi and packed rows
 REGISTERS_BASE = 75  # addresses, loop counters, row statistics, fragments on their way into an instruction
@@ -75,14 +76,15 @@ def pass_shared_memory(problem: Problem, tile: PassTile, device: Device) -> int:
     if mma is None:
         owned = tile.owned * dims * FMA_BYTES
         if not device.architecture.async_copies:
-            return owned + max(tile.step * widest * size, scores * FMA_BYTES)
+            return owned + max(tile.step * widest * size, scores * FMA_BYTES) + (2 * SHARED_SCRATCH if size == FMA_BYTES else 0)
         return owned + max(1, tile.num_stages - 1) * tile.step * dims * FMA_BYTES + scores * FMA_BYTES + SHARED_SCRATCH
     buffers = tile.num_stages if mma.warps > 1 else max(1, tile.num_stages - 1)
     need = (tile.owned + buffers * tile.step) * dims * size + SHARED_SCRATCH
     if mma.name.startswith("tcgen05"):
-        return need + (tile.owned + tile.step) * widest * size
-    shares_rows = mma.warps == 1 and tile.owned < widest
-    return need + (scores * size if shares_rows or size == FMA_BYTES else 0)
+        return need + tile.owned * dims * size
+    if size == FMA_BYTES:
+        return need + max(WIDE_SCORES * scores * size, tile.step * widest * size // 2)
+    return need + (scores * size if mma.warps == 1 and tile.owned < max(widest, mma.m * tile.num_warps) else 0)
 
 
 def pass_registers(problem: Problem, tile: PassTile, device: Device) -> int:
@@ -93,25 +95,27 @@ def pass_registers(problem: Problem, tile: PassTile, device: Device) -> int:
     """
     if tile.kernel == GLUON_BACKWARD_SM90:
         return gluon_pass_registers(problem, tile)
-    mma = pass_mma(problem, tile, device)
-    for shape in shapes_of(family_of(problem, device), tile.owner, max(problem.head_dim, problem.head_dim_v)):
+    mma, family = pass_mma(problem, tile, device), family_of(problem, device)
+    for shape in shapes_of(family, tile.owner, max(problem.head_dim, problem.head_dim_v)):
         if (shape.owned, shape.step, shape.num_warps) == (tile.owned, tile.step, tile.num_warps) and shape.num_stages >= tile.num_stages:
-            return shape.shaped if has_features(problem) else shape.registers
+            small_copies = problem.alignment < COPY_BYTES and family != UNALIGNED
+            return shape.shaped if _has_features(problem) or small_copies else shape.registers
     return _estimated_registers(problem, tile, mma, device)
 
 
-def has_features(problem: Problem) -> bool:
+def _has_features(problem: Problem) -> bool:
     """Whether kernels carry more than full and causal masks over whole sequences."""
     return problem.softcap or problem.alibi or problem.ragged_q or problem.band.left is not None
 
 
 def family_of(problem: Problem, device: Device) -> str:
-    """Which of ``SHAPES`` are for the problem's products and copies."""
+    """Which of ``SHAPES`` are for the problem's products and copies; features beside copies of less than 16 bytes are too much."""
     mma = pass_mma(problem, PassTile("", "keys", TALL_TILE, TALL_TILE, ITS_WARPS, 1), device)
     wide = DTYPE_BYTES[problem.dtype_k] == FMA_BYTES
     if mma is None:
         return WIDE_FMA if wide and device.architecture.async_copies else FMA
-    if problem.alignment < (MIN_COPY_BYTES if device.architecture.async_copies else COPY_BYTES):
+    copies = device.architecture.async_copies and not _has_features(problem)
+    if problem.alignment < (MIN_COPY_BYTES if copies else COPY_BYTES):
         return UNALIGNED
     return f"{WIDE} {mma.name}" if wide else mma.name
 

@@ -14,7 +14,7 @@ from flashtile.band import Band
 from flashtile.errors import UnsupportedError
 from flashtile.planner import table
 from flashtile.planner.backward_rules import backward_infeasible
-from flashtile.planner.catalog import CPU_BACKWARD, TRITON_BACKWARD, TRITON_FORWARD, kernels_of, module_of
+from flashtile.planner.catalog import CPU_BACKWARD, GLUON_BACKWARD_SM90, TRITON_BACKWARD, TRITON_FORWARD, kernels_of, module_of
 from flashtile.planner.choose import plan_backward, plan_forward
 from flashtile.planner.device import Device
 from flashtile.planner.plans import BackwardPlan
@@ -26,12 +26,15 @@ TRAINING = Problem("backward", 4, 4096, seqlen_k=4096, num_heads_q=32, num_heads
 KERNELS = [kernel.name for kernel in kernels_of("backward")]
 
 
-def test_the_portable_kernel_comes_before_the_cpus() -> None:
-    assert KERNELS[-2:] == [TRITON_BACKWARD, CPU_BACKWARD]
-    assert [module_of(name) for name in KERNELS[-2:]] == ["flashtile.kernels.backward", "flashtile.kernels.cpu_backward"]
+def test_kernels_in_order() -> None:
+    assert KERNELS == [TRITON_BACKWARD, GLUON_BACKWARD_SM90, CPU_BACKWARD]
+    modules = ["flashtile.kernels.backward", "flashtile.kernels.gluon.backward_sm90", "flashtile.kernels.cpu_backward"]
+    assert [module_of(name) for name in KERNELS] == modules
 
 
-@pytest.mark.parametrize(("device", "kernel"), [("A100", TRITON_BACKWARD), ("MI300X", TRITON_BACKWARD), ("cpu", CPU_BACKWARD)])
+@pytest.mark.parametrize(
+    ("device", "kernel"), [("H200", TRITON_BACKWARD), ("A100", TRITON_BACKWARD), ("MI300X", TRITON_BACKWARD), ("cpu", CPU_BACKWARD)]
+)
 def test_each_device_has_its_kernel(device: str, kernel: str) -> None:
     assert plan_backward(TRAINING, Device.named(device)).kernel == kernel
 
@@ -50,8 +53,11 @@ def test_every_device_trains_every_head_dim_that_its_registers_hold(name: str, h
 
 
 def test_an_explicit_plan_is_obeyed_as_it_is() -> None:
-    wish = BackwardPlan(TRITON_BACKWARD, 32, 64, 4, 2, 64, 32, 4, 2)
-    assert plan_backward(TRAINING, H200, plan=wish) is wish
+    for wish in (
+        BackwardPlan(TRITON_BACKWARD, 32, 128, 8, 2, 64, 32, 4, 2),
+        BackwardPlan(GLUON_BACKWARD_SM90, num_stages=3, dq_num_stages=4),
+    ):
+        assert plan_backward(TRAINING, H200, plan=wish) is wish
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from flashtile.band import Band
 from flashtile.errors import UnsupportedError
 from flashtile.planner.backward_cost import backward_bytes, backward_cost, backward_flops, pass_cost
 from flashtile.planner.backward_footprint import pass_footprint, pass_registers, pass_registers_limit, pass_shared_memory
-from flashtile.planner.backward_rules import OWNED_GAIN_PERCENT, backward_infeasible, choose_pass, pass_fits
+from flashtile.planner.backward_rules import OWNED_GAIN_PERCENT, backward_infeasible, choose_backward_plan, choose_pass, pass_fits
 from flashtile.planner.backward_shapes import SHAPES, SPILLS
 from flashtile.planner.backward_tiles import BACKWARD_LIMITS, OWNERS, Owner, PassTile, hopper_pass_tile, pass_tiles, plan_of_passes
 from flashtile.planner.backward_work import owned_tiles, seen_by
@@ -146,15 +146,18 @@ def test_the_first_tile_is_taken_unless_a_later_one_is_predicted_to_gain(owner: 
     [(64, (128, 128, 8, 3, 128, 128, 8, 3)), (96, (64, 128, 8, 3, 128, 64, 8, 4)), (128, (64, 128, 8, 3, 128, 64, 8, 4))],
 )
 def test_hoppers_kernel_has_a_tile_for_short_heads_and_one_for_others(head_dim: int, expected: tuple[int, ...]) -> None:
-    plan = plan_backward(training(head_dim=head_dim), H200)
-    assert plan.kernel == GLUON_BACKWARD_SM90
+    plan = choose_backward_plan(training(head_dim=head_dim), H200, GLUON_BACKWARD_SM90)
+    assert isinstance(plan, BackwardPlan)
     assert (plan.block_m, plan.block_n, plan.num_warps, plan.num_stages) == expected[:4]
     assert (plan.dq_block_m, plan.dq_block_n, plan.dq_num_warps, plan.dq_num_stages) == expected[4:]
 
 
 def test_hoppers_programs_stay_and_are_no_more_than_sms_or_tiles() -> None:
-    assert plan_backward(training(), H200).num_programs == H200.num_sms
-    assert plan_backward(training(500, batch=1, num_heads_q=8, num_heads_kv=2), H200).num_programs == 8 * 4
+    few = training(500, batch=1, num_heads_q=8, num_heads_kv=2)
+    for problem, programs in ((training(), H200.num_sms), (few, 8 * 4)):
+        plan = choose_backward_plan(problem, H200, GLUON_BACKWARD_SM90)
+        assert isinstance(plan, BackwardPlan)
+        assert plan.num_programs == programs
 
 
 @pytest.mark.parametrize(
@@ -167,7 +170,7 @@ def test_hoppers_programs_stay_and_are_no_more_than_sms_or_tiles() -> None:
         ({"dtype_q": "float32"}, "float32 is none of"),
     ],
 )
-def test_what_hoppers_kernel_cannot_take_goes_to_the_portable_one(changes: dict[str, Any], reason: str) -> None:
+def test_what_hoppers_kernel_cannot_take(changes: dict[str, Any], reason: str) -> None:
     problem = training(**changes)
     assert plan_backward(problem, H200).kernel == TRITON_BACKWARD
     assert reason in "; ".join(kernel_named(GLUON_BACKWARD_SM90).reasons_against(problem, H200))
