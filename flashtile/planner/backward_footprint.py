@@ -76,7 +76,7 @@ def pass_shared_memory(problem: Problem, tile: PassTile, device: Device) -> int:
     if mma is None:
         owned = tile.owned * dims * FMA_BYTES
         if not device.architecture.async_copies:
-            return owned + max(tile.step * widest * size, scores * FMA_BYTES) + (2 * SHARED_SCRATCH if size == FMA_BYTES else 0)
+            return owned + max(tile.step * widest * size, scores * FMA_BYTES) + (3 * SHARED_SCRATCH if size == FMA_BYTES else 0)
         return owned + max(1, tile.num_stages - 1) * tile.step * dims * FMA_BYTES + scores * FMA_BYTES + SHARED_SCRATCH
     buffers = tile.num_stages if mma.warps > 1 else max(1, tile.num_stages - 1)
     need = (tile.owned + buffers * tile.step) * dims * size + SHARED_SCRATCH

@@ -216,7 +216,7 @@ def test_a_grid_has_a_limit() -> None:
 def test_features_and_loads_one_by_one_take_smaller_tiles() -> None:
     plain, shaped, unaligned = (
         choose_pass(problem, B200, TRITON_BACKWARD, "keys")
-        for problem in (training(head_dim=128), training(head_dim=128, softcap=True), training(head_dim=128, alignment=2))
+        for problem in (training(head_dim=64), training(head_dim=64, softcap=True), training(head_dim=64, alignment=2))
     )
     assert isinstance(plain, PassTile)
     assert isinstance(shaped, PassTile)
@@ -226,7 +226,7 @@ def test_features_and_loads_one_by_one_take_smaller_tiles() -> None:
 
 
 def test_a_window_counts_as_a_feature() -> None:
-    causal, window = (choose_pass(training(head_dim=128, band=band), B200, TRITON_BACKWARD, "keys") for band in (CAUSAL, Band(1023, 0)))
+    causal, window = (choose_pass(training(head_dim=64, band=band), B200, TRITON_BACKWARD, "keys") for band in (CAUSAL, Band(1023, 0)))
     assert isinstance(causal, PassTile)
     assert isinstance(window, PassTile)
     assert window.step < causal.step
