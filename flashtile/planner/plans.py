@@ -86,12 +86,14 @@ class ForwardPlan:
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """How one backward call runs: in two passes over the scores, without atomics, so that its results never vary.
+    """How one backward call runs: in two passes over the scores, without atomics, so that its results never vary, or in one.
 
     In the first, a program owns ``block_n`` keys of a sequence and key head, walks the queries that see them ``block_m`` at a
     time, and sums their dK and dV; in the second it owns ``dq_block_m`` queries, walks their keys ``dq_block_n`` at a time, and
     sums their dQ. Warps and ring stages are given for each pass. ``num_programs``, where it is not 0, is a number of programs
     that stay on the device and take tiles until none is left.
+    With ``one_pass`` there is no second pass, and its fields say nothing: the programs that own keys add what their keys give to
+    dQ in memory, in float32 and in no fixed order.
     """
 
     kernel: str
@@ -104,6 +106,7 @@ class BackwardPlan:
     dq_num_warps: int = 8
     dq_num_stages: int = 2
     num_programs: int = 0
+    one_pass: bool = False
     source: Source = "rule"
 
     def with_(self, **changes: Any) -> BackwardPlan:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from flashtile.kernels.call import BackwardCall, BackwardRunner
-from flashtile.planner.backward_rules import backward_infeasible
+from flashtile.planner.backward_rules import backward_infeasible, choose_backward_plan
 from flashtile.planner.catalog import GLUON_BACKWARD_SM90, TRITON_BACKWARD, kernel_named, module_of
 from flashtile.planner.choose import plan_backward
 from flashtile.planner.device import Device
@@ -48,7 +48,9 @@ def portable_plans(inputs: ForwardInputs, device: Device) -> tuple[BackwardPlan,
     problem = backward_problem(inputs)
     small = [BackwardPlan(TRITON_BACKWARD, m, n, 4, 2, n, m, 4, 2) for m, n in ((32, 64), (32, 32), (16, 32))]
     usual = BackwardPlan(TRITON_BACKWARD, 64, 128, 8, 2, 128, 64, 8, 2)
-    return tuple(plan for plan in (usual, *small) if not backward_infeasible(problem, plan, device))
+    fit = tuple(plan for plan in (usual, *small) if not backward_infeasible(problem, plan, device))
+    by_rule = choose_backward_plan(problem, device, TRITON_BACKWARD)
+    return (*fit, by_rule) if isinstance(by_rule, BackwardPlan) else fit
 
 
 def bound(inputs: ForwardInputs, plan: BackwardPlan) -> BackwardRunner:
