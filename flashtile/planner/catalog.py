@@ -88,8 +88,6 @@ CATALOG: tuple[Kernel, ...] = (
     ),
     Kernel(TRITON_FORWARD, "flashtile.kernels.forward", "forward", ("cuda", "hip"), _FLOATS, _FLOATS),
     Kernel(CPU_FORWARD, "flashtile.kernels.cpu_forward", "forward", ("cpu",), _FLOATS, _FLOATS),
-    Kernel(TRITON_BACKWARD, "flashtile.kernels.backward", "backward", ("cuda", "hip"), _FLOATS, _FLOATS, pages=False),
-    # behind the portable kernel until it has run on a GPU: so far it is compiled and simulated only
     Kernel(
         GLUON_BACKWARD_SM90, "flashtile.kernels.gluon.backward_sm90", "backward", ("cuda",), _HALVES, _HALVES,
         architectures=("sm_90",),
@@ -98,6 +96,7 @@ CATALOG: tuple[Kernel, ...] = (
         pages=False,
         shaped_scores=False,
     ),
+    Kernel(TRITON_BACKWARD, "flashtile.kernels.backward", "backward", ("cuda", "hip"), _FLOATS, _FLOATS, pages=False),
     Kernel(CPU_BACKWARD, "flashtile.kernels.cpu_backward", "backward", ("cpu",), _FLOATS, _FLOATS, pages=False),
 )  # fmt: skip
 

@@ -27,13 +27,13 @@ KERNELS = [kernel.name for kernel in kernels_of("backward")]
 
 
 def test_kernels_in_order() -> None:
-    assert KERNELS == [TRITON_BACKWARD, GLUON_BACKWARD_SM90, CPU_BACKWARD]
-    modules = ["flashtile.kernels.backward", "flashtile.kernels.gluon.backward_sm90", "flashtile.kernels.cpu_backward"]
+    assert KERNELS == [GLUON_BACKWARD_SM90, TRITON_BACKWARD, CPU_BACKWARD]
+    modules = ["flashtile.kernels.gluon.backward_sm90", "flashtile.kernels.backward", "flashtile.kernels.cpu_backward"]
     assert [module_of(name) for name in KERNELS] == modules
 
 
 @pytest.mark.parametrize(
-    ("device", "kernel"), [("H200", TRITON_BACKWARD), ("A100", TRITON_BACKWARD), ("MI300X", TRITON_BACKWARD), ("cpu", CPU_BACKWARD)]
+    ("device", "kernel"), [("H200", GLUON_BACKWARD_SM90), ("A100", TRITON_BACKWARD), ("MI300X", TRITON_BACKWARD), ("cpu", CPU_BACKWARD)]
 )
 def test_each_device_has_its_kernel(device: str, kernel: str) -> None:
     assert plan_backward(TRAINING, Device.named(device)).kernel == kernel

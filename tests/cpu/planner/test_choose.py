@@ -137,7 +137,7 @@ def test_cpu_plans() -> None:
 
 def test_modules_of_kernels() -> None:
     names = ("gluon.decode_sm90", "decode", "cpu", "gluon.forward_sm90", "forward", "cpu_forward")
-    names += ("backward", "gluon.backward_sm90", "cpu_backward")
+    names += ("gluon.backward_sm90", "backward", "cpu_backward")
     assert [module_of(kernel.name) for kernel in CATALOG] == [f"flashtile.kernels.{name}" for name in names]
     with pytest.raises(ArgumentError, match=r"triton\.decode"):
         kernel_named("other")
