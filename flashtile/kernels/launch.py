@@ -29,6 +29,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from flashtile.errors import ToolchainError, UnsupportedError
 from flashtile.kernels.block import Described, Kernel, NotReplayable, sizes_of
+from flashtile.kernels.call import DecodeCall
 from flashtile.kernels.cubin import parameter_sizes, stack_bytes
 from flashtile.kernels.replay import DeviceRunner, Recorder, cuda_replays
 
@@ -214,7 +215,7 @@ def _compiled_launch(spec: Spec, device: torch.device) -> Callable[..., None]:
                 raise
             raise _without_toolchain(error) from error
     _compilations += 1
-    cuda_replays()  # what repeats calls is built with the first kernel, so that warmup builds it too
+    cuda_replays(DecodeCall)  # what repeats calls is built with the first kernel, so that warmup builds it too
     return _raw_launch(compiled, run, target, spec.descriptors(), kernel_of(compiled, run, spec))
 
 

@@ -19,11 +19,11 @@ from triton import knobs
 from triton.backends import nvidia
 from triton.runtime.build import compile_module_from_src
 
-from flashtile.planner.plans import DecodePlan
+from flashtile.planner.plans import DecodePlan, ForwardPlan
 
 _SOURCE = Path(__file__).with_name("replay.c")
 _TENSORS = (torch.Tensor, torch.nn.Parameter)  # exactly these: a subclass may mean something of its own by every operation
-_CONSTANTS = (torch.dtype, DecodePlan)
+_CONSTANTS = (torch.dtype, DecodePlan, ForwardPlan)
 
 
 class Driver(NamedTuple):
@@ -32,12 +32,13 @@ class Driver(NamedTuple):
     launch: int  # cuLaunchKernelEx
     replace_address: int  # cuTensorMapReplaceAddress, or 0
     error_name: int  # cuGetErrorName
+    is_capturing: int  # cuStreamIsCapturing
 
     @classmethod
     def of_this_machine(cls) -> Driver:
         """Raises OSError or AttributeError where there is no driver, or an old one."""
         library = ctypes.CDLL("libcuda.so.1")
-        names = ("cuLaunchKernelEx", "cuTensorMapReplaceAddress", "cuGetErrorName")
+        names = ("cuLaunchKernelEx", "cuTensorMapReplaceAddress", "cuGetErrorName", "cuStreamIsCapturing")
         return cls(*(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names))
 
 
@@ -55,9 +56,8 @@ def table(driver: Driver, current_device: Callable[[], int], current_stream: Cal
     return module().Table(exchange, _TENSORS, _CONSTANTS, tuple(listeners), torch.empty_like, current_device, current_stream, driver)
 
 
-@functools.lru_cache(maxsize=1)
 def cuda_table() -> Any | None:
-    """This process's table of calls on GPUs, or None where the C module or the driver's functions cannot be had."""
+    """An empty table of calls on GPUs, or None where the C module or the driver's functions cannot be had."""
     listeners = [getattr(hook, "calls", None) for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)]
     if not all(isinstance(calls, list) for calls in listeners):
         return None

@@ -17,6 +17,7 @@ addresses, so that this builds and runs where there is no GPU. All of it runs wi
 #include "cuda.h"
 
 enum { MAX_ARGS = 32, MAX_KEY = 1024, MAX_BLOCK = 4096, MAX_PARAMS = 256, MAX_LAUNCHES = 4, MAX_PATCHES = 64, MAX_BUFFERS = 4 };
+enum { BY_STREAM = -1 - MAX_BUFFERS };
 
 /* DLPack 1.x: what is read of it. */
 typedef struct {
@@ -39,12 +40,13 @@ typedef struct {
 typedef CUresult (*LaunchKernel)(const CUlaunchConfig *, CUfunction, void **, void **);
 typedef CUresult (*ReplaceAddress)(CUtensorMap *, void *);
 typedef CUresult (*ErrorName)(CUresult, const char **);
+typedef CUresult (*IsCapturing)(CUstream, CUstreamCaptureStatus *);
 
 /* ---- Replay: what one key launches ---- */
 
 typedef struct {
   uint32_t offset;  /* in the block of parameters */
-  int source;       /* >= 0: the address of that argument; -1 - i: of buffer i */
+  int source;       /* >= 0: the address of that argument; -1 - i: of buffer i; BY_STREAM: of the stream's memory */
   int64_t addend;   /* bytes */
   int map;          /* whether a tensor map begins there, and not an address */
 } Patch;
@@ -63,6 +65,7 @@ typedef struct {
 typedef struct {
   PyObject_HEAD
   PyObject *key, *keep;
+  PyObject *by_stream; /* {stream: address of the memory that its launches share}, or None where they share none */
   int device;
   int out, lse; /* what is returned: a buffer; or as out argument -1 - out, as lse -1 for None */
   int num_launches, num_buffers;
@@ -73,6 +76,7 @@ typedef struct {
 static void Replay_dealloc(Replay *self) {
   Py_XDECREF(self->key);
   Py_XDECREF(self->keep);
+  Py_XDECREF(self->by_stream);
   for (int i = 0; i < self->num_buffers; i++) Py_XDECREF(self->likes[i]);
   for (int i = 0; i < self->num_launches; i++) free(self->launches[i]);
   Py_TYPE(self)->tp_free((PyObject *)self);
@@ -84,7 +88,7 @@ static int too_many(const char *what) {
 }
 
 /* (function, grid_x, grid_y, threads, shared, dependent, cooperative, block, offsets of parameters, patches) */
-static Launch *read_launch(PyObject *spec, int num_buffers) {
+static Launch *read_launch(PyObject *spec, int num_buffers, bool by_stream) {
   unsigned long long function;
   unsigned grid_x, grid_y, threads, shared;
   int dependent, cooperative;
@@ -130,7 +134,8 @@ static Launch *read_launch(PyObject *spec, int num_buffers) {
       goto wrong;
     patch->addend = addend;
     Py_ssize_t needed = patch->map ? (Py_ssize_t)sizeof(CUtensorMap) : (Py_ssize_t)sizeof(uint64_t);
-    if ((Py_ssize_t)patch->offset + needed > size || patch->source < -num_buffers || patch->source >= MAX_ARGS) goto outside;
+    bool known = patch->source == BY_STREAM ? by_stream && !patch->map : patch->source >= -num_buffers && patch->source < MAX_ARGS;
+    if ((Py_ssize_t)patch->offset + needed > size || !known) goto outside;
   }
   return launch;
 outside:
@@ -140,15 +145,20 @@ wrong:
   return NULL;
 }
 
-/* Replay(key, device, launches, tensors like which buffers are allocated, out, lse, what the key names by identity) */
+/* Replay(key, device, launches, tensors like which buffers are allocated, out, lse, what the key names by identity, by_stream) */
 static PyObject *Replay_new(PyTypeObject *type, PyObject *args, PyObject *named) {
-  PyObject *key, *launches, *buffers, *keep;
+  PyObject *key, *launches, *buffers, *keep, *by_stream;
   int device, out, lse;
-  if (!PyArg_ParseTuple(args, "O!iO!O!iiO", &PyBytes_Type, &key, &device, &PyTuple_Type, &launches, &PyTuple_Type, &buffers, &out, &lse, &keep))
+  if (!PyArg_ParseTuple(args, "O!iO!O!iiOO", &PyBytes_Type, &key, &device, &PyTuple_Type, &launches, &PyTuple_Type, &buffers, &out, &lse, &keep,
+                        &by_stream))
     return NULL;
+  if (by_stream != Py_None && !PyDict_Check(by_stream)) {
+    PyErr_SetString(PyExc_TypeError, "memory by stream is a dict or None");
+    return NULL;
+  }
   Replay *self = (Replay *)type->tp_alloc(type, 0);
   if (!self) return NULL;
-  self->key = Py_NewRef(key), self->keep = Py_NewRef(keep);
+  self->key = Py_NewRef(key), self->keep = Py_NewRef(keep), self->by_stream = Py_NewRef(by_stream);
   self->device = device, self->out = out, self->lse = lse;
   if (PyTuple_GET_SIZE(buffers) > MAX_BUFFERS || PyTuple_GET_SIZE(launches) > MAX_LAUNCHES) {
     too_many("buffers or launches");
@@ -157,7 +167,7 @@ static PyObject *Replay_new(PyTypeObject *type, PyObject *args, PyObject *named)
   for (; self->num_buffers < PyTuple_GET_SIZE(buffers); self->num_buffers++)
     self->likes[self->num_buffers] = Py_NewRef(PyTuple_GET_ITEM(buffers, self->num_buffers));
   for (; self->num_launches < PyTuple_GET_SIZE(launches); self->num_launches++) {
-    self->launches[self->num_launches] = read_launch(PyTuple_GET_ITEM(launches, self->num_launches), self->num_buffers);
+    self->launches[self->num_launches] = read_launch(PyTuple_GET_ITEM(launches, self->num_launches), self->num_buffers, by_stream != Py_None);
     if (!self->launches[self->num_launches]) goto wrong;
   }
   if (out < -MAX_ARGS - 1 || out >= self->num_buffers || lse < -1 || lse >= self->num_buffers) {
@@ -174,7 +184,7 @@ static PyTypeObject ReplayType = {
     PyVarObject_HEAD_INIT(NULL, 0).tp_name = "flashtile.Replay",
     .tp_basicsize = sizeof(Replay),
     .tp_flags = Py_TPFLAGS_DEFAULT,
-    .tp_doc = "Replay(key, device, launches, likes, out, lse, keep): the launches of one kind of call.",
+    .tp_doc = "Replay(key, device, launches, likes, out, lse, keep, by_stream): the launches of one kind of call.",
     .tp_new = Replay_new,
     .tp_dealloc = (destructor)Replay_dealloc,
 };
@@ -190,6 +200,7 @@ typedef struct {
   LaunchKernel launch;
   ReplaceAddress replace;
   ErrorName error_name;
+  IsCapturing is_capturing;
 } Table;
 
 static void Table_dealloc(Table *self) {
@@ -206,9 +217,9 @@ static void Table_dealloc(Table *self) {
 /* Table(exchange, tensor classes, constant classes, lists that must be empty, empty_like, current_device, current_stream, driver) */
 static PyObject *Table_new(PyTypeObject *type, PyObject *args, PyObject *named) {
   PyObject *capsule, *tensors, *constants, *listeners, *empty_like, *current_device, *current_stream;
-  unsigned long long launch, replace, error_name;
-  if (!PyArg_ParseTuple(args, "OO!O!O!OOO(KKK)", &capsule, &PyTuple_Type, &tensors, &PyTuple_Type, &constants, &PyTuple_Type, &listeners,
-                        &empty_like, &current_device, &current_stream, &launch, &replace, &error_name))
+  unsigned long long launch, replace, error_name, is_capturing;
+  if (!PyArg_ParseTuple(args, "OO!O!O!OOO(KKKK)", &capsule, &PyTuple_Type, &tensors, &PyTuple_Type, &constants, &PyTuple_Type, &listeners,
+                        &empty_like, &current_device, &current_stream, &launch, &replace, &error_name, &is_capturing))
     return NULL;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(listeners); i++)
     if (!PyList_Check(PyTuple_GET_ITEM(listeners, i))) {
@@ -217,7 +228,7 @@ static PyObject *Table_new(PyTypeObject *type, PyObject *args, PyObject *named) 
     }
   Exchange *exchange = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
   if (!exchange) return NULL;
-  if (exchange->major != 1 || !exchange->read || !launch || !error_name) {
+  if (exchange->major != 1 || !exchange->read || !launch || !error_name || !is_capturing) {
     PyErr_SetString(PyExc_ValueError, "an exchange table of DLPack 1, and the driver's functions");
     return NULL;
   }
@@ -229,6 +240,7 @@ static PyObject *Table_new(PyTypeObject *type, PyObject *args, PyObject *named) 
   self->launch = (LaunchKernel)(uintptr_t)launch;
   self->replace = (ReplaceAddress)(uintptr_t)replace;
   self->error_name = (ErrorName)(uintptr_t)error_name;
+  self->is_capturing = (IsCapturing)(uintptr_t)is_capturing;
   self->replays = PyDict_New();
   if (!self->replays) {
     Py_DECREF(self);
@@ -362,14 +374,20 @@ static Replay *find(Table *self, const Key *key) {
   return replay;
 }
 
-static CUresult launch_one(const Table *self, const Launch *launch, const Key *key, void *const *buffers, CUstream stream) {
+/* Where the patch's memory begins. */
+static char *start_of(const Patch *patch, const Key *key, void *const *buffers, void *shared) {
+  if (patch->source >= 0) return key->addresses[patch->source];
+  return patch->source == BY_STREAM ? shared : buffers[-1 - patch->source];
+}
+
+static CUresult launch_one(const Table *self, const Launch *launch, const Key *key, void *const *buffers, void *shared, CUstream stream) {
   alignas(128) unsigned char block[MAX_BLOCK];
   void *params[MAX_PARAMS];
   memcpy(block, launch->block, launch->size);
   for (int i = 0; i < launch->num_params; i++) params[i] = block + launch->offsets[i];
   for (int i = 0; i < launch->num_patches; i++) {
     const Patch *patch = &launch->patches[i];
-    char *address = (char *)(patch->source >= 0 ? key->addresses[patch->source] : buffers[-1 - patch->source]) + patch->addend;
+    char *address = start_of(patch, key, buffers, shared) + patch->addend;
     if (patch->map) {
       CUresult result = self->replace((CUtensorMap *)(block + patch->offset), address);
       if (result != CUDA_SUCCESS) return result;
@@ -395,6 +413,17 @@ static int call_for_number(PyObject *function, PyObject *argument, unsigned long
   return PyErr_Occurred() ? -1 : 0;
 }
 
+/* The memory that launches of a stream share; NULL where it has none yet, or is captured into a graph, which gets its own. */
+static void *memory_of(const Table *self, const Replay *replay, CUstream stream) {
+  CUstreamCaptureStatus status;
+  if (self->is_capturing(stream, &status) != CUDA_SUCCESS || status != CU_STREAM_CAPTURE_STATUS_NONE) return NULL;
+  PyObject *number = PyLong_FromUnsignedLongLong((uintptr_t)stream);
+  if (!number) return NULL;
+  PyObject *address = PyDict_GetItemWithError(replay->by_stream, number);
+  Py_DECREF(number);
+  return address ? PyLong_AsVoidPtr(address) : NULL;
+}
+
 /* run(*args): (out, lse) of a call that was recorded, and None of any other. Nothing has happened where it is None. */
 static PyObject *Table_run(Table *self, PyObject *const *args, Py_ssize_t count) {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(self->listeners); i++)
@@ -408,7 +437,7 @@ static PyObject *Table_run(Table *self, PyObject *const *args, Py_ssize_t count)
   }
   Py_INCREF(replay); /* allocating may run other Python, which may clear the table */
   PyObject *tensors[MAX_BUFFERS] = {NULL};
-  void *buffers[MAX_BUFFERS] = {NULL};
+  void *buffers[MAX_BUFFERS] = {NULL}, *shared = NULL;
   PyObject *result = NULL;
   unsigned long long device, stream;
   if (call_for_number(self->current_device, NULL, &device) < 0) goto done;
@@ -418,6 +447,10 @@ static PyObject *Table_run(Table *self, PyObject *const *args, Py_ssize_t count)
   int failed = call_for_number(self->current_stream, index, &stream);
   Py_DECREF(index);
   if (failed) goto done;
+  if (replay->by_stream != Py_None && !(shared = memory_of(self, replay, (CUstream)(uintptr_t)stream))) {
+    if (PyErr_Occurred()) goto done;
+    goto miss;
+  }
   for (int i = 0; i < replay->num_buffers; i++) {
     Tensor tensor;
     if (!(tensors[i] = PyObject_CallOneArg(self->empty_like, replay->likes[i]))) goto done;
@@ -425,7 +458,7 @@ static PyObject *Table_run(Table *self, PyObject *const *args, Py_ssize_t count)
     buffers[i] = (char *)tensor.data + tensor.byte_offset;
   }
   for (int i = 0; i < replay->num_launches; i++) {
-    CUresult code = launch_one(self, replay->launches[i], &key, buffers, (CUstream)(uintptr_t)stream);
+    CUresult code = launch_one(self, replay->launches[i], &key, buffers, shared, (CUstream)(uintptr_t)stream);
     if (code == CUDA_SUCCESS) continue;
     if (i == 0 && code == CUDA_ERROR_INVALID_CONTEXT) goto miss; /* a thread's first work: the longer way makes its context */
     const char *name = NULL;

@@ -19,10 +19,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashtile.kernels import native
 from flashtile.kernels.block import Block, Kernel, NotReplayable, block_of
-from flashtile.kernels.call import DecodeCall
+from flashtile.kernels.call import DecodeCall, ForwardCall
+
+Call = DecodeCall | ForwardCall
 
 RECORDED_CALL = 3  # of a kind: recording costs what some five repeated calls save, and a cache that grows has few calls of a kind
-MAX_KINDS = 1024  # of calls, each of some 6 kB
+MAX_KINDS = 1024  # of calls of an operation, each of some 6 kB
+_BY_STREAM = -5  # the source of memory that launches of a stream share, and of which replay.c looks up the address
+_OF_STREAM = 8  # stands for that address while a call is recorded: no tensor lies there
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -32,11 +36,22 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.launches: list[tuple[Kernel, int, int, tuple[Any, ...]]] = []
         self.scratch: list[torch.Tensor] = []
+        self.by_stream: dict[int, int] | None = None
 
     def note(self, kernel: Kernel | None, grid_x: int, grid_y: int, args: tuple[Any, ...]) -> None:
         if kernel is None:
             raise NotReplayable("a kernel that only Triton knows how to launch")
         self.launches.append((kernel, grid_x, grid_y, args))
+
+    def memory_of_stream(self, addresses: dict[int, int]) -> int:
+        """In the place of an address that ``addresses`` has for each stream: the one of the stream that a call is repeated on.
+
+        A stream that it does not have takes the longer way, and so does one that is captured into a graph.
+        """
+        if self.by_stream is not None and self.by_stream is not addresses:
+            raise NotReplayable("several kinds of memory by stream")
+        self.by_stream = addresses
+        return _OF_STREAM
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -47,7 +62,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
 
-def record(run: Callable[[Any, DecodeCall], None], key: bytes, device: int, args: tuple[Any, ...], call: DecodeCall) -> Any:
+def record(run: Callable[[Any, Any], None], key: bytes, device: int, args: tuple[Any, ...], call: Call) -> Any:
     """The Replay of a call that has just been run; ``args`` are what ``key`` was made of. Raises NotReplayable.
 
     An out or lse that is not among ``args`` was allocated, and a repeated call allocates its own.
@@ -67,11 +82,11 @@ def record(run: Callable[[Any, DecodeCall], None], key: bytes, device: int, args
     keep = tuple(arg for arg in args if not isinstance(arg, torch.Tensor))
     out = -1 - given[0] if given else 0
     lse = -1 if call.lse is None else len(made) - 1
-    return native.module().Replay(key, device, launches, tuple(_hollow(buffer) for buffer in buffers), out, lse, keep)
+    return native.module().Replay(key, device, launches, tuple(_hollow(buffer) for buffer in buffers), out, lse, keep, recorder.by_stream)
 
 
 class _Sources:
-    """Whose address a pointer is: argument ``i`` is i, buffer ``i`` is -1 - i."""
+    """Whose address a pointer is: argument ``i`` is i, buffer ``i`` is -1 - i, the stream's memory _BY_STREAM."""
 
     def __init__(self, args: tuple[Any, ...], buffers: list[torch.Tensor]) -> None:
         tensors = [(i, arg) for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
@@ -83,6 +98,8 @@ class _Sources:
 
     def of(self, address: int) -> tuple[int, int]:
         """(source, bytes from its start). Only within a buffer may a pointer stand elsewhere than at the start."""
+        if address == _OF_STREAM:
+            return _BY_STREAM, 0
         owners = self.owners.get(address, [])
         if len(owners) == 1:
             return owners[0], 0
@@ -120,7 +137,7 @@ class Replays:
         """Kinds of calls that are repeated."""
         return len(self._table)
 
-    def note(self, run: Callable[[Any, DecodeCall], None], device: int, args: tuple[Any, ...], call: DecodeCall) -> None:
+    def note(self, run: Callable[[Any, Any], None], device: int, args: tuple[Any, ...], call: Call) -> None:
         """Notes a call that has just been run on ``device``, which is current, and records it if that is worth it."""
         key = self._table.key(*args)
         if key is None:
@@ -144,28 +161,28 @@ class DeviceRunner:
 
     __slots__ = ("_current_device", "_current_stream", "_index", "_run")
 
-    def __init__(self, run: Callable[[Any, DecodeCall], None], index: int) -> None:
+    def __init__(self, run: Callable[[Any, Any], None], index: int) -> None:
         self._run, self._index = run, index
         self._current_device, self._current_stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
 
-    def __call__(self, call: DecodeCall) -> None:
+    def __call__(self, call: Any) -> None:
         if self._current_device() == self._index:
             self._run(self._current_stream(self._index), call)
         else:
             with torch.cuda.device(self._index):
                 self._run(self._current_stream(self._index), call)
 
-    def note(self, args: tuple[Any, ...], call: DecodeCall) -> Callable[..., Any] | None:
+    def note(self, args: tuple[Any, ...], call: Call) -> Callable[..., Any] | None:
         """Notes that ``call``, made of ``args``, has just been run. What it returns repeats a noted call of the same args."""
-        replays = cuda_replays()
+        replays = cuda_replays(call.__class__)
         if replays is None or self._current_device() != self._index:
             return None
         replays.note(self._run, self._index, args, call)
         return replays.run
 
 
-@functools.lru_cache(maxsize=1)
-def cuda_replays() -> Replays | None:
-    """This process's recorded calls on GPUs; None where they cannot be repeated."""
+@functools.lru_cache(maxsize=8)
+def cuda_replays(operation: type[Call]) -> Replays | None:
+    """This process's recorded calls of an operation on GPUs; None where they cannot be repeated."""
     table = native.cuda_table()
     return None if table is None else Replays(table)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flashtile
+from flashtile.kernels.call import DecodeCall
 from flashtile.testing.cases import SMALL_CASES, Case
 from flashtile.testing.inputs import make_inputs
 
@@ -20,7 +21,7 @@ STEP = Case("step", (4097, 300), 1, 32, 8, head_dim=128, dtype="bfloat16")
 @pytest.fixture
 def recorded() -> Any:
     """What this process has recorded; the tests see how much it grows."""
-    replays = replay.cuda_replays()
+    replays = replay.cuda_replays(DecodeCall)
     assert replays is not None, "the C module was not built"
     return replays
 

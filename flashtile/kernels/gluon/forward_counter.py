@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
+
+from flashtile.kernels.replay import Recorder
 
 _STREAMS = 1024  # of one device, as many as will ever be in use at once
 
@@ -24,8 +27,13 @@ class TileCounters:
         self._pairs: tuple[torch.Tensor, torch.cuda.Event] | None = None
         self._addresses: dict[int, int] = {}
 
-    def address(self, stream: int) -> tuple[int, torch.Tensor | None]:
-        """The pair for a launch on ``stream``, which is the current one; and the tensor to keep until the launch is made, if any."""
+    def address(self, stream: Any) -> tuple[int, torch.Tensor | None]:
+        """The pair for a launch on ``stream``, which is the current one; and the tensor to keep until the launch is made, if any.
+
+        A Recorder in the stream's place is told of the pairs of all streams.
+        """
+        if stream.__class__ is Recorder:
+            return stream.memory_of_stream(self._addresses), None
         if not torch.cuda.is_current_stream_capturing():
             known = self._addresses.get(stream) or self._new_pair(stream)
             if known:

@@ -77,12 +77,14 @@ class FakeDriver:
         self.moved: list[tuple[int, int]] = []  # tensor maps: (address of the map modulo 64, new address)
         self.sizes: dict[int, list[int]] = {}
         self.results: list[int] = []  # of the next launches, then 0
+        self.capturing = 0  # CUstreamCaptureStatus of every stream
         self.device = 0
         pointer = ctypes.c_void_p
         self._functions = (
             ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(Config), pointer, ctypes.POINTER(pointer), pointer)(self._launch),
             ctypes.CFUNCTYPE(ctypes.c_int, pointer, pointer)(self._move),
             ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(ctypes.c_char_p))(self._name),
+            ctypes.CFUNCTYPE(ctypes.c_int, pointer, ctypes.POINTER(ctypes.c_int))(self._is_capturing),
         )
         self.addresses = native.Driver(*(ctypes.cast(function, pointer).value or 0 for function in self._functions))
 
@@ -101,6 +103,10 @@ class FakeDriver:
         ctypes.memmove(tensor_map, struct.pack("<Q", address), 8)
         return 0
 
+    def _is_capturing(self, stream: int, status: Any) -> int:
+        status[0] = self.capturing
+        return 0
+
     def _name(self, code: int, name: Any) -> int:
         name[0] = {700: b"CUDA_ERROR_ILLEGAL_ADDRESS"}.get(code, b"CUDA_ERROR_OF_SOME_KIND")
         return 0
@@ -116,7 +122,7 @@ class FakeGpu:
         self.replays = Replays(self.table)
         self.longer: list[tuple[Kernel, int, int, Block]] = []
         self._functions: dict[Any, int] = {}
-        monkeypatch.setattr(replay, "cuda_replays", lambda: self.replays)
+        monkeypatch.setattr(replay, "cuda_replays", lambda operation: self.replays)
         monkeypatch.setattr(ops, "_repeat", None)
         monkeypatch.setattr(ops, "_PREPARED", {})
         monkeypatch.setattr(ops.Device, "of", lambda device: Device.named("h200"))
@@ -501,6 +507,36 @@ def test_a_runner_that_only_launches_is_repeated(gpu: FakeGpu) -> None:
     assert last.params[0] == bytes(8)
 
 
+def test_memory_of_a_stream_is_that_of_the_stream_it_is_repeated_on(gpu: FakeGpu) -> None:
+    args, call = simple_call()
+    memory: dict[int, int] = {STREAM + 1: 0x7000}
+
+    def run(stream: Any, call: DecodeCall) -> None:
+        stream.note(KERNEL, 3, 1, (stream.memory_of_stream(memory), 7))
+
+    assert noted(gpu, run, args, call) is None, "the stream has no memory yet"
+    assert len(gpu.table) == 1
+    memory[STREAM] = 0x9000
+    assert gpu.table.run(*args) is not None
+    gpu.driver.capturing = 1
+    assert gpu.table.run(*args) is None, "a graph has memory of its own"
+    gpu.driver.capturing = 0
+    assert gpu.table.run(*args) is not None
+    assert [told.params[0] for told in gpu.driver.launched] == [struct.pack("<Q", 0x9000)] * 2
+
+
+def test_memory_of_several_kinds_by_stream_is_not_repeated(gpu: FakeGpu) -> None:
+    args, call = simple_call()
+    one: dict[int, int] = {STREAM: 0x7000}
+
+    def run(stream: Any, call: DecodeCall) -> None:
+        for memory in (one, dict(one)):
+            stream.note(KERNEL, 3, 1, (stream.memory_of_stream(memory), 7))
+
+    assert noted(gpu, run, args, call) is None
+    assert len(gpu.table) == 0
+
+
 def does_more(what: str) -> Callable[[Any, DecodeCall], None]:
     kept = torch.empty(4)
 
@@ -660,22 +696,21 @@ def test_without_a_driver_there_is_no_table(monkeypatch: pytest.MonkeyPatch) -> 
         raise OSError("libcuda.so.1: cannot open shared object file")
 
     monkeypatch.setattr(native.Driver, "of_this_machine", missing)
-    assert native.cuda_table.__wrapped__() is None
-    monkeypatch.setattr(native, "cuda_table", lambda: None)
-    assert replay.cuda_replays.__wrapped__() is None
+    assert native.cuda_table() is None
+    assert replay.cuda_replays.__wrapped__(DecodeCall) is None
 
 
 def test_without_a_compiler_there_is_no_table(monkeypatch: pytest.MonkeyPatch) -> None:
     def failing() -> Any:
         raise RuntimeError("Failed to find C compiler.")
 
-    monkeypatch.setattr(native.Driver, "of_this_machine", lambda: native.Driver(1, 1, 1))
+    monkeypatch.setattr(native.Driver, "of_this_machine", lambda: native.Driver(1, 1, 1, 1))
     monkeypatch.setattr(native, "module", failing)
-    assert native.cuda_table.__wrapped__() is None
+    assert native.cuda_table() is None
 
 
 def test_a_runner_without_a_table_runs_and_notes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "cuda_replays", lambda: None)
+    monkeypatch.setattr(replay, "cuda_replays", lambda operation: None)
     runner = DeviceRunner.__new__(DeviceRunner)
     runner._run, runner._index, ran = (lambda stream, call: ran.append(stream)), 0, []
     runner._current_device, runner._current_stream = (lambda: 0), (lambda index: STREAM)
