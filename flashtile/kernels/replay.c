@@ -1,6 +1,6 @@
 /* Repeats a call that was seen before: the same kernels with the same numbers, only the addresses are new.
 
-A call's key holds everything but the addresses of its tensors (of these, what they are modulo 16). Whatever the checks,
+A call's key holds everything but the addresses of its tensors (of these, what they are modulo 16, and which are equal). Whatever the checks,
 the plan and the kernels' arguments depend on is therefore equal where keys are equal. What a key was recorded to launch
 is kept as finished blocks of kernel parameters, into which a call writes its addresses.
 
@@ -320,8 +320,15 @@ static bool make_key(Table *self, Key *key, PyObject *const *args, Py_ssize_t co
   key->count = 0;
   if (count > MAX_ARGS) return false;
   for (Py_ssize_t i = 0; i < count; i++) {
+    uint64_t *word = key->words + key->count;
     key->addresses[i] = NULL;
     if (!add_to_key(self, key, args[i], &key->addresses[i])) return false;
+    /* which tensors begin at one address is part of the key: then it does not matter to which of them a pointer is traced */
+    for (Py_ssize_t j = 0; key->addresses[i] && j < i; j++)
+      if (key->addresses[j] == key->addresses[i]) {
+        *word |= (uint64_t)(j + 1) << 56;
+        break;
+      }
   }
   return true;
 }

@@ -101,8 +101,8 @@ class _Sources:
         if address == _OF_STREAM:
             return _BY_STREAM, 0
         owners = self.owners.get(address, [])
-        if len(owners) == 1:
-            return owners[0], 0
+        if len(owners) == 1 or (owners and owners[0] >= 0 and owners[-1] >= 0):
+            return owners[0], 0  # of arguments at one address, which the key tells, any
         for source, start, size in self.spans:
             if start < address < start + size:
                 return source, address - start
@@ -174,7 +174,8 @@ class DeviceRunner:
 
     def note(self, args: tuple[Any, ...], call: Call) -> Callable[..., Any] | None:
         """Notes that ``call``, made of ``args``, has just been run. What it returns repeats a noted call of the same args."""
-        replays = cuda_replays(call.__class__)
+        operation: type[Any] = call.__class__
+        replays = cuda_replays(operation)
         if replays is None or self._current_device() != self._index:
             return None
         replays.note(self._run, self._index, args, call)
@@ -182,7 +183,7 @@ class DeviceRunner:
 
 
 @functools.lru_cache(maxsize=8)
-def cuda_replays(operation: type[Call]) -> Replays | None:
+def cuda_replays(operation: type[Any]) -> Replays | None:
     """This process's recorded calls of an operation on GPUs; None where they cannot be repeated."""
     table = native.cuda_table()
     return None if table is None else Replays(table)

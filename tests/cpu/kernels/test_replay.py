@@ -572,14 +572,25 @@ def test_a_runner_that_does_more_is_not(what: str, gpu: FakeGpu) -> None:
     assert len(gpu.table) == 0
 
 
-def test_two_tensors_at_one_address_are_not_told_apart(gpu: FakeGpu) -> None:
+def test_two_tensors_at_one_address_are_a_kind_of_their_own(gpu: FakeGpu) -> None:
     call = tensors()
-    call["v_cache"] = call["k_cache"]
-    for _ in range(RECORDED_CALL + 2):
-        gpu.longer.clear()
-        gpu.decode(**call)
-        assert gpu.longer
-    assert len(gpu.table) == 0
+    shared = call | {"v_cache": call["k_cache"]}
+    gpu.settle(**shared)
+    gpu.decode(**shared)
+    assert gpu.driver.launched and not gpu.longer
+    gpu.driver.launched.clear()
+    gpu.decode(**call)
+    assert gpu.longer and not gpu.driver.launched
+
+
+def test_an_argument_at_a_results_address_is_not_told_apart(gpu: FakeGpu) -> None:
+    args, call = simple_call()
+    call = call._replace(out=call.q)
+
+    def run(stream: Any, call: DecodeCall) -> None:
+        stream.note(KERNEL, 3, 1, (call.q.data_ptr(), 7))
+
+    assert noted(gpu, run, (args[0].view(4), *args[1:]), call) is None
 
 
 def test_views_are_no_operations(gpu: FakeGpu) -> None:
