@@ -38,11 +38,12 @@ MAX_HEAD_DIM = 256
 class Problem:
     """One call's shapes, dtypes and features (lengths are maxima; real lengths stay on the device).
 
-    ``operation`` is "decode" or "forward". ``ragged_q`` says that q is packed, ``ragged_k`` that k and v are (forward alone),
+    ``operation`` is "decode", "forward" or "backward". ``ragged_q`` says that q is packed, ``ragged_k`` that k and v are (forward alone),
     ``seqused_k`` that a forward call's numbers of keys are on the device (a decode call's always are).
 
     ``seqlen_k`` is the most keys that a sequence may have; ``page_size`` is 0 for a contiguous cache; ``alignment`` is
     the largest power of two, at most 16, that divides every pointer and stride of q, k, v and a given out, in bytes.
+    ``deterministic`` asks for the same bits each time, of the gradients of a backward problem; other results never vary.
     ``Problem.decode`` rounds ``seqlen_k`` up, and with ``ragged_q`` also ``seqlen_q`` and ``total_q``; ``Problem.forward``
     rounds all three. So neighbouring calls share one plan: kernels take the real sizes from the call's tensors.
     """
@@ -64,6 +65,7 @@ class Problem:
     softcap: bool = False
     alibi: bool = False
     sinks: bool = False
+    dropout: bool = False
     lse: bool = False
     page_size: int = 0
     ragged_q: bool = False
@@ -72,6 +74,7 @@ class Problem:
     alignment: int = 16
     kv_scales: str = "none"
     allow_tf32: bool = False
+    deterministic: bool = False
 
     def __post_init__(self) -> None:
         fill = {

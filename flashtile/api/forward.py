@@ -30,6 +30,7 @@ def attention(
     block_m: int | None = None,
     plan: ForwardPlan | None = None,
     allow_tf32: bool = False,
+    deterministic: bool | None = None,
 ) -> torch.Tensor:
     """Attention of sequences of one length, exact.
 
@@ -38,8 +39,8 @@ def attention(
     ``-left <= k - q - offset <= right``: the last query stands on the last key. Scores, softmax and sums are float32. A query
     that sees no key gives 0.
 
-    Gradients flow to q, k, v and sinks, once (they have no gradient in turn); the same call gives the same bits each time. Within
-    ``torch.autocast``, q, k and v are cast to its dtype where one of them is float32 or their dtypes differ.
+    Gradients flow to q, k, v and sinks, once (they have no gradient in turn). Within ``torch.autocast``, q, k and v are cast to its
+    dtype where one of them is float32 or their dtypes differ.
 
     Args:
         q: (batch, seqlen_q, num_heads_q, head_dim); float16, bfloat16 or float32; head_dim a multiple of 8 up to 256. Any
@@ -58,6 +59,9 @@ def attention(
         block_m: the query tile, in rows of one query head; the planner's choice where None.
         plan: a whole plan, obeyed as it is.
         allow_tf32: lets float32 products run in TF32.
+        deterministic: True has gradients come out the same to the last bit each time; False lets q's be summed in any order, where
+            that is faster. None follows ``torch.are_deterministic_algorithms_enabled()`` when gradients are computed. The results
+            of the call itself never vary.
 
     Returns:
         out: (batch, seqlen_q, num_heads_q, head_dim_v) of q's dtype. A batch of 0, no query and no key are valid.
@@ -73,7 +77,7 @@ def attention(
     run = _traced if torch.compiler.is_compiling() else ops.forward.forward
     return run(
         q, k, v, None, None, None, None, None, None, causal, window, softcap, scale, sinks, alibi_slopes, out, block_m, plan,
-        allow_tf32, False,
+        allow_tf32, deterministic, False,
     )[0]  # fmt: skip
 
 
@@ -92,6 +96,7 @@ def attention_with_lse(
     block_m: int | None = None,
     plan: ForwardPlan | None = None,
     allow_tf32: bool = False,
+    deterministic: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention`, and the logarithm of each softmax's denominator.
 
@@ -105,7 +110,7 @@ def attention_with_lse(
     run = _traced if torch.compiler.is_compiling() else ops.forward.forward
     return run(  # type: ignore[return-value]
         q, k, v, None, None, None, None, None, None, causal, window, softcap, scale, sinks, alibi_slopes, out, block_m, plan,
-        allow_tf32, True,
+        allow_tf32, deterministic, True,
     )  # fmt: skip
 
 
@@ -130,6 +135,7 @@ def attention_varlen(
     block_m: int | None = None,
     plan: ForwardPlan | None = None,
     allow_tf32: bool = False,
+    deterministic: bool | None = None,
 ) -> torch.Tensor:
     """Attention of packed sequences of unlike lengths, exact; their keys are packed too, or lie in a paged cache.
 
@@ -155,7 +161,7 @@ def attention_varlen(
         alibi_slopes: (num_heads_q,) or (batch, num_heads_q) float32.
         out: where to write, (total_q, num_heads_q, head_dim_v) of q's dtype; allocated where None. Returned. Only in calls that
             need no gradient.
-        causal, window, softcap, scale, sinks, block_m, plan, allow_tf32: as for `attention`.
+        causal, window, softcap, scale, sinks, block_m, plan, allow_tf32, deterministic: as for `attention`.
 
     Returns:
         out: (total_q, num_heads_q, head_dim_v) of q's dtype. A batch of 0, no query, and sequences of no query or no key are
@@ -167,7 +173,7 @@ def attention_varlen(
     run = _traced if torch.compiler.is_compiling() else ops.forward.forward
     return run(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, window, softcap, scale,
-        sinks, alibi_slopes, out, block_m, plan, allow_tf32, False,
+        sinks, alibi_slopes, out, block_m, plan, allow_tf32, deterministic, False,
     )[0]  # fmt: skip
 
 
@@ -192,6 +198,7 @@ def attention_varlen_with_lse(
     block_m: int | None = None,
     plan: ForwardPlan | None = None,
     allow_tf32: bool = False,
+    deterministic: bool | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention_varlen`, and the logarithm of each softmax's denominator.
 
@@ -205,7 +212,7 @@ def attention_varlen_with_lse(
     run = _traced if torch.compiler.is_compiling() else ops.forward.forward
     return run(  # type: ignore[return-value]
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, window, softcap, scale,
-        sinks, alibi_slopes, out, block_m, plan, allow_tf32, True,
+        sinks, alibi_slopes, out, block_m, plan, allow_tf32, deterministic, True,
     )  # fmt: skip
 
 
@@ -229,6 +236,7 @@ def _traced(
     block_m: int | None,
     plan: ForwardPlan | None,
     allow_tf32: bool,
+    deterministic: bool | None,
     want_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Under torch.compile the whole call is one operator; a given ``out`` is copied into, which its graph may fuse."""
@@ -239,6 +247,6 @@ def _traced(
         check_no_out(out)
     result, lse = torch.ops.flashtile.forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, left, right, softcap, scale,
-        sinks, alibi_slopes, block_m, text_of(plan, ForwardPlan), allow_tf32, want_lse or differentiable,
+        sinks, alibi_slopes, block_m, text_of(plan, ForwardPlan), allow_tf32, deterministic, want_lse or differentiable,
     )  # fmt: skip
     return (result if out is None else copied(result, out)), lse

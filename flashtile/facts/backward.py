@@ -29,10 +29,14 @@ def backward_key(
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     allow_tf32: bool,
+    deterministic: bool,
 ) -> Key | None:
-    """The key of one call: that of its forward call, and how out and the gradients are aligned; None where it is checked each time."""
+    """The key of one call: that of its forward call, how out and the gradients are aligned, and ``deterministic``.
+
+    None where it is checked each time.
+    """
     key = forward_key(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, seqused_k, causal, window, softcap,
         sinks, alibi_slopes, dout, None, None, allow_tf32, True,
     )  # fmt: skip
-    return None if key is None else (*key, alignment_of(dq, dk, dv, out))
+    return None if key is None else (*key, alignment_of(dq, dk, dv, out), deterministic)

@@ -37,13 +37,16 @@ def backward(
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     allow_tf32: bool,
+    deterministic: bool | None,
     want_dsinks: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dq, dk and dv, laid out like q, k and v, and dsinks or None, on the tensors' own device.
 
     The arguments are those of a forward call, what it returned (lse too), and the gradients of out (its shape and dtype) and
-    of lse (None for none).
+    of lse (None for none). ``deterministic`` follows torch's switch, as it stands now, where it is None.
     """
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
     dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     dsinks = torch.empty_like(sinks) if sinks is not None and want_dsinks else None
     # dlse is promised like lse, contiguous: of one number a row, a copy costs little.
@@ -56,7 +59,7 @@ def backward(
     )  # fmt: skip
     key = backward_key(
         q, k, v, out, call.dout, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal, window,
-        softcap, sinks, alibi_slopes, allow_tf32,
+        softcap, sinks, alibi_slopes, allow_tf32, deterministic,
     )  # fmt: skip
     run = None if key is None else _PREPARED.get(key)
     if run is None:
@@ -65,7 +68,8 @@ def backward(
             softcap=softcap, scale=scale, sinks=sinks, alibi_slopes=alibi_slopes, out=call.dout, lse=True, allow_tf32=allow_tf32,
         )  # fmt: skip
         aligned = min(problem.alignment, alignment_of(dq, dk, dv, out))
-        run = _prepare(key, problem.with_(operation="backward", alignment=aligned), q.device, holds_keys=k.numel() > 0)
+        problem = problem.with_(operation="backward", alignment=aligned, deterministic=deterministic)
+        run = _prepare(key, problem, q.device, holds_keys=k.numel() > 0)
     run(call)
     return dq, dk, dv, dsinks
 
@@ -128,13 +132,14 @@ def backward_operator(
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     allow_tf32: bool,
+    deterministic: bool | None,
     want_dsinks: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`backward` as torch.compile sees it; dsinks has no element unless there are sinks and it is wanted."""
     with torch.no_grad():
         dq, dk, dv, dsinks = backward(
             q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal,
-            (window_left, window_right), softcap, scale, sinks, alibi_slopes, allow_tf32, want_dsinks,
+            (window_left, window_right), softcap, scale, sinks, alibi_slopes, allow_tf32, deterministic, want_dsinks,
         )  # fmt: skip
     return dq, dk, dv, lse.new_empty(0) if dsinks is None else dsinks
 
@@ -161,6 +166,7 @@ def _(
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     allow_tf32: bool,
+    deterministic: bool | None,
     want_dsinks: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dsinks = torch.empty_like(sinks) if sinks is not None and want_dsinks else lse.new_empty(0)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flashtile.arguments import check_differentiable, needs_gradient
+from flashtile.arguments import check_bool, check_differentiable, needs_gradient
 from flashtile.checking import CHECKING, check_forward_values, check_longest_keys
 from flashtile.facts import Key, forward_key
 from flashtile.kernels.call import ForwardCall, ForwardRunner
@@ -63,6 +63,7 @@ def forward(
     block_m: int | None,
     plan: ForwardPlan | None,
     allow_tf32: bool,
+    deterministic: bool | None,
     want_lse: bool,
 ) -> Result:
     """One forward call on the tensors' own device; the lse is None unless wanted."""
@@ -70,6 +71,8 @@ def forward(
         softcap = as_float("softcap", softcap, minimum=0.0)
     if scale is not None and (scale.__class__ is not float or scale - scale != 0.0):
         scale = as_float("scale", scale)
+    if deterministic is not None:
+        check_bool("deterministic", deterministic)
     key = forward_key(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, window, softcap,
         sinks, alibi_slopes, out, block_m, plan, allow_tf32, want_lse,
@@ -80,7 +83,7 @@ def forward(
         if cast is not None:
             return forward(
                 *cast, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, window, softcap, scale,
-                sinks, alibi_slopes, out, block_m, plan, allow_tf32, want_lse,
+                sinks, alibi_slopes, out, block_m, plan, allow_tf32, deterministic, want_lse,
             )  # fmt: skip
         if needs_gradient(q, k, v, sinks, alibi_slopes, out):
             check_differentiable(page_table=page_table, alibi_slopes=alibi_slopes, out=out)
@@ -88,7 +91,7 @@ def forward(
                 check_longest_keys(cu_seqlens_k, k.shape[0], max_seqlen_k)
             return Attention.apply(  # type: ignore[no-any-return, no-untyped-call]
                 q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal, window, softcap, scale,
-                alibi_slopes, block_m, plan, allow_tf32,
+                alibi_slopes, block_m, plan, allow_tf32, deterministic,
             )  # fmt: skip
     if prepared is None:
         problem = Problem.forward(
@@ -147,18 +150,19 @@ class Attention(torch.autograd.Function):
         block_m: int | None,
         plan: ForwardPlan | None,
         allow_tf32: bool,
+        deterministic: bool | None,
     ) -> Result:
         out, lse = forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, seqused_k, causal, window, softcap, scale,
-            sinks, alibi_slopes, None, block_m, plan, allow_tf32, True,
+            sinks, alibi_slopes, None, block_m, plan, allow_tf32, None, True,
         )  # fmt: skip
         keep(
             ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal, window, softcap, scale, sinks,
-            alibi_slopes, allow_tf32, out, lse,
+            alibi_slopes, allow_tf32, deterministic, out, lse,
         )  # fmt: skip
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         run = traced_backward if torch.compiler.is_compiling() else backward
-        return (*gradients(ctx, dout, dlse, ctx.needs_input_grad[:4], run), *[None] * 13)
+        return (*gradients(ctx, dout, dlse, ctx.needs_input_grad[:4], run), *[None] * 14)

@@ -37,6 +37,7 @@ def forward_operator(
     block_m: int | None,
     plan: str | None,
     allow_tf32: bool,
+    deterministic: bool | None,
     want_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`forward` as torch.compile sees it: the plan is JSON text; lse has no element unless wanted."""
@@ -44,7 +45,7 @@ def forward_operator(
         out, lse = forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal,
             (window_left, window_right), softcap, scale, sinks, alibi_slopes, None, block_m,
-            None if plan is None else _plan_of(plan), allow_tf32, want_lse,
+            None if plan is None else _plan_of(plan), allow_tf32, deterministic, want_lse,
         )  # fmt: skip
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
@@ -70,6 +71,7 @@ def _(
     block_m: int | None,
     plan: str | None,
     allow_tf32: bool,
+    deterministic: bool | None,
     want_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     *batch, queries, heads, _ = q.shape
@@ -80,7 +82,7 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Called where autograd follows the operator: under torch.compile that is while its graph is made."""
     (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, left, right, softcap, scale,
-     sinks, alibi_slopes, _, _, allow_tf32, want_lse) = inputs  # fmt: skip
+     sinks, alibi_slopes, _, _, allow_tf32, deterministic, want_lse) = inputs  # fmt: skip
     check_differentiable(page_table=page_table, alibi_slopes=alibi_slopes, out=None)
     if not want_lse:
         raise UnsupportedError(
@@ -88,14 +90,14 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
         )
     keep(
         ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal, (left, right), softcap, scale, sinks,
-        alibi_slopes, allow_tf32, *output,
+        alibi_slopes, allow_tf32, deterministic, *output,
     )  # fmt: skip
 
 
 def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
     needed = ctx.needs_input_grad
     dq, dk, dv, dsinks = gradients(ctx, dout, dlse, (*needed[:3], needed[14]), traced_backward)
-    return dq, dk, dv, *[None] * 11, dsinks, *[None] * 5
+    return dq, dk, dv, *[None] * 11, dsinks, *[None] * 6
 
 
 forward_operator.register_autograd(_backward, setup_context=_keep)

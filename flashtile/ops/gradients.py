@@ -30,6 +30,7 @@ def keep(
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
     allow_tf32: bool,
+    deterministic: bool | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
@@ -39,7 +40,7 @@ def keep(
     offloading) see them.
     """
     ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, sinks, alibi_slopes)
-    ctx.numbers = (max_seqlen_q, max_seqlen_k, causal, window, softcap, scale, allow_tf32)
+    ctx.numbers = (max_seqlen_q, max_seqlen_k, causal, window, softcap, scale, allow_tf32, deterministic)
     ctx.set_materialize_grads(False)
 
 
@@ -50,13 +51,13 @@ def gradients(
     if dout is None and dlse is None:
         return None, None, None, None
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, sinks, alibi_slopes = ctx.saved_tensors
-    max_seqlen_q, max_seqlen_k, causal, window, softcap, scale, allow_tf32 = ctx.numbers
+    max_seqlen_q, max_seqlen_k, causal, window, softcap, scale, allow_tf32, deterministic = ctx.numbers
     if dout is None:
         dout = torch.zeros_like(out)
     with torch.no_grad():
         found = backward(
             q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal, window,
-            softcap, scale, sinks, alibi_slopes, allow_tf32, wanted[3],
+            softcap, scale, sinks, alibi_slopes, allow_tf32, deterministic, wanted[3],
         )  # fmt: skip
     dq, dk, dv, dsinks = (grad if want else None for grad, want in zip(found, wanted))
     if torch.is_grad_enabled():  # with create_graph=True

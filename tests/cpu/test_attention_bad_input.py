@@ -166,6 +166,7 @@ BAD: dict[str, tuple[Callable[[], Args], Change, type[Exception], tuple[str, ...
     "window_float": (plain, with_(window=(4, 2.0)), ArgumentError, ("window (right)", "non-negative int")),
     "window_int": (plain, with_(window=16), ArgumentError, ("window:", "pair")),
     "causal_int": (plain, with_(causal=1), ArgumentError, ("causal:", "True or False")),
+    "deterministic_int": (plain, with_(deterministic=1), ArgumentError, ("deterministic:", "True or False")),
     "tf32_int": (plain, with_(allow_tf32=0), ArgumentError, ("allow_tf32:", "True or False")),
     "softcap_negative": (plain, with_(softcap=-1.0), ArgumentError, ("softcap:", "at least 0", "softcap=0.0")),
     **{

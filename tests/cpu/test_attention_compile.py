@@ -155,5 +155,5 @@ def test_opcheck(args: dict[str, Any], want_lse: bool) -> None:
     names = ("q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "page_table", "seqused_k")
     torch.library.opcheck(
         torch.ops.flashtile.forward.default,
-        (*map(args.get, names), True, 5, None, 0.0, None, args["sinks"], None, None, None, False, want_lse),
+        (*map(args.get, names), True, 5, None, 0.0, None, args["sinks"], None, None, None, False, None, want_lse),
     )

@@ -15,6 +15,8 @@ from flashtile.errors import UnsupportedError
 from flashtile.kernels.call import BackwardCall
 from flashtile.ops import backward as ops
 from flashtile.ops import forward as forward_ops
+from flashtile.planner.device import Device
+from flashtile.planner.plans import BackwardPlan
 from flashtile.problem import Problem
 from flashtile.testing.backward_inputs import Gradients, assert_gradients, backward_call
 from flashtile.testing.forward_cases import FORWARD_CASES, ForwardCase
@@ -262,6 +264,30 @@ def test_a_warm_call_neither_checks_nor_plans(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(ops, "_PREPARED", {})
     with pytest.raises(AssertionError, match="slow path"):
         gradients(inputs, call.dout, call.dlse)
+
+
+@pytest.mark.parametrize("inputs", [plain(), varlen()], ids=["plain", "packed"])
+def test_gradients_are_planned_as_deterministic_as_asked_or_as_torch_is(inputs: ForwardInputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned, asked = ops.plan_backward, []
+
+    def note(problem: Problem, device: Device) -> BackwardPlan:
+        asked.append(problem.deterministic)
+        return planned(problem, device)
+
+    monkeypatch.setattr(ops, "plan_backward", note)
+    monkeypatch.setattr(ops, "_PREPARED", {})
+    dout = backward_call(inputs).dout
+    for _ in range(2):  # the second time both kinds are known
+        for wish, torchs, expected in ((None, False, False), (True, False, True), (False, True, False), (None, True, True)):
+            args, leaves = with_leaves(inputs.args | {"deterministic": wish})
+            out = run(args)[0]
+            torch.use_deterministic_algorithms(torchs)  # as it stands when gradients are computed
+            try:
+                torch.autograd.grad(out, leaves, dout)
+            finally:
+                torch.use_deterministic_algorithms(False)
+            assert {key[-1] for key in ops._PREPARED} >= {expected}
+    assert asked == [False, True]
 
 
 def test_checked_names_a_sequence_of_more_keys_than_it_was_said_to_have() -> None:

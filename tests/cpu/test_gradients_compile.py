@@ -12,13 +12,17 @@ from torch.utils.checkpoint import checkpoint
 
 import flashtile
 from flashtile.errors import UnsupportedError
+from flashtile.ops import backward as backward_ops
+from flashtile.planner.device import Device
+from flashtile.planner.plans import BackwardPlan
+from flashtile.problem import Problem
 from flashtile.testing.forward_cases import ForwardCase
 from flashtile.testing.forward_inputs import make_forward_inputs
 
 NAMES = ("q", "k", "v", "sinks")
 ARGUMENTS = (
     "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "page_table", "seqused_k", "causal", "window_left",
-    "window_right", "softcap", "scale", "sinks", "alibi_slopes", "block_m", "plan", "allow_tf32", "want_lse",
+    "window_right", "softcap", "scale", "sinks", "alibi_slopes", "block_m", "plan", "allow_tf32", "deterministic", "want_lse",
 )  # fmt: skip
 
 
@@ -99,6 +103,29 @@ def test_other_lengths_are_not_compiled_again() -> None:
             assert torch.equal(found, wanted)
         graphs_so_far.append(graphs)
     assert graphs_so_far == [graphs_so_far[0]] * 4
+
+
+@pytest.mark.parametrize(("wish", "expected"), [(None, [False, True]), (True, [True, True]), (False, [False, False])])
+def test_compiled_gradients_are_as_deterministic_as_asked_or_as_torch_is(
+    wish: bool | None, expected: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned, asked = backward_ops.plan_backward, []
+
+    def note(problem: Problem, device: Device) -> BackwardPlan:
+        asked.append(problem.deterministic)
+        return planned(problem, device)
+
+    monkeypatch.setattr(backward_ops, "plan_backward", note)
+    args, leaves = leaves_of(plain(causal=True))
+    traced = compiled(lambda args: flashtile.attention(**args, deterministic=wish).square().sum())
+    for torchs in (False, True):
+        monkeypatch.setattr(backward_ops, "_PREPARED", {})
+        torch.use_deterministic_algorithms(torchs)  # torch refuses to change it between a compiled forward and its backward
+        try:
+            torch.autograd.grad(traced(args), leaves)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert asked == expected
 
 
 def test_under_autocast() -> None:
@@ -191,7 +218,7 @@ def test_opcheck_of_backward(args: dict[str, Any], through_lse: bool) -> None:
         (
             args["q"], args["k"], args["v"], out, lse, torch.randn_like(out), torch.randn_like(lse) if through_lse else None,
             *(args.get(name) for name in ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "seqused_k")),
-            True, None, None, 0.0, None, args["sinks"], None, False, True,
+            True, None, None, 0.0, None, args["sinks"], None, False, None, True,
         ),
     )  # fmt: skip
 
