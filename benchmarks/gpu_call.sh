@@ -100,7 +100,7 @@ search) measure 100 --grid search --no-peers --compilers 12 ;;
 sanitize)
   # the tools watch kernels that the unwatched run has compiled into Triton's cache; without torch's caching allocator, for
   # inside its large blocks nothing is out of bounds
-  timeout -k 10 $((seconds / 2)) "$python" -m benchmarks.sanitize prepare --out "$out" --operation "${OPERATION:-}"
+  [ -f "$out/trials.json" ] || "$python" -m benchmarks.sanitize prepare --out "$out" --operation "${OPERATION:-}" --budget $((seconds / 2))
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
   sanitized memcheck $(($(left) - 60))
   sanitized racecheck $(($(left) - 60))

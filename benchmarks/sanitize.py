@@ -19,6 +19,7 @@ from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from random import Random
 from typing import Annotated, Any, Protocol
 
 import torch
@@ -46,11 +47,12 @@ class Trial(Protocol):
 
 
 def trials(device: str, operation: str = "") -> list[Trial]:
-    """Every trial of both operations, or of one."""
+    """Every trial of both operations, or of one, shuffled: wherever the time ends, some of every kernel, tile and case have had theirs."""
     found: list[Trial] = []
     for name, make in (("decode", sanitize_decode.trials), ("forward", sanitize_forward.trials)):
         if operation in ("", name):
             found += make(device)
+    Random(0).shuffle(found)
     return found
 
 
@@ -76,8 +78,10 @@ def launches(trial: Trial, device: str) -> dict[str, int]:
     return {name: count for name, count in names.items() if any(part in name for part in OURS)} or {f"{trial.kernel} calls": 1}
 
 
-def examine(trial: Trial, device: str) -> dict[str, Any]:
-    """A trial's outcome, with its launches where it ran."""
+def examine(trial: Trial, device: str, end: float) -> dict[str, Any]:
+    """A trial's outcome, with its launches where it ran; ``unprepared`` where it is past ``end`` (time.time())."""
+    if time.time() > end:
+        return {"unprepared": "no time was left"}
     outcome = attempt(trial, device)
     return outcome | {"launches": launches(trial, device)} if "ok" in outcome else outcome
 
@@ -88,14 +92,16 @@ def prepare(
     device: On = "cuda",
     workers: Annotated[int, typer.Option(help="Processes that compile.")] = 15,
     operation: Annotated[str, typer.Option(help="decode or forward alone.")] = "",
+    budget: Annotated[float, typer.Option(help="Seconds after which no further trial begins.")] = 600.0,
 ) -> None:
     """Compiles and checks every trial unwatched, counts its launches, and writes OUT/trials.json."""
     every, began = trials(device, operation), time.monotonic()
+    end = time.time() + budget
     if workers > 1:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            outcomes = list(pool.map(examine, every, [device] * len(every)))
+            outcomes = list(pool.map(examine, every, [device] * len(every), [end] * len(every)))
     else:
-        outcomes = [examine(trial, device) for trial in every]
+        outcomes = [examine(trial, device, end) for trial in every]
     found = dict(zip(map(str, every), outcomes))
     _write(out / "trials.json", found)
     counts = Counter(next(iter(outcome)) for outcome in outcomes)
@@ -148,7 +154,17 @@ def collect(
     seen = _findings(list(out.glob("control*.log")))
     failed = [f"{name}: {outcome['failed']}" for name, outcome in known.items() if "failed" in outcome]
     refused = {name: outcome["refused"] for name, outcome in known.items() if "refused" in outcome}
-    data = {"schema": 1, **head, "tools": tools, "control_errors": seen, "trials": len(known), "failed": failed, "refused": refused}
+    unprepared = sum("unprepared" in outcome for outcome in known.values())
+    data = {
+        "schema": 1,
+        **head,
+        "tools": tools,
+        "control_errors": seen,
+        "trials": len(known),
+        "unprepared": unprepared,
+        "failed": failed,
+        "refused": refused,
+    }
     _write(out / "sanitize.json", data)
     for tool, summary in tools.items():
         print(f"sanitize: {tool}: {summary['found']} found in {sum(summary['launches'].values())} launches {summary['launches']}"
