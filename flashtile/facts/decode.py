@@ -110,16 +110,17 @@ def decode_key(
     )  # fmt: skip
 
 
-def rounded_hint(max_seqlen_k: object, k_cache: torch.Tensor, page_table: torch.Tensor | None) -> object:
+def rounded_hint(max_seqlen_k: object, k_cache: torch.Tensor, page_table: torch.Tensor | None, token_dim: int = 1) -> object:
     """A hint that plans like this one and is valid if it is, so that a hint that grows by a token a step rarely changes.
 
-    What is no hint, and one whose bucket ends beyond the cache, comes back as it is.
+    What is no hint, and one whose bucket ends beyond the cache, comes back as it is. ``token_dim`` is the one of k_cache's dimensions
+    that counts a sequence's keys, or a page's.
     """
     if max_seqlen_k.__class__ is not int or max_seqlen_k <= 0:
         return max_seqlen_k
     rounded = length_bucket(max_seqlen_k)
     try:
-        capacity = k_cache.shape[1] if page_table is None else k_cache.shape[1] * page_table.shape[1]
+        capacity = k_cache.shape[token_dim] if page_table is None else k_cache.shape[token_dim] * page_table.shape[1]
     except (AttributeError, IndexError, TypeError):
         return max_seqlen_k
     return rounded if rounded <= capacity else max_seqlen_k

@@ -174,8 +174,7 @@ class DeviceRunner:
 
     def note(self, args: tuple[Any, ...], call: Call) -> Callable[..., Any] | None:
         """Notes that ``call``, made of ``args``, has just been run. What it returns repeats a noted call of the same args."""
-        operation: type[Any] = call.__class__
-        replays = cuda_replays(operation)
+        replays = cuda_replays(call.__class__)  # type: ignore[arg-type]  # a class of tuples is hashable
         if replays is None or self._current_device() != self._index:
             return None
         replays.note(self._run, self._index, args, call)
@@ -183,7 +182,7 @@ class DeviceRunner:
 
 
 @functools.lru_cache(maxsize=8)
-def cuda_replays(operation: type[Any]) -> Replays | None:
-    """This process's recorded calls of an operation on GPUs; None where they cannot be repeated."""
+def cuda_replays(operation: type[Call]) -> Replays | None:
+    """This process's recorded calls of an operation, by its class of calls, on GPUs; None where they cannot be repeated."""
     table = native.cuda_table()
     return None if table is None else Replays(table)
