@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashtile.arguments import (
     check_cache,
+    check_dropout,
     check_heads,
     check_hint,
     check_keys,
@@ -24,7 +25,7 @@ from flashtile.arguments import (
     check_varlen,
 )
 from flashtile.band import Band
-from flashtile.errors import ArgumentError, DtypeError, ShapeError, message
+from flashtile.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError, message
 from flashtile.rounding import alignment_of, length_bucket, query_bucket
 
 if TYPE_CHECKING:
@@ -201,6 +202,7 @@ class Problem:
         scale: float | None = None,
         sinks: torch.Tensor | None = None,
         alibi_slopes: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
         out: torch.Tensor | None = None,
         lse: bool = False,
         allow_tf32: bool = False,
@@ -218,6 +220,7 @@ class Problem:
         check_heads(heads_q, heads_kv, head_dim, k=k)
         check_same_dtype(q, k=k, v=v)
         check_out(out, (*q.shape[:-1], head_dim_v), q.dtype)
+        check_dropout(dropout_p)
         check_scores(heads_q, batch, causal, softcap, scale, sinks, alibi_slopes, allow_tf32)
         planned = check_hint(max_seqlen_k, room, "all keys of k" if page_table is None else "all pages of a sequence")
         rounded = query_bucket(seqlen_q)
@@ -225,8 +228,9 @@ class Problem:
             operation="forward", batch=batch,
             seqlen_q=rounded, total_q=query_bucket(total_q) if packed else batch * rounded, seqlen_k=length_bucket(planned),
             num_heads_q=heads_q, num_heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v, dtype_q=_name_of(q.dtype),
-            band=Band.of(causal, window), softcap=softcap != 0.0, alibi=alibi_slopes is not None, sinks=sinks is not None, lse=lse,
-            page_size=page_size, ragged_q=packed, ragged_k=cu_seqlens_k is not None, seqused_k=seqused_k is not None,
+            band=Band.of(causal, window), softcap=softcap != 0.0, alibi=alibi_slopes is not None, sinks=sinks is not None,
+            dropout=dropout_p != 0.0, lse=lse, page_size=page_size, ragged_q=packed, ragged_k=cu_seqlens_k is not None,
+            seqused_k=seqused_k is not None,
             alignment=alignment_of(q, k, v, out), allow_tf32=allow_tf32 and q.dtype == torch.float32,
         )  # fmt: skip
 
@@ -236,6 +240,11 @@ def _name_of(dtype: torch.dtype) -> str:
 
 
 def _check_numbers(p: Problem) -> None:
+    if p.dropout and (p.operation == "decode" or p.page_size):
+        keys = "keys in pages" if p.page_size else "decode"
+        raise UnsupportedError(
+            message("dropout_p", f"0.0 for {keys}", "dropout", "It is for training: with attention, or attention_varlen on packed keys.")
+        )
     for name in ("batch", "total_q", "seqlen_q", "seqlen_k", "page_size"):
         if getattr(p, name) < 0:
             raise ArgumentError(message(name, "a count that is not negative", getattr(p, name), "Use 0 for nothing."))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from flashtile.band import Band
+from flashtile.dropout import keep_mask, scale_of
 
 _BYTES_AT_ONCE = 2 << 30
 _FULL = Band()
@@ -23,12 +24,15 @@ def attention(
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
     key_mask: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    keep: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention as the formula says it, every score in memory.
 
     q (b, seqlen_q, hq, d), k (b, seqlen_k, hk, d), v (b, seqlen_k, hk, dv); sinks (hq,); alibi_slopes (hq,) or
-    (b, hq); key_mask (b, seqlen_k) bool, False where a key is invisible to all. Inputs are cast to ``dtype`` first.
+    (b, hq); key_mask (b, seqlen_k) bool, False where a key is invisible to all; keep (b, hq, seqlen_q, seqlen_k) bool, False where
+    dropout, which is off where it is None, takes an entry of the softmax. Inputs are cast to ``dtype`` first.
     Returns out (b, seqlen_q, hq, dv) and lse (b, hq, seqlen_q), natural log, both in ``dtype``. A row that sees no
     key gives out 0 and lse -inf (or the sink).
     """
@@ -61,7 +65,10 @@ def attention(
     nothing = total == 0.0
     total = total + nothing
     lse = (largest + torch.log(total)).masked_fill(nothing, float("-inf")).squeeze(-1)
-    shares = (weights[..., :-1] / total).reshape(batch, heads_kv, group, seqlen_q, seqlen_k)
+    shares = weights[..., :-1] / total
+    if keep is not None:
+        shares = torch.where(keep, shares * scale_of(dropout_p), 0.0)
+    shares = shares.reshape(batch, heads_kv, group, seqlen_q, seqlen_k)
     out = torch.einsum("bhgqk,bkhd->bqhgd", shares, v).flatten(2, 3)
     return out, lse
 
@@ -83,13 +90,16 @@ def forward(
     scale: float | None = None,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``flashtile.attention`` and ``flashtile.attention_varlen`` as a loop over sequences around ``attention``.
 
     Takes the arguments of either, and any mixture: q is packed where ``cu_seqlens_q`` is given, k and v where
     ``cu_seqlens_k`` is, and they are pages where ``page_table`` is. ``max_seqlen_q`` and ``max_seqlen_k`` are what a planner
-    needs to know; they change no result here or there.
+    needs to know; they change no result here or there. ``seed`` (2,) int64 says which entries ``dropout_p`` drops: it is what
+    ``flashtile.attention`` draws from torch's generator.
     Returns out (like q, with the value's head_dim) and lse (b, hq, seqlen_q) or (hq, total_q), both in ``dtype``.
     """
     heads_q = q.shape[-2]
@@ -103,14 +113,19 @@ def forward(
     out = q.new_zeros((rows.shape[0], heads_q, v.shape[-1]), dtype=dtype)
     lse = q.new_full((heads_q, rows.shape[0]), float("-inf"), dtype=dtype)
     band = Band.of(causal, window)
+    heads = torch.arange(heads_q, device=q.device)
     for i in range(batch):
         here = slice(starts[i], max(starts[i], starts[i + 1]))
         k_i, v_i, key_mask = _keys_of(i, k, v, cu_seqlens_k, page_table, seqused_k)
         slopes = alibi_slopes[i] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes
         for kv_heads, q_heads in _head_slices(heads_q, k_i, here.stop - here.start):
+            keep: torch.Tensor | None = None
+            if dropout_p and seed is not None:
+                streams = i * heads_q + heads[None, q_heads]
+                keep = keep_mask(dropout_p, seed, streams, range(here.stop - here.start), range(k_i.shape[1]))
             out_i, lse_i = attention(
                 rows[None, here, q_heads], k_i[:, :, kv_heads], v_i[:, :, kv_heads],
-                band=band, softcap=softcap, scale=scale, key_mask=key_mask, dtype=dtype,
+                band=band, softcap=softcap, scale=scale, key_mask=key_mask, dtype=dtype, dropout_p=dropout_p, keep=keep,
                 sinks=None if sinks is None else sinks[q_heads], alibi_slopes=None if slopes is None else slopes[q_heads],
             )  # fmt: skip
             out[here, q_heads], lse[q_heads, here] = out_i[0], lse_i[0]

@@ -9,12 +9,13 @@ from flashtile.arguments.gradients import check_differentiable, check_no_out, ne
 from flashtile.arguments.keys import check_cache, check_heads, check_hint, check_keys, check_lengths
 from flashtile.arguments.queries import check_queries, check_varlen
 from flashtile.arguments.tensors import check_out, check_out_dtype, check_same_dtype, check_tensors
-from flashtile.arguments.values import check_bool, check_number, check_scores, is_int
+from flashtile.arguments.values import check_bool, check_dropout, check_number, check_scores, is_int
 
 __all__ = [
     "check_bool",
     "check_cache",
     "check_differentiable",
+    "check_dropout",
     "check_heads",
     "check_hint",
     "check_keys",

@@ -31,6 +31,13 @@ def check_number(name: str, value: object, minimum: float | None = None) -> None
         raise ArgumentError(message(name, f"at least {minimum}", value, f"Use {name}=0.0 to switch it off."))
 
 
+def check_dropout(dropout_p: object) -> None:
+    """Raises ArgumentError unless it is a Python number from 0 on that is less than 1."""
+    check_number("dropout_p", dropout_p, minimum=0.0)
+    if not dropout_p < 1.0:  # type: ignore[operator]
+        raise ArgumentError(message("dropout_p", "less than 1", dropout_p, "It is the share of the softmax that is dropped: 0.0 is none."))
+
+
 def check_scores(
     heads_q: int,
     batch: int,

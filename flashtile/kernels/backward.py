@@ -21,7 +21,7 @@ from flashtile.kernels.backward_keys import keys_spec
 from flashtile.kernels.backward_queries import queries_spec
 from flashtile.kernels.call import BackwardCall, BackwardRunner
 from flashtile.kernels.launch import Launch, Spec, launcher, on_device, pointer_of, workspace
-from flashtile.kernels.operands import Layout, lse_view, rows_view, scores_view, with_keys
+from flashtile.kernels.operands import Layout, dropout_view, lse_view, rows_view, scores_view, with_keys
 from flashtile.kernels.sections import heads_at_once
 from flashtile.kernels.tile.views import band_view
 from flashtile.planner.plans import BackwardPlan
@@ -129,7 +129,7 @@ def _keys_pass(problem: Problem, plan: BackwardPlan, device: torch.device) -> _P
         launch.run(
             units * key_blocks, 1, stream, q, dout, views.statistics, rows_view(call.k, pointer), rows_view(call.v, pointer),
             rows_view(call.dk, pointer), rows_view(call.dv, pointer), views.tokens,
-            scores_view(call.scale, call.softcap, call.alibi_slopes, pointer), transposed,
+            scores_view(call.scale, call.softcap, call.alibi_slopes, pointer), transposed, dropout_view(call.dropout, pointer),
             heads, views.batch, key_blocks, min(at_once, units), *launch.constants,
         )  # fmt: skip
 
@@ -152,7 +152,7 @@ def _queries_pass(problem: Problem, plan: BackwardPlan, device: torch.device) ->
         launch.run(
             units * row_blocks, 1, stream, rows_view(call.q, pointer), views.dout, views.statistics, k, v,
             rows_view(call.dq, pointer), views.tokens, scores_view(call.scale, call.softcap, call.alibi_slopes, pointer), band,
-            heads, views.batch, row_blocks, min(at_once, units), *launch.constants,
+            dropout_view(call.dropout, pointer), heads, views.batch, row_blocks, min(at_once, units), *launch.constants,
         )  # fmt: skip
 
     return run

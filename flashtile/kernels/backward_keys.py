@@ -12,9 +12,20 @@ import triton.language as tl
 
 from flashtile.kernels.forward import value_parts
 from flashtile.kernels.launch import Arg, Spec
-from flashtile.kernels.operands import Layout, band_spec, rows_spec, scores_spec, statistics_spec, tokens_spec, usual_layout, walked_specs
+from flashtile.kernels.operands import (
+    Layout,
+    band_spec,
+    dropout_spec,
+    rows_spec,
+    scores_spec,
+    statistics_spec,
+    tokens_spec,
+    usual_layout,
+    walked_specs,
+)
 from flashtile.kernels.tile.band import keys_of, visible_keys, whole_tiles
 from flashtile.kernels.tile.cache import load_tile
+from flashtile.kernels.tile.dropout import kept_transposed
 from flashtile.kernels.tile.gradients import load_statistics, probabilities, score_gradients, slope_of
 from flashtile.kernels.tile.order import row_block_of
 from flashtile.kernels.tile.results import store_rows
@@ -28,7 +39,7 @@ from flashtile.problem import Problem
 
 @triton.jit
 def backward_keys_kernel(
-    q, dout, statistics, k, v, dk, dv, tokens, scores, band, num_heads, batch, key_blocks, heads_at_once,
+    q, dout, statistics, k, v, dk, dv, tokens, scores, band, dropout, num_heads, batch, key_blocks, heads_at_once,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr, DV_REST: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -78,12 +89,15 @@ def backward_keys_kernel(
     whole_start, whole_end = whole_tiles(band, first_position, last_position, first, last, BLOCK_M)
     for edges in tl.static_range(2):
         dk_sum, dk_rest, dv_sum, dv_rest = _walk(
-            dk_sum, dk_rest, dv_sum, dv_rest, k_tile, k_rest, v_tile, v_rest, q, dout, statistics, tokens, scores, band,
-            b, h, row_start, position, first, last, whole_start, whole_end, edges == 0,
-            GROUP, BLOCK_M, HEAD_DIM, HEAD_DIM_V, D, D_REST, DV, DV_REST, STAGES, PRECISION,
+            dk_sum, dk_rest, dv_sum, dv_rest, k_tile, k_rest, v_tile, v_rest, q, dout, statistics, tokens, scores, band, dropout,
+            b, h, num_heads * GROUP, row_start, position, first, last, whole_start, whole_end, key_block * BLOCK_N, edges == 0,
+            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D, D_REST, DV, DV_REST, STAGES, PRECISION,
         )  # fmt: skip
 
     scale = scores.scale_log2 * LN2
+    if dropout.seed is not None:
+        dv_sum = dv_sum * dropout.scale
+        dv_rest = dv_rest * dropout.scale
     exists = key < room
     dk_rows = row_offsets(dk, b_keys, key_start + key, h)
     dv_rows = row_offsets(dv, b_keys, key_start + key, h)
@@ -97,14 +111,14 @@ def backward_keys_kernel(
 
 @triton.jit
 def _walk(
-    dk_sum, dk_rest, dv_sum, dv_rest, k_tile, k_rest, v_tile, v_rest, q, dout, statistics, tokens, scores, band,
-    b, h, row_start, position, first, last, whole_start, whole_end, EDGES: tl.constexpr,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    dk_sum, dk_rest, dv_sum, dv_rest, k_tile, k_rest, v_tile, v_rest, q, dout, statistics, tokens, scores, band, dropout,
+    b, h, num_heads_q, row_start, position, first, last, whole_start, whole_end, first_key, EDGES: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr, DV_REST: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys at query positions ``position`` (BLOCK_N,) over the tiles of queries that see them all, or where EDGES over the rest.
 
-    Returns both parts of dK, short of the scale, and of dV, carried on.
+    ``first_key`` is what dropout goes by. Returns both parts of dK, short of the scale, and of dV, short of dropout's, carried on.
     """
     b_rows = b * 0 if tokens.cu_seqlens_q is not None else b
     q_ptr = q.ptr + row_start.to(tl.int64) * q.stride_n
@@ -151,9 +165,15 @@ def _walk(
         # [BLOCK_M, DV]
         dout_tile = load_tile(dout_ptr, dout_view, head, b_rows.to(tl.int64), slot, inside, m, dv, min(HEAD_DIM_V, DV), BLOCK_M, 0)
         p_operand = p.to(dout_tile.dtype)
+        keep = None
+        if dropout.seed is not None:
+            keep = kept_transposed(dropout, b * num_heads_q + head, tile, first_key, BLOCK_M, BLOCK_N)
+            p_operand = tl.where(keep, p, 0.0).to(dout_tile.dtype)
         dv_sum = tl.dot(p_operand, dout_tile, dv_sum, input_precision=PRECISION)
         # [BLOCK_N, BLOCK_M], less delta from the start: a register for each row's delta would be one too many
-        dp = tl.zeros_like(s) - delta[None, :]
+        dp = tl.zeros_like(s)
+        if keep is None:
+            dp = dp - delta[None, :]
         dp = tl.dot(v_tile, tl.trans(dout_tile), dp, input_precision=PRECISION)
         if DV_REST > 0:
             dout_rest = load_tile(
@@ -161,6 +181,8 @@ def _walk(
             )
             dv_rest = tl.dot(p_operand, dout_rest, dv_rest, input_precision=PRECISION)
             dp = tl.dot(v_rest, tl.trans(dout_rest), dp, input_precision=PRECISION)
+        if keep is not None:
+            dp = tl.where(keep, dp * dropout.scale, 0.0) - delta[None, :]
         ds = score_gradients(p, dp, capped, scores).to(q_tile.dtype)
         dk_sum = tl.dot(ds, q_tile, dk_sum, input_precision=PRECISION)
         if D_REST > 0:
@@ -186,6 +208,7 @@ def keys_spec(problem: Problem, plan: BackwardPlan, layout: Layout | None = None
             "tokens": tokens_spec(problem),
             "scores": scores_spec(problem),
             "band": band_spec(problem.band.transposed()),
+            "dropout": dropout_spec(problem),
             "num_heads": i32,
             "batch": i32,
             "key_blocks": i32,

@@ -10,9 +10,20 @@ import triton.language as tl
 
 from flashtile.kernels.forward import value_parts
 from flashtile.kernels.launch import Arg, Spec
-from flashtile.kernels.operands import Layout, band_spec, keys_specs, rows_spec, scores_spec, statistics_spec, tokens_spec, usual_layout
+from flashtile.kernels.operands import (
+    Layout,
+    band_spec,
+    dropout_spec,
+    keys_specs,
+    rows_spec,
+    scores_spec,
+    statistics_spec,
+    tokens_spec,
+    usual_layout,
+)
 from flashtile.kernels.tile.band import keys_of, visible_keys, whole_tiles
 from flashtile.kernels.tile.cache import load_tile
+from flashtile.kernels.tile.dropout import kept
 from flashtile.kernels.tile.gradients import load_statistics, probabilities, score_gradients, slope_of
 from flashtile.kernels.tile.order import row_block_of
 from flashtile.kernels.tile.results import store_rows
@@ -26,7 +37,7 @@ from flashtile.problem import Problem
 
 @triton.jit
 def backward_queries_kernel(
-    q, dout, statistics, k, v, dq, tokens, scores, band, num_heads, batch, row_blocks, heads_at_once,
+    q, dout, statistics, k, v, dq, tokens, scores, band, dropout, num_heads, batch, row_blocks, heads_at_once,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr, DV_REST: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -67,9 +78,9 @@ def backward_queries_kernel(
     b_keys = b * 0 if tokens.cu_seqlens_k is not None else b
     for edges in tl.static_range(2):
         dq_sum, dq_rest = _walk(
-            dq_sum, dq_rest, q_tile, q_rest, dout_tile, dout_rest, lse_log2, delta, k, v, scores, band, slope_of(scores, b, h),
-            b_keys, h // GROUP, key_start, row + offset, first, last, whole_start, whole_end, edges == 0,
-            BLOCK_N, HEAD_DIM, HEAD_DIM_V, D, D_REST, DV, DV_REST, STAGES, PRECISION,
+            dq_sum, dq_rest, q_tile, q_rest, dout_tile, dout_rest, lse_log2, delta, k, v, scores, band, dropout, slope_of(scores, b, h),
+            b_keys, h // GROUP, key_start, row + offset, first, last, whole_start, whole_end, b * num_heads + h, row_block * BLOCK_M,
+            edges == 0, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D, D_REST, DV, DV_REST, STAGES, PRECISION,
         )  # fmt: skip
 
     scale = scores.scale_log2 * LN2
@@ -81,14 +92,15 @@ def backward_queries_kernel(
 
 @triton.jit
 def _walk(
-    dq_sum, dq_rest, q_tile, q_rest, dout_tile, dout_rest, lse_log2, delta, k, v, scores, band, slope,
-    b, h_kv, key_start, position, first, last, whole_start, whole_end, EDGES: tl.constexpr,
-    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    dq_sum, dq_rest, q_tile, q_rest, dout_tile, dout_rest, lse_log2, delta, k, v, scores, band, dropout, slope,
+    b, h_kv, key_start, position, first, last, whole_start, whole_end, stream, first_row, EDGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr, DV_REST: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows at key positions ``position`` (BLOCK_M,) over the tiles that they all see whole, or where EDGES over the rest of [first, last).
 
-    ``key_start`` is the sequence's first key within a packed k. Returns both parts of dQ, short of the scale, carried on.
+    ``key_start`` is the sequence's first key within a packed k; ``stream`` and ``first_row`` are what dropout goes by. Returns both
+    parts of dQ, short of the scale, carried on.
     """
     k_ptr = k.ptr + key_start.to(tl.int64) * k.stride_n
     v_view = k if v.stride_n is None else v
@@ -125,12 +137,16 @@ def _walk(
         # [BLOCK_N, DV]
         v_tile = load_tile(v_ptr, v_view, h_kv, b.to(tl.int64), slot, inside, n, dv, min(HEAD_DIM_V, DV), BLOCK_N, 0)
         # [BLOCK_M, BLOCK_N]
-        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION) - delta[:, None]
+        dp = tl.dot(dout_tile, tl.trans(v_tile), input_precision=PRECISION)
+        if dropout.seed is None:
+            dp = dp - delta[:, None]
         if DV_REST > 0:
             v_rest = load_tile(
                 v_ptr + DV, v_view, h_kv, b.to(tl.int64), slot, inside, n, tl.arange(0, DV_REST), HEAD_DIM_V - DV, BLOCK_N, 0
             )
             dp = tl.dot(dout_rest, tl.trans(v_rest), dp, input_precision=PRECISION)
+        if dropout.seed is not None:
+            dp = tl.where(kept(dropout, stream, first_row, tile, BLOCK_M, BLOCK_N), dp * dropout.scale, 0.0) - delta[:, None]
         visible = (key[None, :] >= lowest[:, None]) & (key[None, :] <= highest[:, None]) if EDGES else None
         p, capped = probabilities(s, scores, slope, key[None, :] - position[:, None], visible, lse_log2[:, None])
         ds = score_gradients(p, dp, capped, scores).to(k_tile.dtype)
@@ -155,6 +171,7 @@ def queries_spec(problem: Problem, plan: BackwardPlan, layout: Layout | None = N
             "tokens": tokens_spec(problem),
             "scores": scores_spec(problem),
             "band": band_spec(problem.band),
+            "dropout": dropout_spec(problem),
             "num_heads": i32,
             "batch": i32,
             "row_blocks": i32,

@@ -43,6 +43,13 @@ DecodeRunner = Callable[[DecodeCall], None]
 """What a kernel module's ``bind(problem, plan, device)`` returns: runs a call of that problem, on its device's current stream."""
 
 
+class Dropout(NamedTuple):
+    """Which entries of the softmax a call drops, each with probability ``p`` in (0, 1); ``seed`` (2,) int64 on q's device."""
+
+    p: float
+    seed: torch.Tensor
+
+
 class ForwardCall(NamedTuple):
     """Tensors of one forward call (``b`` sequences, ``hq`` query heads, ``hk`` key heads).
 
@@ -61,6 +68,7 @@ class ForwardCall(NamedTuple):
     lse          float32 (b, hq, seqlen_q), or (hq, total_q) where q is packed; written; None if not wanted
     scale        multiplies q.k
     softcap      0.0 where off
+    dropout      None where nothing is dropped; lse is that of the whole softmax
     """
 
     q: torch.Tensor
@@ -77,6 +85,7 @@ class ForwardCall(NamedTuple):
     lse: torch.Tensor | None
     scale: float
     softcap: float
+    dropout: Dropout | None = None
 
 
 ForwardRunner = Callable[[ForwardCall], None]
@@ -85,8 +94,8 @@ ForwardRunner = Callable[[ForwardCall], None]
 class BackwardCall(NamedTuple):
     """Tensors of one backward call: those of the forward call, what it returned, and the gradients.
 
-    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, sinks, alibi_slopes, scale and softcap are as in a ForwardCall;
-    keys lie in no pages.
+    q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen_q, sinks, alibi_slopes, scale, softcap and dropout are as in a
+    ForwardCall; keys lie in no pages.
 
     out          as the forward call wrote it
     lse          float32, as the forward call wrote it
@@ -117,6 +126,7 @@ class BackwardCall(NamedTuple):
     alibi_slopes: torch.Tensor | None
     scale: float
     softcap: float
+    dropout: Dropout | None = None
 
 
 BackwardRunner = Callable[[BackwardCall], None]

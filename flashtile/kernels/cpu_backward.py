@@ -1,7 +1,7 @@
 """The CPU engine's backward: gradients by torch's own CPU kernels and matrix products, in memory linear in the lengths.
 
 Full and causal attention goes to the backward of torch's flash kernel with all rows at once. Everything else (windows, ALiBi,
-softcap, a gradient through lse) is computed from blocks of scores, one sequence at a time (``cpu_gradients.py``); ``block_m``
+softcap, dropout, a gradient through lse) is computed from blocks of scores, one sequence at a time (``cpu_gradients.py``); ``block_m``
 bounds the query positions of one block there.
 """
 
@@ -27,7 +27,8 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
     """A runner for calls of ``problem`` on the CPU; every choice that does not hang on lengths is made here."""
     band = problem.band
     positions = max(1, min(plan.block_m, BLOCK_ROWS // problem.group))
-    in_one_piece = not (problem.softcap or problem.alibi or band.left is not None) and plan.block_m >= problem.seqlen_q
+    flash_knows = not (problem.softcap or problem.alibi or problem.dropout or band.left is not None)
+    in_one_piece = flash_knows and plan.block_m >= problem.seqlen_q
     native = computes_natively(problem, problem.rows)
 
     def run(call: BackwardCall) -> None:

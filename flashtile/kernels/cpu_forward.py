@@ -1,7 +1,7 @@
 """The CPU engine's forward: prefill by torch's own CPU kernels and matrix products, in memory linear in the lengths.
 
 Full and causal attention goes to torch's flash kernel with all rows at once: it knows the triangle that begins at the first query
-and key, so that keys left of it are a part of their own. Everything else (windows, ALiBi, softcap, missing pages, few rows of
+and key, so that keys left of it are a part of their own. Everything else (windows, ALiBi, softcap, dropout, missing pages, few rows of
 many heads) takes the way of decode, some packed rows at a time; ``block_m`` bounds the query positions of one pass there.
 """
 
@@ -31,8 +31,9 @@ def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRu
     """A runner for calls of ``problem`` on the CPU; every choice that does not hang on lengths is made here."""
     band, group = problem.band, problem.group
     positions = max(1, min(plan.block_m, _ROWS_AT_ONCE // group))
-    in_one_piece = not (problem.softcap or problem.alibi or band.left is not None) and plan.block_m >= problem.seqlen_q
-    products = needs_products(problem.softcap, problem.head_dim, problem.head_dim_v)
+    flash_knows = not (problem.softcap or problem.alibi or problem.dropout or band.left is not None)
+    in_one_piece = flash_knows and plan.block_m >= problem.seqlen_q
+    products = problem.dropout or needs_products(problem.softcap, problem.head_dim, problem.head_dim_v)
     always_unpacked = group == 1 or products
     # Decode's way takes products in float32, and a missing page sends a call that way.
     by_products = products and not (in_one_piece and not problem.page_size)
@@ -43,7 +44,7 @@ def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRu
             clear(call)
         if call.q.numel() == 0:
             return
-        reader = KeyReader(call.k, call.v, call.page_table, through_float32)
+        reader = KeyReader(call.k, call.v, call.page_table, through_float32, one_by_one=problem.dropout)
         queries, keys = tokens_of(call, reader)
         for part in runs_of(queries, keys, reader):
             unpacked = always_unpacked or part.seqlen_q >= _WORTH_UNPACKED

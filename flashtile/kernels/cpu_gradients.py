@@ -12,6 +12,7 @@ import torch
 
 from flashtile.band import Band
 from flashtile.kernels.call import BackwardCall
+from flashtile.kernels.cpu_dropout import RowDropout
 from flashtile.kernels.cpu_keys import KeyReader
 from flashtile.kernels.cpu_mask import Mask, MaskBlock, segments_of
 from flashtile.kernels.cpu_run import Run, keys_of, lse_of, queries_of
@@ -69,6 +70,7 @@ def run_blocks(call: BackwardCall, run: Run, tensors: RunTensors, reader: KeyRea
         here = slice(first, min(first + positions, run.seqlen_q))
         mask = Mask(band, offset, first, here.stop - first, group, slopes, None)
         rows = _rows_of(tensors, here, heads_kv, call.scale)
+        dropout = None if call.dropout is None else RowDropout(call.dropout, run.first, heads_kv, group, here)
         dq = torch.zeros_like(rows.q)
         for segment in segments_of(band, offset, here, run.seqlen_k, rows.q.shape[1], masked=mask.everywhere):
             step = reader.keys_at_once(1, rows.q.shape[1])
@@ -76,9 +78,11 @@ def run_blocks(call: BackwardCall, run: Run, tensors: RunTensors, reader: KeyRea
                 keys = slice(start, min(start + step, segment.stop))
                 k, v = reader.read(keys.start, keys.stop)
                 block = mask.block(keys.start, keys.stop) if segment.masked else None
+                factors = None if dropout is None else dropout.factors(keys.start, keys.stop)
                 for heads in _heads_at_once(heads_kv, rows.q.shape[1] * (keys.stop - start)):
                     _add_block(
-                        rows.heads(heads), k[0, heads], v[0, heads], _heads_of(block, heads), call.softcap,
+                        rows.heads(heads), k[0, heads], v[0, heads], _heads_of(block, heads),
+                        None if factors is None else factors[heads], call.softcap,
                         dq[heads], dk[heads, keys], dv[heads, keys],
                     )  # fmt: skip
         # (hk, positions, group, d) into (positions, hk, group, d)
@@ -89,10 +93,13 @@ def run_blocks(call: BackwardCall, run: Run, tensors: RunTensors, reader: KeyRea
 
 
 def _add_block(
-    rows: _Rows, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, softcap: float,
+    rows: _Rows, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, factors: torch.Tensor | None, softcap: float,
     dq: torch.Tensor, dk: torch.Tensor, dv: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Adds what rows and keys k (heads, keys, d), v (heads, keys, dv) give each other; dq (heads, rows, d) still wants the scale."""
+    """Adds what rows and keys k (heads, keys, d), v (heads, keys, dv) give each other; dq (heads, rows, d) still wants the scale.
+
+    ``bias`` and ``factors`` are (heads or 1, rows, keys): added to the scores, and multiplied with their softmax (dropout).
+    """
     scores = torch.bmm(rows.q, k.transpose(1, 2))
     slope = None
     if softcap:
@@ -102,8 +109,11 @@ def _add_block(
     if bias is not None:
         scores.add_(bias)
     weights = scores.sub_(rows.lse).exp_()
-    dv.baddbmm_(weights.transpose(1, 2), rows.dout)
-    dscores = torch.bmm(rows.dout, v.transpose(1, 2)).sub_(rows.delta).mul_(weights)
+    dv.baddbmm_((weights if factors is None else weights * factors).transpose(1, 2), rows.dout)
+    dweights = torch.bmm(rows.dout, v.transpose(1, 2))
+    if factors is not None:
+        dweights.mul_(factors)
+    dscores = dweights.sub_(rows.delta).mul_(weights)
     if slope is not None:
         dscores.mul_(slope)
     dk.baddbmm_(dscores.transpose(1, 2), rows.q)

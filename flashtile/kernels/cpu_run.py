@@ -15,6 +15,7 @@ import torch
 
 from flashtile.band import Band
 from flashtile.kernels.call import BackwardCall, DecodeCall, ForwardCall
+from flashtile.kernels.cpu_dropout import RowDropout
 from flashtile.kernels.cpu_keys import KeyReader
 from flashtile.kernels.cpu_mask import Mask, segments_of
 from flashtile.kernels.cpu_scores import Partials, attend, needs_products
@@ -143,7 +144,7 @@ def _attend_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Query positions ``here`` of a run against all keys they see: out (batch, hk, rows, dv) and lse (batch, hk, rows).
 
-    q (batch, positions, hk, group, d); rows are (position, head of the group).
+    q (batch, positions, hk, group, d); rows are (position, head of the group). With dropout a run has one sequence.
     """
     batch, num_positions, heads_kv, group, head_dim = q.shape
     rows = q.transpose(1, 2).reshape(batch, heads_kv, num_positions * group, head_dim)
@@ -152,14 +153,18 @@ def _attend_rows(
     slopes = call.alibi_slopes
     slopes = slopes[run.first : run.stop] if slopes is not None and slopes.ndim == 2 else slopes
     mask = Mask(band, offset, here.start, num_positions, group, slopes, reader.key_mask)
-    products = needs_products(call.softcap, head_dim, call.out.shape[-1])
+    dropout: RowDropout | None = None
+    if isinstance(call, ForwardCall) and call.dropout is not None:
+        dropout = RowDropout(call.dropout, run.first, heads_kv, group, here)
+    products = dropout is not None or needs_products(call.softcap, head_dim, call.out.shape[-1])
     partials = Partials()
     for segment in segments_of(band, offset, here, run.seqlen_k, rows.shape[2], masked=mask.everywhere):
         step = reader.keys_at_once(batch, rows.shape[2] if segment.masked or products else 0)
         for start in range(segment.start, segment.stop, step):
             stop = min(start + step, segment.stop)
             k, v = reader.read(start, stop)
-            attend(rows, k, v, mask.block(start, stop) if segment.masked else None, call.scale, call.softcap, partials)
+            factors = None if dropout is None else dropout.factors(start, stop)
+            attend(rows, k, v, mask.block(start, stop) if segment.masked else None, call.scale, call.softcap, partials, factors)
     out, lse = partials.merged((batch, heads_kv, num_positions * group, call.out.shape[-1]))
     # (hk, rows): rows are (position, head of the group)
     return (out, lse) if call.sinks is None else join_sinks(out, lse, call.sinks.view(-1, group).repeat(1, num_positions))

@@ -69,11 +69,15 @@ def splits_of(batch: int, heads_kv: int, keys: int) -> int:
 
 
 def attend(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: MaskBlock | None, scale: float, softcap: float, partials: Partials
-) -> None:
-    """Adds the result of rows q (batch, hk, rows, d) over keys k (batch, hk, keys, d), v (batch, hk, keys, dv)."""
-    if needs_products(softcap, q.shape[-1], v.shape[-1]):
-        out, lse = _by_products(q, k, v, mask, scale, softcap)
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: MaskBlock | None, scale: float, softcap: float, partials: Partials,
+    factors: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Adds the result of rows q (batch, hk, rows, d) over keys k (batch, hk, keys, d), v (batch, hk, keys, dv).
+
+    ``factors`` (hk, rows, keys) multiply the softmax's entries, behind its sum: dropout.
+    """
+    if factors is not None or needs_products(softcap, q.shape[-1], v.shape[-1]):
+        out, lse = _by_products(q, k, v, mask, scale, softcap, factors)
     elif mask is not None:
         out, lse = flash(q, k, v, attn_mask=mask.bias, scale=scale)
         if mask.blind is not None:  # the kernel reports an lse of 0 for them
@@ -99,7 +103,7 @@ def _attend_in_splits(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: 
 
 
 def _by_products(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: MaskBlock | None, scale: float, softcap: float
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: MaskBlock | None, scale: float, softcap: float, factors: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Two float32 matrix products with the softmax between them, for scores that the flash kernel does not know."""
     scores = torch.matmul(q * scale, k.transpose(2, 3))
@@ -112,4 +116,6 @@ def _by_products(
     weights = scores.sub_(largest).exp_()
     total = weights.sum(dim=-1, keepdim=True)
     lse = (largest + total.log()).squeeze(-1)
+    if factors is not None:
+        weights.mul_(factors)
     return torch.matmul(weights, v).div_(total.clamp_(min=torch.finfo(torch.float32).tiny)), lse

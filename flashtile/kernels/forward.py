@@ -22,6 +22,8 @@ from flashtile.kernels.call import ForwardCall, ForwardRunner
 from flashtile.kernels.launch import Arg, Launch, Spec, launcher, on_device, pointer_of
 from flashtile.kernels.operands import (
     Layout,
+    dropout_spec,
+    dropout_view,
     keys_specs,
     lse_view,
     pipeline_stages,
@@ -36,6 +38,7 @@ from flashtile.kernels.operands import (
 from flashtile.kernels.sections import heads_at_once
 from flashtile.kernels.tile.band import keys_of, visible_keys, whole_tiles
 from flashtile.kernels.tile.cache import load_tile, locate
+from flashtile.kernels.tile.dropout import kept
 from flashtile.kernels.tile.order import row_block_of
 from flashtile.kernels.tile.results import clear_unowned, store_lse, store_rows
 from flashtile.kernels.tile.rows import load_rows
@@ -51,7 +54,7 @@ _MAX_GRID_X = 2**31 - 1
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, lse, tokens, pages, scores, band, sinks, num_heads, batch, row_blocks, heads_at_once,
+    q, k, v, out, lse, tokens, pages, scores, band, sinks, dropout, num_heads, batch, row_blocks, heads_at_once,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr, DV_REST: tl.constexpr,
     PAGE_SIZE: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -96,9 +99,9 @@ def forward_kernel(
     b_keys = b * 0 if tokens.cu_seqlens_k is not None else b
     for edges in tl.static_range(2):
         m, l, acc, acc_rest = _walk(
-            m, l, acc, acc_rest, q_tile, q_rest, k, v, pages, scores, band, slope, b_keys, h // GROUP, key_start, row + offset,
-            first, last, whole_start, whole_end, edges == 0,
-            BLOCK_N, HEAD_DIM, HEAD_DIM_V, D, D_REST, DV, DV_REST, PAGE_SIZE, NEGATIVE_SCALE, STAGES, PRECISION,
+            m, l, acc, acc_rest, q_tile, q_rest, k, v, pages, scores, band, dropout, slope, b_keys, h // GROUP, key_start, row + offset,
+            first, last, whole_start, whole_end, b * num_heads + h, row_block * BLOCK_M, edges == 0,
+            BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, D, D_REST, DV, DV_REST, PAGE_SIZE, NEGATIVE_SCALE, STAGES, PRECISION,
         )  # fmt: skip
 
     if sinks is not None:
@@ -107,6 +110,8 @@ def forward_kernel(
         acc_rest = acc_rest * alpha[:, None]
     store_lse(lse, b_rows, row_start + row, h, real, m, l)
     inverse = normaliser(l)[:, None]
+    if dropout.seed is not None:
+        inverse = inverse * dropout.scale
     out_rows = row_offsets(out, b_rows, row_start + row, h)
     store_rows(out.ptr, out_rows, real, acc * inverse, False, min(HEAD_DIM_V, DV))
     if DV_REST > 0:
@@ -115,16 +120,16 @@ def forward_kernel(
 
 @triton.jit
 def _walk(
-    m, l, acc, acc_rest, q_tile, q_rest, k, v, pages, scores, band, slope, b, h_kv, key_start, position,
-    first, last, whole_start, whole_end, EDGES: tl.constexpr,
-    BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
+    m, l, acc, acc_rest, q_tile, q_rest, k, v, pages, scores, band, dropout, slope, b, h_kv, key_start, position,
+    first, last, whole_start, whole_end, stream, first_row, EDGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     D: tl.constexpr, D_REST: tl.constexpr, DV: tl.constexpr, DV_REST: tl.constexpr,
     PAGE_SIZE: tl.constexpr, NEGATIVE_SCALE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Rows at key positions ``position`` (BLOCK_M,) over the tiles that they all see whole, or where EDGES over the rest of [first, last).
 
-    ``key_start`` is the sequence's first key within a packed k. Returns the maximum and sum (BLOCK_M,) in base 2 and both
-    parts of the sum of values, carried on.
+    ``key_start`` is the sequence's first key within a packed k; ``stream`` and ``first_row`` are what dropout goes by. Returns the
+    maximum and sum (BLOCK_M,) in base 2 and both parts of the sum of values, carried on.
     """
     # online_step wants a factor that keeps the order of scores; other scores are multiplied before
     SHAPED: tl.constexpr = scores.softcap is not None or scores.slopes is not None or NEGATIVE_SCALE
@@ -172,6 +177,8 @@ def _walk(
         if EDGES:
             s = tl.where((key >= lowest[:, None]) & (key <= highest[:, None]), s, float("-inf"))
         m, l, p, alpha = online_step(m, l, s, 1.0 if SHAPED else factor, 1)
+        if dropout.seed is not None:
+            p = tl.where(kept(dropout, stream, first_row, tile, BLOCK_M, BLOCK_N), p, 0.0)
         # [BLOCK_N, DV]
         v_tile = load_tile(v_ptr, v_view, h_kv, block, slot, exists, n, dv, min(HEAD_DIM_V, DV), BLOCK_N, PAGE_SIZE)
         p = p.to(v_tile.dtype)
@@ -202,6 +209,7 @@ def forward_spec(problem: Problem, plan: ForwardPlan, layout: Layout | None = No
             "out": rows_spec(problem, problem.dtype_out),
             **keys_specs(problem, usual_layout(problem) if layout is None else layout),
             **shared_specs(problem),
+            "dropout": dropout_spec(problem),
             "tokens": tokens_spec(problem),
             "num_heads": i32,
             "batch": i32,
@@ -253,7 +261,7 @@ def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRu
     keys = {False: keys_by(False)}
 
     def run(stream: int, call: ForwardCall) -> None:
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, sinks, slopes, out, lse, scale, softcap = call
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, sinks, slopes, out, lse, scale, softcap, dropped = call
         if (negative := scale < 0.0) not in keys:
             keys[negative] = keys_by(negative)
         launch, k_view, v_view = keys[negative](k, v)
@@ -274,7 +282,7 @@ def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRu
         launch.run(
             programs, 1, stream, rows_view(q, pointer), k_view, v_view, rows_view(out, pointer), lse_view(lse, pointer), tokens, pages,
             scores_view(scale, softcap, slopes, pointer), band, None if sinks is None else pointer(sinks),
-            heads, batch, row_blocks, min(at_once, batch * heads), *launch.constants,
+            dropout_view(dropped, pointer), heads, batch, row_blocks, min(at_once, batch * heads), *launch.constants,
         )  # fmt: skip
 
     return on_device(run, device)

@@ -11,10 +11,13 @@ from typing import Any
 import torch
 
 from flashtile.band import Band
+from flashtile.dropout import scale_of, threshold_of
+from flashtile.kernels.call import Dropout
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch
 from flashtile.kernels.tile.softmax import LOG2E
 from flashtile.kernels.tile.views import (
     BandView,
+    DropoutView,
     KeysView,
     LseView,
     PagesView,
@@ -92,6 +95,11 @@ def scores_spec(problem: Problem) -> ScoresView:
     )
 
 
+def dropout_spec(problem: Problem) -> DropoutView:
+    """Which entries of the softmax are dropped, None where nothing is."""
+    return DropoutView(Arg("*i64"), Arg("u32"), Arg("fp32")) if problem.dropout else DropoutView(None, None, None)
+
+
 def band_spec(band: Band) -> BandView:
     """A band's sides, None where they are unbounded."""
     return BandView(*(None if side is None else Arg("i32") for side in band_view(band)))
@@ -156,6 +164,13 @@ def scores_view(scale: float, softcap: float, slopes: torch.Tensor | None, point
     if slopes is None:
         return scale * _LOG2E, softcap or None, None, None
     return scale * _LOG2E, softcap or None, pointer(slopes), slopes.stride(0) if slopes.ndim == 2 else 0
+
+
+def dropout_view(dropout: Dropout | None, pointer: Pointer) -> tuple[Any, ...]:
+    """Which entries of the softmax are dropped: ``dropout`` of a launch."""
+    if dropout is None:
+        return None, None, None
+    return pointer(dropout.seed), threshold_of(dropout.p), scale_of(dropout.p)
 
 
 def lse_view(lse: torch.Tensor | None, pointer: Pointer) -> tuple[Any, ...]:

@@ -26,6 +26,7 @@ class Kernel:
     kv_scales: tuple[str, ...] = ("none",)
     pages: bool = True  # whether keys may lie on pages,
     shaped_scores: bool = True  # and scores pass through a softcap or get ALiBi biases
+    dropout: bool = False  # and entries of the softmax may be dropped
 
     def reasons_against(self, problem: Problem, device: Device) -> list[str]:
         """Why this kernel cannot run the problem on the device: empty where it can."""
@@ -57,6 +58,8 @@ class Kernel:
             reasons.append(f"keys lie on pages of {problem.page_size}, which have no gradient")
         if not self.shaped_scores:
             reasons += [f"scores with {name} are not its" for name in ("softcap", "alibi") if getattr(problem, name)]
+        if problem.dropout and not self.dropout:
+            reasons.append("it drops no entries of the softmax, and the call has dropout")
         return reasons
 
 
@@ -86,8 +89,8 @@ CATALOG: tuple[Kernel, ...] = (
         architectures=("sm_90",),
         min_alignment=16,  # what tensor maps take
     ),
-    Kernel(TRITON_FORWARD, "flashtile.kernels.forward", "forward", ("cuda", "hip"), _FLOATS, _FLOATS),
-    Kernel(CPU_FORWARD, "flashtile.kernels.cpu_forward", "forward", ("cpu",), _FLOATS, _FLOATS),
+    Kernel(TRITON_FORWARD, "flashtile.kernels.forward", "forward", ("cuda", "hip"), _FLOATS, _FLOATS, dropout=True),
+    Kernel(CPU_FORWARD, "flashtile.kernels.cpu_forward", "forward", ("cpu",), _FLOATS, _FLOATS, dropout=True),
     Kernel(
         GLUON_BACKWARD_SM90, "flashtile.kernels.gluon.backward_sm90", "backward", ("cuda",), _HALVES, _HALVES,
         architectures=("sm_90",),
@@ -96,8 +99,8 @@ CATALOG: tuple[Kernel, ...] = (
         pages=False,
         shaped_scores=False,
     ),
-    Kernel(TRITON_BACKWARD, "flashtile.kernels.backward", "backward", ("cuda", "hip"), _FLOATS, _FLOATS, pages=False),
-    Kernel(CPU_BACKWARD, "flashtile.kernels.cpu_backward", "backward", ("cpu",), _FLOATS, _FLOATS, pages=False),
+    Kernel(TRITON_BACKWARD, "flashtile.kernels.backward", "backward", ("cuda", "hip"), _FLOATS, _FLOATS, pages=False, dropout=True),
+    Kernel(CPU_BACKWARD, "flashtile.kernels.cpu_backward", "backward", ("cpu",), _FLOATS, _FLOATS, pages=False, dropout=True),
 )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def expected_gradients(
     """Gradients by autograd through the reference, computed and returned in ``dtype``; 0 where nothing depends on an input."""
     leaves = [inputs.args[name] for name in ("q", "k", "v", "sinks") if inputs.args[name] is not None]
     leaves = [leaf.detach().to(dtype).requires_grad_() for leaf in leaves]
-    out, lse = reference.forward(**inputs.args | dict(zip(("q", "k", "v", "sinks"), leaves)), dtype=dtype)
+    out, lse = reference.forward(**inputs.args | dict(zip(("q", "k", "v", "sinks"), leaves)), seed=inputs.seed, dtype=dtype)
     if not out.requires_grad:  # there was no sequence
         gradients = tuple(torch.zeros_like(leaf) for leaf in leaves)
     else:

@@ -37,6 +37,7 @@ class ForwardCase:
     alibi_per_sequence: bool = False
     sinks: bool = False
     scale: float | None = None
+    dropout_p: float = 0.0
     logit_scale: float = 1.0
     rising: bool = False
     layout: str = "NHD"
@@ -202,5 +203,26 @@ def _paged() -> list[ForwardCase]:
         ForwardCase("pages_batch_zero", (), (), page_size=16, capacity=32, spare_rows=3),
     ]  # fmt: skip
 
+
+def _dropping() -> list[ForwardCase]:
+    return [
+        ForwardCase("dropout", 65, 130, dropout_p=0.3, batch=2, num_heads_q=4, dtype="bfloat16"),
+        ForwardCase("dropout_causal", 193, 191, dropout_p=0.1, causal=True, num_heads_kv=2),
+        ForwardCase("dropout_one_query_fp32", 1, 129, dropout_p=0.5, dtype="float32"),
+        ForwardCase("dropout_almost_all", 70, 66, dropout_p=0.98, num_heads_q=4),
+        ForwardCase("dropout_window_softcap", 130, 150, dropout_p=0.2, window=(31, 5), softcap=15.0, logit_scale=6.0, dtype="bfloat16"),
+        ForwardCase("dropout_sinks_alibi", 65, 90, dropout_p=0.25, num_heads_q=4, sinks=True, alibi=True, causal=True, dtype="float32"),
+        ForwardCase("dropout_dim_96", 70, 130, dropout_p=0.15, head_dim=96, dtype="bfloat16", causal=True),
+        ForwardCase("dropout_value_dim", 40, 97, dropout_p=0.4, head_dim=64, head_dim_v=128),
+        ForwardCase("dropout_dim_192_hnd", 65, 65, dropout_p=0.1, head_dim=192, layout="HND", batch=2, scale=-0.1),
+        ForwardCase(
+            "dropout_varlen", (65, 1, 0, 130), (97, 64, 20, 129), dropout_p=0.2, causal=True, num_heads_q=4, sinks=True, spare_rows=2,
+            spare_keys=3, seqused_k=(97, 33, 20, 120),
+        ),
+    ]  # fmt: skip
+
+
+DROPOUT_CASES: list[ForwardCase] = _dropping()
+"""Calls with dropout, which kernels may take or leave to others; not among FORWARD_CASES."""
 
 FORWARD_CASES: list[ForwardCase] = [*_tails(), *_lengths(), *_shapes(), *_scores(), *_packed(), *_paged()]

@@ -9,9 +9,13 @@ from typing import Any
 import torch
 
 from flashtile import reference
-from flashtile.kernels.call import ForwardCall
+from flashtile.dropout import draw_seed
+from flashtile.kernels.call import Dropout, ForwardCall
 from flashtile.testing.forward_cases import ForwardCase
 from flashtile.testing.tensors import NAN, alibi_slopes, in_blocks, laid_out, on_device, place_pages, starts_of
+
+GENERATOR_SEED = 11
+"""What torch's generator of a device is seeded with for its next draw to be ``ForwardInputs.seed``."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,19 @@ class ForwardInputs:
     def dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.args["q"].dtype
         return dtype
+
+    @property
+    def seed(self) -> torch.Tensor:
+        """Of dropout, (2,) int64: what a call draws first after ``torch.manual_seed(GENERATOR_SEED)``."""
+        device = self.args["q"].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(GENERATOR_SEED)
+            return draw_seed(device)
+
+    @property
+    def dropout(self) -> Dropout | None:
+        """What a kernel's call gets."""
+        return Dropout(self.case.dropout_p, self.seed) if self.case.dropout_p else None
 
 
 def make_forward_inputs(case: ForwardCase, device: torch.device | str = "cpu", seed: int = 0) -> ForwardInputs:
@@ -63,7 +80,7 @@ def make_forward_inputs(case: ForwardCase, device: torch.device | str = "cpu", s
     args: dict[str, Any] = {name: None if tensor is None else on_device(tensor, device) for name, tensor in tensors.items()}
     if case.varlen:
         args["max_seqlen_q"] = max(case.query_lengths, default=0)
-    return ForwardInputs(case, args | {name: getattr(case, name) for name in ("causal", "window", "softcap", "scale")})
+    return ForwardInputs(case, args | {name: getattr(case, name) for name in ("causal", "window", "softcap", "scale", "dropout_p")})
 
 
 def forward_call(inputs: ForwardInputs, out: torch.Tensor, lse: torch.Tensor | None) -> ForwardCall:
@@ -73,13 +90,13 @@ def forward_call(inputs: ForwardInputs, out: torch.Tensor, lse: torch.Tensor | N
     return ForwardCall(
         q=args["q"], k=args["k"], v=args["v"], **{name: args.get(name) for name in names},
         max_seqlen_q=max(case.query_lengths, default=0) if case.varlen else args["q"].shape[1],
-        out=out, lse=lse, scale=case.head_dim**-0.5 if case.scale is None else case.scale, softcap=case.softcap,
+        out=out, lse=lse, scale=case.head_dim**-0.5 if case.scale is None else case.scale, softcap=case.softcap, dropout=inputs.dropout,
     )  # fmt: skip
 
 
 def expected_forward(inputs: ForwardInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse of the reference, in float64."""
-    return reference.forward(**inputs.args)
+    return reference.forward(**inputs.args, seed=inputs.seed)
 
 
 def _keys(case: ForwardCase, length: int, dim: int, rng: torch.Generator) -> torch.Tensor:

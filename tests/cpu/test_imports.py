@@ -20,7 +20,7 @@ MODULES = {
 
 GROUND = ("flashtile.errors", "flashtile.band", "flashtile.arguments", "flashtile.rounding", "flashtile.problem")
 PLANNER = (*GROUND, "flashtile.planner")
-ENGINE = (*PLANNER, "flashtile.kernels.call", "flashtile.checking", "flashtile.facts", "flashtile.ops")
+ENGINE = (*PLANNER, "flashtile.dropout", "flashtile.kernels.call", "flashtile.checking", "flashtile.facts", "flashtile.ops")
 # What each part may import at module level or later, by longest matching prefix; whatever is not listed may not be imported.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flashtile.errors": (),
@@ -28,9 +28,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flashtile.arguments": ("flashtile.errors", "flashtile.arguments"),
     "flashtile.rounding": (),
     "flashtile.problem": GROUND,
-    "flashtile.reference": GROUND,
+    "flashtile.dropout": (),
+    "flashtile.reference": (*GROUND, "flashtile.dropout"),
     "flashtile.planner": PLANNER,
-    "flashtile.kernels": (*PLANNER, "flashtile.kernels"),
+    "flashtile.kernels": (*PLANNER, "flashtile.dropout", "flashtile.kernels"),
     "flashtile.kernels.call": (),
     "flashtile.kernels.tile": (*GROUND, "flashtile.kernels.tile"),
     "flashtile.checking": ("flashtile.errors", "flashtile.kernels.call"),

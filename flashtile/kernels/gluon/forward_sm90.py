@@ -189,7 +189,7 @@ def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> ForwardRu
     no_rows, no_pages = (None,) * 4, (None,) * 3
 
     def run(stream: int, call: ForwardCall) -> None:
-        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, sinks, slopes, out, lse, scale, softcap = call
+        q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, max_seqlen_q, sinks, slopes, out, lse, scale, softcap, _ = call
         if not out.numel():
             return
         pages: tuple[Any, ...] = no_pages

@@ -106,6 +106,15 @@ class ScoresView(NamedTuple):
     slopes_stride_b: Any
 
 
+class DropoutView(NamedTuple):
+    """Which entries of the softmax are dropped: seed (2,) int64 on the device, or None (nothing is); the least word that keeps an
+    entry (u32); and what is kept is multiplied by."""
+
+    seed: Any
+    threshold: Any
+    scale: Any
+
+
 class BandView(NamedTuple):
     """Band(left, right) with None for an unbounded side."""
 
