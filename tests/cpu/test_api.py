@@ -10,7 +10,7 @@ import torch
 
 import flashtile
 from flashtile import reference
-from flashtile.errors import ArgumentError, DtypeError, ShapeError
+from flashtile.errors import ArgumentError
 from flashtile.facts import decode_key
 from flashtile.ops import decode as ops
 from flashtile.ops import prepared as prepared_calls
@@ -323,14 +323,6 @@ def test_checked_names_the_first_bad_start(starts: tuple[int, ...], entry: int) 
 # merge
 
 
-def parts_of(packed: bool, count: int = 3, dtype: torch.dtype = torch.float32) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    rng = torch.Generator().manual_seed(1)
-    shape = (5, 2, 4) if packed else (3, 5, 2, 4)
-    outs = [torch.randn(shape, generator=rng, dtype=dtype) for _ in range(count)]
-    lses = [torch.randn(*shape[:-3], 2, 5, generator=rng, dtype=dtype) * 20 for _ in range(count)]
-    return outs, lses
-
-
 def test_merge_of_key_ranges_is_attention_over_all() -> None:
     args = small(seqlens_q=1)
     lengths = args["seqlens_k"]
@@ -345,87 +337,3 @@ def test_merge_of_key_ranges_is_attention_over_all() -> None:
     out, lse = flashtile.merge(outs, lses)
     torch.testing.assert_close(out, expected_out)
     torch.testing.assert_close(lse, expected_lse)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_merge_is_associative_and_commutative(packed: bool) -> None:
-    (a, b, c), (la, lb, lc) = parts_of(packed)
-    out, lse = flashtile.merge([a, b, c], [la, lb, lc])
-    assert out.shape == a.shape
-    assert lse.shape == la.shape
-    ab, lab = flashtile.merge([a, b], [la, lb])
-    for again in (flashtile.merge([ab, c], [lab, lc]), flashtile.merge([c, b, a], [lc, lb, la])):
-        torch.testing.assert_close(again[0], out)
-        torch.testing.assert_close(again[1], lse)
-
-
-def test_merge_of_one_part_is_that_part() -> None:
-    outs, lses = parts_of(packed=False, count=1)
-    out, lse = flashtile.merge(outs, lses)
-    torch.testing.assert_close(out, outs[0])
-    torch.testing.assert_close(lse, lses[0])
-
-
-def test_merge_ignores_parts_that_saw_nothing() -> None:
-    (a, b, _), (la, lb, _) = parts_of(packed=False)
-    lb[0] = -INF
-    b[0] = float("nan")
-    blind, never = torch.full_like(a, float("nan")), torch.full_like(la, -INF)
-    out, lse = flashtile.merge([a, b, blind], [la, lb, never])
-    torch.testing.assert_close(out[0], a[0])
-    torch.testing.assert_close(lse[0], la[0])
-    assert torch.isfinite(out).all()
-    out, lse = flashtile.merge([blind, blind], [never, never])
-    assert torch.equal(out, torch.zeros_like(out))
-    assert torch.equal(lse, never)
-
-
-def test_merge_survives_large_logits() -> None:
-    (a, b), (la, lb) = parts_of(packed=True, count=2)
-    out, lse = flashtile.merge([a, b], [la + 3e4, lb - 3e4])
-    torch.testing.assert_close(out, a)
-    torch.testing.assert_close(lse, la + 3e4)
-
-
-def test_merge_keeps_the_dtype_of_its_parts() -> None:
-    outs, lses = parts_of(packed=False)
-    out, lse = flashtile.merge([part.bfloat16() for part in outs], lses)
-    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
-    out, lse = flashtile.merge([outs[0].bfloat16(), *outs[1:]], [part.half() for part in lses])
-    assert (out.dtype, lse.dtype) == (torch.float32, torch.float32)
-
-
-def test_merge_is_differentiable() -> None:
-    outs, lses = parts_of(packed=True, count=3, dtype=torch.float64)
-    leaves = [part.requires_grad_() for part in (*outs, *(lse / 10 for lse in lses))]
-    assert torch.autograd.gradcheck(lambda *parts: flashtile.merge(parts[:3], parts[3:]), leaves)
-
-
-def test_merge_has_finite_gradients_where_nothing_was_seen() -> None:
-    (a, b), (la, lb) = parts_of(packed=False, count=2)
-    la[0] = -INF
-    lb[0, 0] = -INF
-    leaves = [part.requires_grad_() for part in (a, b, la, lb)]
-    out, lse = flashtile.merge([a, b], [la, lb])
-    (out.sum() + lse[torch.isfinite(lse)].sum()).backward()
-    for leaf in leaves:
-        assert leaf.grad is not None
-        assert torch.isfinite(leaf.grad).all()
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "says"),
-    [
-        (lambda o, s: ([], []), ArgumentError, "at least one"),
-        (lambda o, s: (o, s[:1]), ArgumentError, "3 outs and 1 lses"),
-        (lambda o, s: ([o[0], o[1][:1], o[2]], s), ShapeError, r"outs\[1\]"),
-        (lambda o, s: ([o[0][0, 0]] * 3, s), ShapeError, r"outs\[0\].*total_q"),
-        (lambda o, s: (o, [s[0], s[1], s[2].transpose(1, 2)]), ShapeError, r"lses\[2\].*Transpose"),
-        (lambda o, s: ([o[0], o[1].int(), o[2]], s), DtypeError, r"outs\[1\]"),
-        (lambda o, s: (o, [s[0].to("meta"), *s[1:]]), ArgumentError, r"lses\[0\].*device"),
-        (lambda o, s: (o, [None, *s[1:]]), DtypeError, r"lses\[0\]"),
-    ],
-)
-def test_merge_names_the_wrong_part(change: Any, error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
-        flashtile.merge(*change(*parts_of(packed=False)))
