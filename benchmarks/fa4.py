@@ -57,15 +57,15 @@ def contestant(sets: InputSets) -> Contestant:
     if shape.window is not None:
         options["window_size"] = shape.window
     if not shape.packed:
-        return _inference(lambda i: flash_attn_func(sets.q[i], sets.k[i], sets.v[i], **options))
+        return without_gradients(lambda i: flash_attn_func(sets.q[i], sets.k[i], sets.v[i], **options))
     options |= {"cu_seqlens_q": sets.cu_seqlens_q, "max_seqlen_q": sets.max_seqlen_q, "max_seqlen_k": sets.max_seqlen_k}
     options |= {"cu_seqlens_k": sets.cu_seqlens_k} if sets.page_table is None else {
         "page_table": sets.page_table, "seqused_k": sets.seqused_k,
     }  # fmt: skip
-    return _inference(lambda i: flash_attn_varlen_func(sets.q[i], sets.k[i], sets.v[i], **options))
+    return without_gradients(lambda i: flash_attn_varlen_func(sets.q[i], sets.k[i], sets.v[i], **options))
 
 
-def _inference(call: Callable[[int], Any]) -> Contestant:
+def without_gradients(call: Callable[[int], Any]) -> Contestant:
     def run(i: int) -> Any:
         with torch.no_grad():
             return call(i)
@@ -74,9 +74,19 @@ def _inference(call: Callable[[int], Any]) -> Contestant:
 
 
 class Ahead:
-    """Processes that compile what FlashAttention-4 needs for some problems; ``wait`` is called once the kernels are wanted."""
+    """Processes that compile what FlashAttention-4 needs for some problems; ``wait`` is called once the kernels are wanted.
 
-    def __init__(self, shapes: Iterable[Shape], folder: Path, device: torch.device, workers: int = 6) -> None:
+    ``compile_shape`` compiles for one problem, in a worker: a function of some module, since it is sent there by name.
+    """
+
+    def __init__(
+        self,
+        shapes: Iterable[Shape],
+        folder: Path,
+        device: torch.device,
+        compile_shape: Callable[[Any], None] | None = None,
+        workers: int = 6,
+    ) -> None:
         self._pool: ProcessPoolExecutor | None = None
         self._jobs: list[Future[None]] = []
         if device.type != "cuda":
@@ -87,7 +97,7 @@ class Ahead:
                   "FLASH_ATTENTION_NUM_SMS": str(num_sms), "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
         kinds = {_kind(shape): shape for shape in shapes}
         self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_become, initargs=(target, folder))
-        self._jobs = [self._pool.submit(compile_one, shape) for shape in kinds.values()]
+        self._jobs = [self._pool.submit(compile_shape or compile_one, shape) for shape in kinds.values()]
 
     def wait(self, seconds: float) -> int:
         """How many kernels have been compiled; those that are not by then compile where they are first called."""

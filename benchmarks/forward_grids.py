@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 from benchmarks.grids import DTYPE_BYTES, log_uniform
 from flashtile.band import Band
@@ -95,6 +95,9 @@ class Shape:
             lengths = facts[name]
             facts[name] = {"min": min(lengths, default=0), "max": max(lengths, default=0), "sum": sum(lengths)}
         return facts | {"batch": self.batch, "pairs": self.pairs, "flops": self.flops, "bytes_in": self.bytes_in}
+
+
+AnyShape = TypeVar("AnyShape", bound=Shape)
 
 
 def visible_pairs(seqlen_q: int, seqlen_k: int, band: Band) -> int:
@@ -188,7 +191,7 @@ def grid(name: str) -> list[Shape]:
     return makers[name]()
 
 
-def shrunk(shape: Shape, longest: int = 96, max_batch: int = 2, max_heads: int = 4) -> Shape:
+def shrunk(shape: AnyShape, longest: int = 96, max_batch: int = 2, max_heads: int = 4) -> AnyShape:
     """The same kind of problem, small enough for a dry run of the scripts where there is no GPU."""
     factor = ceil(max(shape.seqlens_k, default=1) / longest)
     group = shape.num_heads_q // shape.num_heads_kv

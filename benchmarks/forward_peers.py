@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import fa4
+from benchmarks.forward_grids import Shape
 from benchmarks.forward_sets import InputSets
 from benchmarks.peers import load_object, operator
 from benchmarks.refusals import Refused
@@ -63,14 +64,19 @@ def sdpa(sets: InputSets) -> Contestant:
     return _sdpa(sets, None)
 
 
-def _sdpa(sets: InputSets, backend: SDPBackend | None) -> Contestant:
-    shape = sets.shape
+def ensure_sdpa_can(shape: Shape) -> None:
+    """Raises Refused where torch SDPA cannot say what the problem asks for."""
     if shape.packed:
         raise Refused("SDPA knows neither packed sequences nor pages")
     if shape.window is not None:
         raise Refused("SDPA knows no window without a mask in memory")
     if shape.causal and shape.seqlens_q != shape.seqlens_k:
         raise Refused("SDPA's causal mask is aligned to the top left")
+
+
+def _sdpa(sets: InputSets, backend: SDPBackend | None) -> Contestant:
+    shape = sets.shape
+    ensure_sdpa_can(shape)
     options: dict[str, Any] = {"is_causal": shape.causal}
     if shape.num_heads_q != shape.num_heads_kv:
         options["enable_gqa"] = True

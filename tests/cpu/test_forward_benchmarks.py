@@ -17,12 +17,12 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import forward as script
-from benchmarks import forward_grids, forward_measure, forward_peers, forward_report, forward_targets, report, runner, timing
+from benchmarks import forward_grids, forward_measure, forward_peers, forward_report, forward_targets, report, runner, timed_trials, timing
 from benchmarks.forward_check import Oracle
 from benchmarks.forward_grids import Shape, shrunk, square
 from benchmarks.forward_sets import InputSets, num_sets, problem_of
 from benchmarks.refusals import Refused, WrongResult
-from benchmarks.trials import DeviceLost
+from benchmarks.trials import DeviceLost, Trials
 from flashtile.band import Band
 from flashtile.planner.choose import plan_forward
 from flashtile.planner.device import Device
@@ -231,7 +231,7 @@ class FakeGraph:
         self.calls, self.output, self.fn = calls, fn(0), fn
 
     def replay(self) -> None:
-        for place, value in zip(forward_measure._floats(self.output), forward_measure._floats(self.fn(0))):
+        for place, value in zip(timed_trials.floats_of(self.output), timed_trials.floats_of(self.fn(0))):
             place.copy_(value)
 
 
@@ -249,12 +249,12 @@ def test_on_a_gpu_what_a_graph_cannot_hold_is_issued_call_by_call(monkeypatch: p
     monkeypatch.setattr(timing, "capture", capture)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(timing, "replay_in_turn", lambda issued, rounds, seconds: {name: timing.Timing((2.0,)) for name in issued})
-    trials = forward_measure.Trials(CPU)
+    trials = Trials(CPU)
     forward_measure._enter_ours(trials, "flashtile", sets, oracle)
     trials.enter("sdpa", lambda: stubborn, oracle)
     trials.enter("off", lambda: lambda i: sets.contestant()(i)[0] * 2, oracle)
     judges = {"flashtile": oracle.exact, "sdpa": oracle.error}
-    forward_measure._time_gpu(trials, judges, sets, forward_measure.Options(CPU))
+    timed_trials.time_on_gpu(trials, judges, sets, timed_trials.Options(CPU))
     assert trials.results["flashtile"]["gpu_us"] == 2.0
     assert trials.results["flashtile"]["error_after"] < 5e-3
     assert trials.results["sdpa"]["eager"] == "RuntimeError: not in a graph"

@@ -1,0 +1,150 @@
+"""Measures backward attention: ``python -m benchmarks.backward --out results --budget 400 --grid dense,wide``.
+
+All contestants of a problem are timed in turn in one process, each only after its gradients have been found right.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks import backward_block, backward_grids, backward_peers, backward_step, fa4, timing
+from benchmarks.backward_block import Block
+from benchmarks.backward_grids import BackwardShape
+from benchmarks.backward_measure import PROTOCOL, measure, plan_of
+from benchmarks.compilers import Compilers
+from benchmarks.forward_grids import shrunk
+from benchmarks.forward_report import line
+from benchmarks.forward_sets import problem_of
+from benchmarks.runner import Runner, device_here, died_in_peers, shares, wanted_peers
+from benchmarks.timed_trials import Options
+from flashtile.planner.choose import plan_forward
+from flashtile.planner.device import Device
+from flashtile.planner.plans import Plan
+from flashtile.problem import Problem
+
+Entry = BackwardShape | Block
+# what each grid gets of the time that is left, where several run
+SHARES = {
+    "dense": 34,
+    "wide": 14,
+    "deterministic": 14,
+    "gqa": 6,
+    "varlen": 3,
+    "portable": 10,
+    "block": 12,
+    "dims": 6,
+    "host": 2,
+    "memory": 4,
+}
+GRID_NAMES = ("block", *backward_grids.GRID_NAMES)
+STEP_SECONDS = 60.0  # the most that one contestant's turn may take: it may have a kernel to compile
+BLOCK_SECONDS = 200.0  # torch.compile builds the whole block in one turn
+# who is worth timing beside us on a grid; everyone elsewhere
+PEERS_OF = {
+    "deterministic": ("cudnn",), "gqa": ("cudnn",), "varlen": ("fa4",), "portable": ("torch_flash",), "block": ("cudnn",),
+    "host": ("cudnn", "torch_flash"), "memory": ("cudnn",),
+}  # fmt: skip
+PROTOCOLS = {"block": backward_block.PROTOCOL, "memory": backward_step.MEMORY_PROTOCOL}
+
+
+def main(
+    grid: Annotated[str, typer.Option(help=f"Of {', '.join(GRID_NAMES)} one or several (a,b), or all.")] = "dense",
+    out: Annotated[Path, typer.Option(help="Folder for the JSON files.")] = Path("benchmarks/results"),
+    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 300.0,
+    with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time other libraries beside us.")] = True,
+    peer: Annotated[list[str] | None, typer.Option(help="Which peers; may be repeated.")] = None,
+    peers_dir: Annotated[Path, typer.Option(help="Where the peers' libraries lie.")] = Path("/opt/peers"),
+    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
+    commit: Annotated[str, typer.Option(help="The commit measured, where there is no git.")] = "",
+    rounds: Annotated[int, typer.Option(help="Rounds of replays.")] = 11,
+    only: Annotated[str, typer.Option(help="Only problems whose name contains this.")] = "",
+    resume: Annotated[
+        bool, typer.Option(help="Continue the files in OUT: without the peer in whose call the last process died, or past that problem.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="Shrink every problem, to try the scripts themselves.")] = False,
+    compilers: Annotated[int, typer.Option(help="Processes that compile ahead.")] = 15,
+) -> None:
+    """Checks and times the problems of some grids; exits with 3 where the device was lost (run again with --resume)."""
+    end = time.monotonic() + budget
+    names = list(SHARES) if grid == "all" else grid.split(",")
+    if not set(names) <= set(GRID_NAMES):
+        raise typer.BadParameter(f"{grid} is none of {', '.join(GRID_NAMES)}, all", param_hint="--grid")
+    where = device_here(device)
+    on_gpu = where.type == "cuda"
+    wanted = wanted_peers(with_peers, peer, backward_peers.DEFAULT if on_gpu else ("sdpa",), backward_peers.PEERS)
+    problems = {name: [one for one in _problems(name, dry_run) if only in one.name] for name in names}
+    missing = died_in_peers(out, "backward", names, wanted) if resume else {}
+    wanted = tuple(name for name in wanted if name not in missing)
+    missing |= _prepare(problems, where, wanted, peers_dir, compilers, 0.35 * budget)
+    for name, why in missing.items():
+        print(f"no {name}: {why}", flush=True)
+    wanted = tuple(name for name in wanted if name not in missing)
+
+    def measured(entry: Entry, name: str, seconds: float, step: Callable[[str], None]) -> dict[str, Any]:
+        peers = tuple(one for one in wanted if not on_gpu or one in PEERS_OF.get(name, wanted))
+        options = Options(where, peers, rounds, host_times=name == "host")
+        if isinstance(entry, Block):
+            return backward_block.measure(entry, options, step)
+        kinds = {"host": backward_step.measure_step, "memory": backward_step.measure_memory}
+        return kinds.get(name, measure)(entry, options, step)
+
+    for name, budget_now in shares(names, SHARES, end - time.monotonic()).items():
+        runner = Runner(
+            "backward", where, out, commit, missing, measured, line, PROTOCOLS.get(name, PROTOCOL) if on_gpu else timing.WALL_PROTOCOL,
+            resume, dry_run, peers=wanted, left_out=tuple(missing),
+            **{"limit": BLOCK_SECONDS if name == "block" else STEP_SECONDS} if on_gpu else {},
+        )  # fmt: skip
+        runner.run(name, problems[name], budget_now())
+
+
+def _problems(name: str, dry_run: bool) -> list[Entry]:
+    if name == "block":
+        return [backward_block.shrunk(block) if dry_run else block for block in backward_block.blocks()]
+    return [shrunk(shape) if dry_run else shape for shape in backward_grids.grid(name)]
+
+
+def _prepare(
+    problems: dict[str, list[Entry]], device: torch.device, wanted: Sequence[str], folder: Path, workers: int, seconds: float
+) -> dict[str, str]:
+    """Compiles what will be timed, in processes that take no GPU, and loads the peers meanwhile; returns why which peer is missing."""
+    if device.type != "cuda":
+        return {}
+    began = time.monotonic()
+    with_fa4 = "fa4" in wanted and fa4.lies_in(folder)
+    theirs = [
+        entry for name, entries in problems.items() for entry in entries
+        if with_fa4 and "fa4" in PEERS_OF.get(name, wanted) and isinstance(entry, BackwardShape)
+    ]  # fmt: skip
+    shapes = [entry.attention if isinstance(entry, Block) else entry for entries in problems.values() for entry in entries]
+    ours = [one for shape in shapes for one in (shape, shape.beside) if isinstance(one, BackwardShape)]
+    compile_theirs = backward_peers.compile_flash_attention_4
+    with closing(Compilers(device, workers)) as pool, closing(fa4.Ahead(theirs, folder, device, compile_theirs)) as ahead:
+        count = pool.start(_planned(ours, Device.of(device)))
+        missing = backward_peers.load(folder, wanted)
+        pool.wait(began + seconds - time.monotonic())
+        compiled = ahead.wait(began + seconds - time.monotonic())
+    print(f"prepared in {time.monotonic() - began:.0f} s: {count} kinds of plan, {compiled} kernels of FlashAttention-4", flush=True)
+    return missing
+
+
+def _planned(shapes: list[BackwardShape], device: Device) -> list[tuple[Problem, Plan]]:
+    """Of each problem the backward plan, and that of the forward call before it."""
+    found: list[tuple[Problem, Plan]] = []
+    for shape in shapes:
+        try:
+            forward = problem_of(shape)
+            found += [plan_of(shape, device), (forward, plan_forward(forward, device))]
+        except Exception as error:  # says so again where it is timed
+            print(f"{shape.name}: no plan, {type(error).__name__} {error}"[:300], flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,108 @@
+"""One backward problem: make inputs, check every contestant's gradients, time them in turn, check again what was timed.
+
+Protocol: GPU time by graph replay, of everything from the gradient of out to those of q, k and v (delta, zeroing and conversions
+included). Each contestant's calls over all input sets (together larger than four L2 caches) are captured in one CUDA graph;
+contestants are replayed in turn, round by round, in one process, and the order rotates. Before each timed replay the same graph
+runs once untimed. A figure is the median over rounds of (replay time / calls in the graph). ``eager`` marks a peer that no graph
+holds: its calls are issued one by one. Before and after the timing gradients that were NaN are held against float64, on all queries
+and keys of some sequences and heads. TFLOP/s count 2.5 times the forward's operations over visible pairs; where causal and square,
+half of all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import timing
+from benchmarks.backward_check import GradientOracle
+from benchmarks.backward_grids import BackwardShape
+from benchmarks.backward_peers import PEERS
+from benchmarks.backward_sets import BackwardSets, Grads, backward_problem_of
+from benchmarks.forward_sets import num_sets
+from benchmarks.timed_trials import BESIDE, OURS, Options, time_on_gpu, with_rates
+from benchmarks.trials import Trials
+from flashtile.errors import UnsupportedError
+from flashtile.ops.prepared import bound, kernel_module
+from flashtile.planner.backward_rules import choose_backward_plan
+from flashtile.planner.choose import plan_backward
+from flashtile.planner.device import Device
+from flashtile.planner.plans import BackwardPlan
+from flashtile.problem import Problem
+from flashtile.testing import poison
+
+PROTOCOL = " ".join((__doc__ or "").split("Protocol: ")[1].replace("``", "").split())
+
+
+def plan_of(shape: BackwardShape, device: Device) -> tuple[Problem, BackwardPlan]:
+    """The planner's choice for a problem, or its choice of the one kernel that the shape asks for."""
+    problem = backward_problem_of(shape)
+    if not shape.kernel or not device.is_gpu:
+        return problem, plan_backward(problem, device)
+    plan = choose_backward_plan(problem, device, shape.kernel)
+    if not isinstance(plan, BackwardPlan):
+        raise UnsupportedError("No plan of one kernel alone:", {shape.kernel: plan})
+    return problem, plan_backward(problem, device, plan=plan.with_(source="explicit"))
+
+
+def ours(sets: BackwardSets) -> timing.Contestant:
+    """flashtile's gradients for set i, by ``plan_of``: in memory of each call's own, as autograd wants them."""
+    problem, plan = plan_of(sets.shape, Device.of(sets.device))
+    run = bound(kernel_module(plan), problem, plan, sets.device)
+    count = sets.count
+
+    def call(i: int) -> Grads:
+        q, k, v = (tensors[i % count] for tensors in (sets.q, sets.k, sets.v))
+        grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        run(sets.call(i % count, grads))
+        return grads
+
+    return call
+
+
+def measure(shape: BackwardShape, options: Options, step: Callable[[str], None]) -> dict[str, Any]:
+    """Everything about one problem, as a result file carries it. A contestant that fails is recorded with its reason."""
+    facts = shape.facts()
+    facts["plan"] = json.loads(plan_of(shape, Device.of(options.device))[1].to_json())
+    sets = BackwardSets(shape, options.device, num_sets(shape, options.device))
+    oracle = GradientOracle(sets)
+    trials = Trials(options.device, step)
+    judges: dict[str, Callable[[Any], float]] = {OURS: oracle.exact}
+    _enter_ours(trials, OURS, sets, oracle)
+    if isinstance(shape.beside, BackwardShape):
+        facts["beside"] = shape.beside.facts()
+        beside = BackwardSets(shape.beside, options.device, num_sets(shape.beside, options.device), seed=1)
+        other = GradientOracle(beside)
+        judges[BESIDE] = other.exact
+        _enter_ours(trials, BESIDE, beside, other)
+    for name in options.peers:
+        judges[name] = oracle.error
+        trials.enter(name, lambda make=PEERS[name]: make(sets), oracle)  # type: ignore[misc]
+    time_all(trials, judges, sets, options)
+    return facts | {"sets": sets.count, "results": with_rates(trials.results, shape.flops, shape.beside)}
+
+
+def time_all(trials: Trials, judges: dict[str, Callable[[Any], float]], sets: BackwardSets, options: Options) -> None:
+    """Times everyone who is still in, by the device's clock."""
+    if options.device.type == "cuda":
+        time_on_gpu(trials, judges, sets, options)
+        return
+    trials.step("timing")
+    for name, clocked in timing.wall_time(trials.fns, sets.count, options.rounds).items():
+        trials.results[name] |= clocked.to_json()
+
+
+def _enter_ours(trials: Trials, name: str, sets: BackwardSets, oracle: GradientOracle) -> None:
+    """Enters flashtile once its gradients are right, written into memory that was NaN before."""
+
+    def checked() -> timing.Contestant:
+        fn = ours(sets)
+        with poison.allocations():
+            grads = fn(0)
+        trials.results[name]["error"] = round(oracle.exact(grads), 6)
+        return fn
+
+    trials.enter(name, checked, None)

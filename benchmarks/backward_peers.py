@@ -1,0 +1,118 @@
+"""Peers: other libraries' backward, each as ``make(sets) -> fn(i) -> (dq, dk, dv)``, or Refused with the reason.
+
+cuDNN and FlashAttention-2 are torch's own operators, called directly on what their own forward returned; FlashAttention-4 is a package
+in the peers folder, and takes any forward's out and lse. The FlashAttention-3 that vLLM ships is built without its backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks import fa4
+from benchmarks.backward_grids import BackwardShape
+from benchmarks.backward_sets import BackwardSets, Grads
+from benchmarks.forward_grids import shrunk
+from benchmarks.forward_peers import ensure_sdpa_can
+from benchmarks.refusals import Refused
+from benchmarks.timing import Contestant
+
+DEFAULT = ("cudnn", "fa4", "torch_flash")
+
+
+def load(folder: Path, wanted: Iterable[str] = DEFAULT) -> dict[str, str]:
+    """Loads those of ``wanted`` that lie in ``folder``; returns for each that is missing or does not load why."""
+    why = fa4.load(folder) if "fa4" in wanted else None
+    return {} if why is None else {"fa4": why}
+
+
+def heads_first(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """(b, heads, seqlen, dim) instead of (b, seqlen, heads, dim), or the other way round; views."""
+    return [tensor.transpose(1, 2) for tensor in tensors]
+
+
+def cudnn(sets: BackwardSets) -> Contestant:
+    """cuDNN by torch's operators."""
+    ensure_sdpa_can(sets.shape)
+    forward = torch.ops.aten._scaled_dot_product_cudnn_attention
+    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+    causal, scale = sets.shape.causal, sets.scale
+    q, k, v, dout = (heads_first(tensors) for tensors in (sets.q, sets.k, sets.v, sets.dout))
+    saved = [forward(q[i], k[i], v[i], None, True, 0.0, causal, False, scale=scale) for i in range(sets.count)]
+
+    def call(i: int) -> list[torch.Tensor]:
+        out, lse, starts_q, starts_k, max_q, max_k, seed, offset, _ = saved[i]
+        return heads_first(backward(dout[i], q[i], k[i], v[i], out, lse, seed, offset, None, starts_q, starts_k, max_q, max_k, 0.0, causal,
+                                    scale=scale))  # fmt: skip
+
+    return fa4.without_gradients(call)
+
+
+def torch_flash(sets: BackwardSets) -> Contestant:
+    """torch's own FlashAttention-2."""
+    ensure_sdpa_can(sets.shape)
+    forward = torch.ops.aten._scaled_dot_product_flash_attention
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
+    causal, scale = sets.shape.causal, sets.scale
+    q, k, v, dout = (heads_first(tensors) for tensors in (sets.q, sets.k, sets.v, sets.dout))
+    saved = [forward(q[i], k[i], v[i], 0.0, causal, False, scale=scale) for i in range(sets.count)]
+
+    def call(i: int) -> list[torch.Tensor]:
+        out, lse, starts_q, starts_k, max_q, max_k, seed, offset, _ = saved[i]
+        return heads_first(backward(dout[i], q[i], k[i], v[i], out, lse, starts_q, starts_k, max_q, max_k, 0.0, causal, seed, offset,
+                                    scale=scale))  # fmt: skip
+
+    return fa4.without_gradients(call)
+
+
+def flash_attention_4(sets: BackwardSets) -> Contestant:
+    """FlashAttention-4's own choice of everything; packed problems by their starts."""
+    try:
+        from flash_attn.cute.interface import _flash_attn_bwd
+    except Exception as error:
+        raise Refused(f"flash_attn.cute: {error}") from error
+    options: dict[str, Any] = {"softmax_scale": sets.scale, "causal": sets.shape.causal, "deterministic": sets.shape.deterministic}
+    if sets.shape.packed:
+        options |= {"cu_seqlens_q": sets.cu_seqlens_q, "cu_seqlens_k": sets.cu_seqlens_k,
+                    "max_seqlen_q": sets.max_seqlen_q, "max_seqlen_k": sets.max_seqlen_k}  # fmt: skip
+    results = sets.results
+
+    def call(i: int) -> Any:
+        out, lse = results[i]
+        return _flash_attn_bwd(sets.q[i], sets.k[i], sets.v[i], out, sets.dout[i], lse, **options)
+
+    return fa4.without_gradients(call)
+
+
+def compile_flash_attention_4(shape: BackwardShape) -> None:
+    """In a worker: one call of fake tensors, which compiles and computes nothing."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        small = shrunk(shape, longest=fa4.SMALL, max_heads=64)
+        flash_attention_4(BackwardSets(small, torch.device("cuda"), real=False))(0)
+
+
+def sdpa(sets: BackwardSets) -> Contestant:
+    """torch SDPA through autograd, whichever backend it picks (the peer on a CPU)."""
+    shape = sets.shape
+    ensure_sdpa_can(shape)
+    leaves = [sets.leaves(i) for i in range(sets.count)]
+    outs = [attend_by_sdpa(qkv, shape) for qkv in leaves]
+    return lambda i: torch.autograd.grad(outs[i], leaves[i], sets.dout[i], retain_graph=True)
+
+
+def attend_by_sdpa(qkv: Grads, shape: BackwardShape) -> torch.Tensor:
+    """torch SDPA's out, (b, seqlen, hq, dv), of q, k and v laid out as flashtile takes them."""
+    q, k, v = heads_first(qkv)
+    grouped = shape.num_heads_q != shape.num_heads_kv
+    return F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=grouped).transpose(1, 2)
+
+
+PEERS: dict[str, Callable[[BackwardSets], Contestant]] = {
+    "cudnn": cudnn, "fa4": flash_attention_4, "torch_flash": torch_flash, "sdpa": sdpa,
+}  # fmt: skip

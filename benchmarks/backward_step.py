@@ -1,0 +1,116 @@
+"""A training step's attention, forward and backward through autograd: the host's time to issue it, and the memory that it takes.
+
+Protocol of memory: peak bytes that torch's allocator hands out during one step beyond what lies there before it (q, k, v, the gradient
+of out), after a step that has compiled everything and left its workspaces.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import flashtile
+from benchmarks import timing
+from benchmarks.backward_check import GradientOracle
+from benchmarks.backward_grids import BOTH_WAYS, BackwardShape
+from benchmarks.backward_measure import time_all
+from benchmarks.backward_peers import attend_by_sdpa
+from benchmarks.backward_sets import BackwardSets, Grads
+from benchmarks.forward_sets import num_sets
+from benchmarks.refusals import Refused
+from benchmarks.timed_trials import OURS, Options, with_rates
+from benchmarks.trials import Trials
+
+MEMORY_PROTOCOL = " ".join((__doc__ or "").split("Protocol of memory: ")[1].split())
+Attend = Callable[[Grads], torch.Tensor]
+"""q, k and v to out, each (b, seqlen, heads, dim)."""
+
+
+def measure_step(shape: BackwardShape, options: Options, step: Callable[[str], None]) -> dict[str, Any]:
+    """GPU time and the host's time of a step of each contestant, gradients checked; ``flops`` are those of both directions."""
+    sets = BackwardSets(shape, options.device, num_sets(shape, options.device))
+    oracle = GradientOracle(sets)
+    trials = Trials(options.device, step)
+    for name in (OURS, *options.peers):
+        trials.enter(name, lambda name=name: step_of(name, sets), oracle)  # type: ignore[misc]
+    time_all(trials, dict.fromkeys(trials.fns, oracle.error), sets, options)
+    flops = BOTH_WAYS * shape.flops
+    return shape.facts() | {"sets": sets.count, "flops": flops, "results": with_rates(trials.results, flops)}
+
+
+def measure_memory(shape: BackwardShape, options: Options, step: Callable[[str], None]) -> dict[str, Any]:
+    """Peak bytes of a step of each contestant."""
+    if options.device.type != "cuda":
+        raise Refused("memory is measured on a GPU, where torch's allocator counts it")
+    sets = BackwardSets(shape, options.device)
+    oracle = GradientOracle(sets)
+    trials = Trials(options.device, step)
+    for name in (OURS, *options.peers):
+        trials.enter(name, lambda name=name: step_of(name, sets), oracle)  # type: ignore[misc]
+    for name, fn in list(trials.fns.items()):
+        trials.attempt(name, lambda name=name, fn=fn: trials.results[name].update(peak_bytes=_peak_bytes(fn)))  # type: ignore[misc]
+    return shape.facts() | {"results": trials.results}
+
+
+def step_of(name: str, sets: BackwardSets) -> timing.Contestant:
+    """A step of one contestant: its forward call on leaves that want gradients, then theirs."""
+    attend = _ATTEND[name](sets)
+    leaves = [sets.leaves(i) for i in range(sets.count)]
+    dout = sets.dout
+    return lambda i: torch.autograd.grad(attend(leaves[i]), leaves[i], dout[i])
+
+
+def _flashtile(sets: BackwardSets) -> Attend:
+    causal, scale = sets.shape.causal, sets.scale
+    return lambda qkv: flashtile.attention(*qkv, causal=causal, scale=scale)
+
+
+def _sdpa_with(backend: SDPBackend) -> Callable[[BackwardSets], Attend]:
+    def attend_of(sets: BackwardSets) -> Attend:
+        def attend(qkv: Grads) -> torch.Tensor:
+            with sdpa_kernel([backend]):
+                return attend_by_sdpa(qkv, sets.shape)
+
+        return attend
+
+    return attend_of
+
+
+def _sdpa(sets: BackwardSets) -> Attend:
+    return lambda qkv: attend_by_sdpa(qkv, sets.shape)
+
+
+def _flash_attention_4(sets: BackwardSets) -> Attend:
+    try:
+        from flash_attn.cute import flash_attn_func
+    except Exception as error:
+        raise Refused(f"flash_attn.cute: {error}") from error
+
+    def attend(qkv: Grads) -> torch.Tensor:
+        result = flash_attn_func(*qkv, softmax_scale=sets.scale, causal=sets.shape.causal)
+        out: torch.Tensor = result[0] if isinstance(result, tuple) else result
+        return out
+
+    return attend
+
+
+_ATTEND: dict[str, Callable[[BackwardSets], Attend]] = {
+    OURS: _flashtile, "cudnn": _sdpa_with(SDPBackend.CUDNN_ATTENTION), "torch_flash": _sdpa_with(SDPBackend.FLASH_ATTENTION),
+    "fa4": _flash_attention_4, "sdpa": _sdpa,
+}  # fmt: skip
+
+
+def _peak_bytes(fn: timing.Contestant) -> int:
+    fn(0)
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    grads = fn(0)
+    torch.cuda.synchronize()
+    del grads
+    return torch.cuda.max_memory_allocated() - before
