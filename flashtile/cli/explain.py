@@ -14,6 +14,7 @@ from flashtile.cli.output import console, plan_words, print_json, table
 from flashtile.errors import ToolchainError
 from flashtile.planner.backward_alternatives import BackwardAlternative
 from flashtile.planner.backward_explain import BackwardExplanation
+from flashtile.planner.backward_tiles import pass_tiles
 from flashtile.planner.catalog import module_of
 from flashtile.planner.choose import plan_backward, plan_decode, plan_forward
 from flashtile.planner.decode_alternatives import Alternative
@@ -46,6 +47,9 @@ def explain(
     softcap: shape.Softcap = False,
     alibi: shape.Alibi = False,
     sinks: shape.Sinks = False,
+    deterministic: Annotated[
+        bool, typer.Option("--deterministic", help="Gradients have to be the same to the last bit each time.")
+    ] = False,
     block_m: shape.BlockM = None,
     num_splits: shape.NumSplits = None,
     compiles: Annotated[bool, typer.Option("--compile", help="Compile the kernel (needs Triton, no GPU): say what it takes.")] = False,
@@ -58,6 +62,8 @@ def explain(
         batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads=heads, kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v,
         dtype=dtype, page_size=page_size, window=window, causal=causal, softcap=softcap, alibi=alibi, sinks=sinks,
     )  # fmt: skip
+    if deterministic and operation is shape.Operation.backward:  # other results always are
+        problem = problem.with_(deterministic=True)
     plan = _plan(operation, problem, figures, block_m, num_splits)
     facts = _compile(problem, plan, figures) if compiles else ()
     explanation = explain_plan(problem, figures, plan, compiled=facts or None)
@@ -85,7 +91,7 @@ def _plan(operation: shape.Operation, problem: Problem, figures: Device, block_m
 
 
 def _compile(problem: Problem, plan: Plan, device: Device) -> tuple[CompiledFacts, ...]:
-    """What a compiler makes of the plan's kernel; of both passes, over keys and over queries, where it is a backward plan."""
+    """What a compiler makes of the plan's kernel; of each pass, first that over keys, where it is a backward plan."""
     if not device.is_gpu:
         raise typer.BadParameter(f"nothing is compiled for {device.name}; name a GPU with --device.", param_hint="--compile")
     if find_spec("triton") is None:
@@ -93,7 +99,8 @@ def _compile(problem: Problem, plan: Plan, device: Device) -> tuple[CompiledFact
     from flashtile.kernels.compiled import compile_facts
 
     specs = import_module(module_of(plan.kernel)).specs(problem, plan)
-    kept = specs[1:3] if isinstance(plan, BackwardPlan) else specs[:1]  # a backward's first kernel computes delta
+    # a backward's first kernel computes delta
+    kept = specs[1 : 1 + len(pass_tiles(plan))] if isinstance(plan, BackwardPlan) else specs[:1]
     return tuple(compile_facts(spec, device.arch) for spec in kept)
 
 
@@ -138,7 +145,7 @@ def _render(
 
 def _tile_name(other: Alternative | ForwardAlternative | BackwardAlternative, owner: str) -> str:
     if isinstance(other, BackwardAlternative):
-        return f"{other.owned} {other.owner}{owner}"
+        return f"{other.passes_in_words}{owner}" if other.passes else f"{other.owned} {other.owner}{owner}"
     if isinstance(other, ForwardAlternative):
         return f"{other.block_m}{owner}"
     return f"{other.block_m}{' swapped' if other.swapped else ''}{owner}{f' ({other.label})' if other.label else ''}"

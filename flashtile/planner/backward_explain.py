@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from flashtile.planner.backward_alternatives import BackwardAlternative, backward_alternatives, backward_kernels_passed_over
-from flashtile.planner.backward_cost import backward_bytes, backward_cost, backward_flops, backward_roofline_us
+from flashtile.planner.backward_cost import backward_bytes, backward_cost, backward_flops, backward_roofline_us, backward_workspace
 from flashtile.planner.backward_footprint import pass_footprint, pass_mma_name
 from flashtile.planner.backward_tiles import Owner, PassTile, pass_tiles
 from flashtile.planner.backward_work import owned_tiles, seen_by
@@ -42,6 +42,7 @@ class PassExplanation:
     """
 
     owner: Owner
+    adds_dq: bool
     owned: int
     step: int
     mma: str
@@ -68,14 +69,20 @@ class PassExplanation:
 
 @dataclass(frozen=True)
 class BackwardExplanation:
-    """One backward plan explained. Bytes, FLOP and microseconds; ``limiter`` is that of the longer pass."""
+    """One backward plan explained. Bytes, FLOP and microseconds; ``limiter`` is that of the longer pass.
+
+    In one pass ``queries`` is None, and ``dq_us`` what zeroing and rounding dQ's sums takes. ``workspace`` is what the call allocates
+    beside its results.
+    """
 
     problem: Problem
     device: Device
     plan: BackwardPlan
     keys: PassExplanation
-    queries: PassExplanation
+    queries: PassExplanation | None
     delta_us: float
+    dq_us: float
+    workspace: int
     is_compiled: bool
     bytes_moved: int
     flops: int
@@ -87,6 +94,11 @@ class BackwardExplanation:
     limiter: str
     alternatives: tuple[BackwardAlternative, ...]
     other_kernels: tuple[OtherKernel, ...]
+
+    @property
+    def passes(self) -> tuple[PassExplanation, ...]:
+        """The passes that there are."""
+        return (self.keys,) if self.queries is None else (self.keys, self.queries)
 
     @property
     def roofline_us(self) -> float:
@@ -101,7 +113,7 @@ class BackwardExplanation:
     def to_json(self) -> str:
         """Everything as JSON text; the passes' costs by cause."""
         data: dict[str, Any] = asdict(self)
-        for one in (self.keys, self.queries):
+        for one in self.passes:
             data[one.owner] |= {"cost": one.cost._asdict(), "masked_share": one.masked_share}
         data |= {"roofline_us": self.roofline_us, "tflops": self.tflops}
         return json.dumps(data, sort_keys=True)
@@ -112,23 +124,20 @@ class BackwardExplanation:
 
 
 def explain_backward(
-    problem: Problem, device: Device, plan: BackwardPlan | None = None, *, compiled: tuple[Compiled, Compiled] | None = None
+    problem: Problem, device: Device, plan: BackwardPlan | None = None, *, compiled: Sequence[Compiled] = ()
 ) -> BackwardExplanation:
     """Explains a backward plan, by default the one that the planner chooses.
 
-    ``compiled`` replaces the estimates of both passes, over keys and over queries, by a compiler's findings. Raises
+    ``compiled`` replaces the estimates of the passes, over keys and over queries, by a compiler's findings. Raises
     UnsupportedError for a plan that cannot run.
     """
     plan = plan_backward(problem, device, plan=plan)
     tiles = pass_tiles(plan)
-    facts = compiled or (None, None)
-    keys_footprint, queries_footprint = (
-        as_compiled(pass_footprint(problem, tile, device), found, tile.num_warps, device) for tile, found in zip(tiles, facts)
-    )
-    footprints = (keys_footprint, queries_footprint)
+    facts: Sequence[Compiled | None] = compiled or [None] * len(tiles)
+    footprints = [as_compiled(pass_footprint(problem, tile, device), found, tile.num_warps, device) for tile, found in zip(tiles, facts)]
     cost = backward_cost(problem, tiles, footprints, device)
     keys = _pass(problem, tiles[0], footprints[0], cost.keys, device, facts[0])
-    queries = _pass(problem, tiles[1], footprints[1], cost.queries, device, facts[1])
+    queries = None if cost.queries is None else _pass(problem, tiles[1], footprints[1], cost.queries, device, facts[1])
     flops, moved = backward_flops(problem), backward_bytes(problem)
     matrix_us, exp_us, memory_us = backward_roofline_us(problem, device)
     return BackwardExplanation(
@@ -138,7 +147,9 @@ def explain_backward(
         keys=keys,
         queries=queries,
         delta_us=cost.delta_us,
-        is_compiled=compiled is not None,
+        dq_us=cost.dq_us,
+        workspace=backward_workspace(problem, one_pass=plan.one_pass) if device.is_gpu else 0,
+        is_compiled=bool(compiled),
         bytes_moved=moved,
         flops=flops,
         intensity=flops / moved if moved else 0.0,
@@ -146,7 +157,7 @@ def explain_backward(
         roofline_exp_us=exp_us,
         roofline_memory_us=memory_us,
         predicted_us=cost.total_us,
-        limiter=max(keys, queries, key=lambda one: one.predicted_us).limiter,
+        limiter=max(keys, queries or keys, key=lambda one: one.predicted_us).limiter,
         alternatives=tuple(backward_alternatives(problem, device, plan, cost)) if device.is_gpu and not idle_in_words(problem) else (),
         other_kernels=tuple(backward_kernels_passed_over(problem, device, plan)),
     )
@@ -161,6 +172,7 @@ def _pass(
     kinds = tile_kinds(seen, tile.owned, tile.step) if device.is_gpu else TileKinds(0, 0)
     return PassExplanation(
         owner=tile.owner,
+        adds_dq=tile.adds_dq,
         owned=tile.owned,
         step=tile.step,
         mma=(compiled.mma if compiled else "") or pass_mma_name(problem, tile, device),
@@ -193,27 +205,37 @@ def _lines(e: BackwardExplanation) -> Iterator[str]:
         yield idle
         return
     if device.is_gpu:
-        for tile, one in zip(pass_tiles(plan), (e.keys, e.queries)):
+        for tile, one in zip(pass_tiles(plan), e.passes):
             yield from _pass_lines(tile, one, device)
+        sums = ", most of it dQ's sums in float32, which come in no fixed order" if plan.one_pass else ""
+        yield f"Workspace: {e.workspace / 1e6:.1f} MB{sums}."
     yield (
         f"Work: {e.flops / 1e9:.2f} GFLOP (2.5 times the forward's), {e.bytes_moved / 1e6:.1f} MB, {e.intensity:.0f} FLOP a byte; "
         f"roofline {e.roofline_us:.1f} us "
         f"(matrix {e.roofline_matrix_us:.1f}, exp {e.roofline_exp_us:.1f}, memory {e.roofline_memory_us:.1f})."
     )
-    parts = f"delta {e.delta_us:.1f}, dK and dV {e.keys.predicted_us:.1f}, dQ {e.queries.predicted_us:.1f}"
+    parts = f"delta {e.delta_us:.1f}, "
+    if e.queries is None:
+        parts += f"dK, dV and dQ's sums {e.keys.predicted_us:.1f}, their zeros and rounding {e.dq_us:.1f}"
+    else:
+        parts += f"dK and dV {e.keys.predicted_us:.1f}, dQ {e.queries.predicted_us:.1f}"
     parts = f" ({parts})" if device.is_gpu else ""
     yield f"Limited by {e.limiter}: predicted {e.predicted_us:.1f} us, {e.tflops:.1f} TFLOP/s{parts}."
     for kernel in e.other_kernels:
         yield f"Not kernel {kernel.kernel}: {'; '.join(kernel.reasons)}."
     for other in e.alternatives:
         owner = "" if other.kernel == plan.kernel else f" of {other.kernel}"
+        if other.passes:
+            yield f"Not {other.passes_in_words}{owner}: {other.why}."
+            continue
         yield f"Not {other.owned} {other.owner} a program{owner}: {other.why}."
 
 
 def _pass_lines(tile: PassTile, one: PassExplanation, device: Device) -> Iterator[str]:
     name, walked = ("dK and dV", "queries") if one.owner == "keys" else ("dQ", "keys")
+    which = "One pass, over keys (dK, dV and dQ)" if one.adds_dq else f"Pass over {one.owner} ({name})"
     yield (
-        f"Pass over {one.owner} ({name}): {one.owned} {one.owner} a program, {one.step} {walked} a step, "
+        f"{which}: {one.owned} {one.owner} a program, {one.step} {walked} a step, "
         f"{counted(tile.num_warps, 'warp')}, {counted(tile.num_stages, 'stage')}; "
         f"{one.rows_wasted} {one.owner} of a head's last tile empty; products by {one.mma}."
     )

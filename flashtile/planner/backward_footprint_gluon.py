@@ -13,6 +13,7 @@ PANEL = 64
 BYTES = 2  # of an element
 STATISTICS_BYTES = 8  # of a query: lse and delta
 SHARED_SCRATCH = 1024  # barriers, and what the producer tells about a tile
+SCORE_BUFFERS = 2  # of gradients of scores, through which both warpgroups reach them in one pass
 KEY_SLOTS = 2  # tiles of keys that lie in shared memory: the next one comes while results of the last one leave
 WARPGROUP = 128  # threads, which hold 64 rows
 ROWS = 64
@@ -27,15 +28,20 @@ def padded_dim(dim: int) -> int:
 
 
 def gluon_pass_shared_memory(problem: Problem, tile: PassTile) -> int:
-    """Bytes of shared memory: what a program owns, whose place its results take, and a ring of what it walks."""
+    """Bytes of shared memory: what a program owns, whose place its results take, a ring of what it walks; in one pass also two
+    buffers of gradients of scores, from which dQ is computed."""
     dims = padded_dim(problem.head_dim) + padded_dim(problem.head_dim_v)
     over_keys = tile.owner == "keys"
     owned = tile.owned * dims * BYTES * (KEY_SLOTS if over_keys else 1)
+    owned += SCORE_BUFFERS * tile.owned * tile.step * BYTES if tile.adds_dq else 0
     return owned + tile.num_stages * tile.step * (dims * BYTES + (STATISTICS_BYTES if over_keys else 0)) + SHARED_SCRATCH
 
 
 def gluon_pass_registers(problem: Problem, tile: PassTile) -> int:
-    """32-bit registers that one thread of a consumer would like to have: accumulators, scores and their gradients."""
+    """32-bit registers that one thread of a consumer would like to have: accumulators, scores and their gradients.
+
+    In one pass a part of dQ takes the place of scores that are done with.
+    """
     dim, dim_v = padded_dim(problem.head_dim), padded_dim(problem.head_dim_v)
     held = dim + dim_v if tile.owner == "keys" else dim
     need = REGISTERS_BASE + ROWS * (held + 2 * REGISTERS_PER_SCORE[tile.owner] * tile.step) / WARPGROUP

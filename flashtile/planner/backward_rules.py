@@ -1,6 +1,7 @@
 """The rules of backward plans: what cannot run and why, and which tiles a kernel's two passes take.
 
-Each pass takes the tile of the least predicted time, for nothing that one does binds the other.
+Each pass takes the tile of the least predicted time, for nothing that one does binds the other. Whether there is one pass or two,
+and whether programs stay, follows from what a query sees.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ from flashtile.planner.backward_tiles import (
     BackwardLimits,
     Owner,
     PassTile,
+    hopper_whole_tile,
     pass_candidates,
     pass_tiles,
     plan_of_passes,
 )
-from flashtile.planner.backward_work import owned_tiles, seen_by
+from flashtile.planner.backward_work import owned_tiles, seen_by, typical_keys
 from flashtile.planner.catalog import GLUON_BACKWARD_SM90
 from flashtile.planner.device import Device
 from flashtile.planner.plans import BackwardPlan
@@ -38,15 +40,20 @@ from flashtile.planner.resources import Footprint
 from flashtile.problem import Problem
 
 OWNED_GAIN_PERCENT = 8  # what a tile that owns less must gain: less is within the model's error
+# On an H200, 16384 tokens in sequences of one length, 2048 / head dim heads, by the keys that a query sees on average:
+UNEVEN_WALK = 4096  # under a mask, programs that stay lost from here on: 0.91x at 16384 keys, causal; 1.15x at 1024, 1.00x at 4096
+ONE_PASS_KEYS = 2048  # one pass won from here on, by 4 to 13%; with fewer keys what it needs beside the pass ate that up
+ONE_PASS_BY_RULE: bool = False  # until one pass has run on a GPU as these kernels have it, only a plan asks for it
+MAX_ONE_PASS_DIM = 128  # beyond it, registers hold no part of dQ beside dK and dV
 
 Fit = tuple[PassTile, Footprint]
 
 
 def backward_infeasible(problem: Problem, plan: BackwardPlan, device: Device) -> list[str]:
     """Why a plan cannot run this problem on this device: one sentence a reason, each with the number that decided it."""
+    reasons = why_not_one_pass(problem, plan.kernel) if plan.one_pass else []
     if plan.kernel not in BACKWARD_LIMITS or not device.is_gpu:
-        return []
-    reasons = []
+        return reasons
     if plan.num_programs < 0:
         reasons.append(f"num_programs {plan.num_programs} is negative")
     if plan.kernel != GLUON_BACKWARD_SM90 and plan.num_programs:
@@ -57,6 +64,20 @@ def backward_infeasible(problem: Problem, plan: BackwardPlan, device: Device) ->
         if tiles > MAX_GRID_X and not plan.num_programs:
             against = [f"{tiles} tiles of {tile.owned} {tile.owner} want as many programs, and a grid holds {MAX_GRID_X}"]
         reasons += [f"the pass that owns {tile.owner}: {reason}" for reason in against]
+    return reasons
+
+
+def why_not_one_pass(problem: Problem, kernel: str) -> list[str]:
+    """Why a kernel cannot compute all gradients of the problem in one pass: empty where it can."""
+    if kernel != GLUON_BACKWARD_SM90:
+        return [f"one_pass: {kernel} sums dQ in a pass of its own"]
+    reasons = [
+        f"one_pass: {name} {getattr(problem, name)} is more than {MAX_ONE_PASS_DIM}, so that no registers are left for dQ"
+        for name in ("head_dim", "head_dim_v")
+        if getattr(problem, name) > MAX_ONE_PASS_DIM
+    ]
+    if problem.deterministic:
+        reasons.append("one_pass: dQ is summed in no fixed order, and the same bits are wanted each time (deterministic)")
     return reasons
 
 
@@ -105,15 +126,32 @@ def choose_backward_plan(problem: Problem, device: Device, kernel: str) -> Backw
     if not device.is_gpu:
         rows = max(1, problem.seqlen_q)
         return BackwardPlan(kernel, rows, 1, 1, 1, rows, 1, 1, 1)
+    if ONE_PASS_BY_RULE and typical_keys(problem) >= ONE_PASS_KEYS:
+        plan = one_pass_plan(problem, kernel)
+        if not backward_infeasible(problem, plan, device):
+            return plan
     chosen = [choose_pass(problem, device, kernel, owner) for owner in OWNERS]
     reasons = [reason for tile in chosen if isinstance(tile, list) for reason in tile]
     if reasons:
         return reasons
     keys, queries = (tile for tile in chosen if isinstance(tile, PassTile))
-    most = max(owned_tiles(problem, keys), owned_tiles(problem, queries))
-    stays = kernel == GLUON_BACKWARD_SM90  # as many programs as SMs, which take tiles until none is left
-    plan = plan_of_passes(keys, queries, max(1, min(most, device.num_sms)) if stays else 0)
+    plan = plan_of_passes(keys, queries, _programs(problem, device, (keys, queries)))
     return backward_infeasible(problem, plan, device) or plan
+
+
+def one_pass_plan(problem: Problem, kernel: str) -> BackwardPlan:
+    """A kernel's plan in one pass, if it can at all: a program for each tile of keys."""
+    return plan_of_passes(hopper_whole_tile(max(problem.head_dim, problem.head_dim_v))._replace(kernel=kernel), None)
+
+
+def _programs(problem: Problem, device: Device, tiles: tuple[PassTile, PassTile]) -> int:
+    """How many programs stay and take tiles until none is left: one for each SM. 0 where each tile has a program of its own.
+
+    So it is with the portable kernel, and where walks are long and unlike.
+    """
+    if tiles[0].kernel != GLUON_BACKWARD_SM90 or (not problem.band.is_full and typical_keys(problem) >= UNEVEN_WALK):
+        return 0
+    return max(1, min(max(owned_tiles(problem, tile) for tile in tiles), device.num_sms))
 
 
 def choose_pass(problem: Problem, device: Device, kernel: str, owner: Owner) -> PassTile | list[str]:

@@ -18,7 +18,10 @@ OWNERS: tuple[Owner, Owner] = ("keys", "queries")
 
 
 class PassTile(NamedTuple):
-    """The shape of one program of a pass: rows that it owns, rows that it walks a step, warps, ring stages."""
+    """The shape of one program of a pass: rows that it owns, rows that it walks a step, warps, ring stages.
+
+    ``adds_dq``: it owns keys, and there is no pass over queries: it adds what its keys give to dQ in memory.
+    """
 
     kernel: str
     owner: Owner
@@ -26,6 +29,7 @@ class PassTile(NamedTuple):
     step: int
     num_warps: int
     num_stages: int
+    adds_dq: bool = False
 
 
 class BackwardLimits(NamedTuple):
@@ -43,16 +47,27 @@ BACKWARD_LIMITS: dict[str, BackwardLimits] = {
 }
 
 
-def pass_tiles(plan: BackwardPlan) -> tuple[PassTile, PassTile]:
-    """The tiles of a plan's passes: over keys, then over queries."""
-    return (
-        PassTile(plan.kernel, "keys", plan.block_n, plan.block_m, plan.num_warps, plan.num_stages),
-        PassTile(plan.kernel, "queries", plan.dq_block_m, plan.dq_block_n, plan.dq_num_warps, plan.dq_num_stages),
-    )
+def pass_tiles(plan: BackwardPlan) -> tuple[PassTile, ...]:
+    """The tiles of a plan's passes: over keys, then over queries, unless the first does it all."""
+    keys = PassTile(plan.kernel, "keys", plan.block_n, plan.block_m, plan.num_warps, plan.num_stages, plan.one_pass)
+    if plan.one_pass:
+        return (keys,)
+    return keys, PassTile(plan.kernel, "queries", plan.dq_block_m, plan.dq_block_n, plan.dq_num_warps, plan.dq_num_stages)
 
 
-def plan_of_passes(keys: PassTile, queries: PassTile, num_programs: int = 0, source: Source = "rule") -> BackwardPlan:
+def plan_of_passes(keys: PassTile, queries: PassTile | None, num_programs: int = 0, source: Source = "rule") -> BackwardPlan:
     """The plan whose ``pass_tiles`` these are."""
+    if queries is None:
+        return BackwardPlan(
+            kernel=keys.kernel,
+            block_m=keys.step,
+            block_n=keys.owned,
+            num_warps=keys.num_warps,
+            num_stages=keys.num_stages,
+            num_programs=num_programs,
+            one_pass=True,
+            source=source,
+        )
     return BackwardPlan(
         kernel=keys.kernel,
         block_m=keys.step,
@@ -71,12 +86,19 @@ def plan_of_passes(keys: PassTile, queries: PassTile, num_programs: int = 0, sou
 # Hopper's kernel: rows a step and ring stages of both passes.
 _HOPPER_SHORT: dict[Owner, tuple[int, int]] = {"keys": (128, 3), "queries": (128, 3)}
 _HOPPER_USUAL: dict[Owner, tuple[int, int]] = {"keys": (64, 3), "queries": (64, 4)}
+_HOPPER_WHOLE = {"short": (128, 2), "usual": (64, 2)}  # of one pass, which keeps gradients of scores in shared memory beside the ring
 
 
 def hopper_pass_tile(owner: Owner, head_dim: int) -> PassTile:
     """The one tile of a pass of Hopper's kernel for heads of ``head_dim``: two warpgroups of 64 rows."""
     step, stages = (_HOPPER_SHORT if head_dim <= SHORT_HEAD else _HOPPER_USUAL)[owner]
     return PassTile(GLUON_BACKWARD_SM90, owner, 128, step, 8, stages)
+
+
+def hopper_whole_tile(head_dim: int) -> PassTile:
+    """The tile of Hopper's kernel in one pass."""
+    step, stages = _HOPPER_WHOLE["short" if head_dim <= SHORT_HEAD else "usual"]
+    return PassTile(GLUON_BACKWARD_SM90, "keys", 128, step, 8, stages, adds_dq=True)
 
 
 def pass_candidates(kernel: str, owner: Owner, head_dim: int, family: str) -> tuple[tuple[PassTile, ...], ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashtile.planner.backward_tiles import Owner, PassTile
-from flashtile.planner.forward_work import row_tiles
+from flashtile.planner.forward_work import mean_keys, row_tiles
 from flashtile.problem import Problem
 
 
@@ -26,6 +26,12 @@ def seen_by(problem: Problem, owner: Owner) -> Problem:
         ragged_q=problem.ragged_k,
         ragged_k=problem.ragged_q,
     )
+
+
+def typical_keys(problem: Problem) -> float:
+    """Keys that a query sees on average, in packed sequences that fill what the longest would as their total says."""
+    filled = problem.total_q / max(1, problem.batch * problem.seqlen_q) if problem.ragged_q else 1.0
+    return min(1.0, filled) * mean_keys(problem)
 
 
 def owned_tiles(problem: Problem, tile: PassTile) -> int:

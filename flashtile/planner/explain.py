@@ -19,14 +19,14 @@ def explain(
 ) -> Explanation | ForwardExplanation | BackwardExplanation:
     """Explains a plan of the problem's operation, by default the one that the planner chooses.
 
-    ``compiled`` replaces the estimates of registers and shared memory by a compiler's; a backward plan has two, of the pass over
-    keys and of that over queries. Raises UnsupportedError for a plan that cannot run, ArgumentError for one of another operation.
+    ``compiled`` replaces the estimates of registers and shared memory by a compiler's; a backward plan has one for each pass, first of
+    that over keys. Raises UnsupportedError for a plan that cannot run, ArgumentError for one of another operation.
     """
     facts = () if compiled is None else tuple(compiled) if isinstance(compiled, Sequence) else (compiled,)
     if problem.operation == "backward":
         if not isinstance(plan, BackwardPlan | None):
             raise _of_another("BackwardPlan", "plan_backward", plan)
-        return explain_backward(problem, device, plan, compiled=(facts[0], facts[1]) if facts else None)
+        return explain_backward(problem, device, plan, compiled=facts)
     first = facts[0] if facts else None
     if problem.operation == "forward":
         if not isinstance(plan, ForwardPlan | None):

@@ -168,6 +168,18 @@ def test_backward_is_told_to_a_person_with_a_table_of_the_other_tiles() -> None:
     assert "any of gluon.backward_sm90" in result.stdout
 
 
+def test_gradients_may_have_to_be_the_same_each_time() -> None:
+    asked = ("backward", "--device", "h200", "--head-dim", "128")
+    assert explain(*asked)["problem"]["deterministic"] is False
+    document = explain(*asked, "--deterministic")
+    assert document["problem"]["deterministic"] is True
+    [one_pass] = [row for row in document["alternatives"] if row["passes"] == 1]
+    assert (one_pass["feasible"], one_pass["predicted_us"]) == (False, None)
+    result = CliRunner().invoke(app, ["explain", *asked, "--deterministic"])
+    assert "one pass" in result.stdout
+    assert explain("forward", "--device", "h200", "--deterministic")["problem"]["deterministic"] is False
+
+
 def test_forward_is_told_to_a_person_with_a_table_of_the_other_tiles() -> None:
     result = CliRunner().invoke(app, ["explain", "forward", "--device", "h200", "--head-dim", "64"])
     assert result.exit_code == 0

@@ -12,8 +12,9 @@ import pytest
 from flashtile.band import Band
 from flashtile.errors import ArgumentError, UnsupportedError
 from flashtile.planner.backward_explain import BackwardExplanation, explain_backward
+from flashtile.planner.backward_rules import one_pass_plan
 from flashtile.planner.backward_tiles import pass_tiles
-from flashtile.planner.catalog import CPU_BACKWARD, TRITON_BACKWARD, TRITON_FORWARD
+from flashtile.planner.catalog import CPU_BACKWARD, GLUON_BACKWARD_SM90, TRITON_BACKWARD, TRITON_FORWARD
 from flashtile.planner.device import Device
 from flashtile.planner.explain import explain
 from flashtile.planner.forward_explain import explain_forward
@@ -44,7 +45,7 @@ def test_every_device_is_explained(name: str) -> None:
 
 def test_numbers_of_both_passes() -> None:
     explanation = explain_backward(TRAINING, A100, PLAN)
-    keys, queries = explanation.keys, explanation.queries
+    keys, queries = explanation.passes
     assert (keys.owned, keys.step, queries.owned, queries.step) == (64, 32, 64, 32)
     assert keys.tiles == 4 * 4 * 64
     assert queries.tiles == 4 * 16 * 64
@@ -63,7 +64,7 @@ def test_a_window_of_keys_is_a_window_of_queries_turned_round() -> None:
     explanation = explain_backward(TRAINING.with_(band=Band(64, 0), num_heads_q=4), A100, PLAN)
     # 64 keys are seen by their own 64 queries and the next 64; all but the last tile
     assert explanation.keys.walked_tiles == 4 * 4 * (63 * 4 + 2)
-    assert explanation.queries.walked_tiles == 4 * 4 * (63 * 4 + 2)
+    assert explanation.passes[1].walked_tiles == 4 * 4 * (63 * 4 + 2)
 
 
 def test_fewer_queries_than_keys_leave_keys_without_any() -> None:
@@ -71,7 +72,7 @@ def test_fewer_queries_than_keys_leave_keys_without_any() -> None:
     explanation = explain_backward(problem, A100, PLAN)
     assert explanation.keys.tiles == 4 * 4 * 64
     assert explanation.keys.walked_tiles == 4 * 4 * 4
-    assert explanation.queries.tiles == 4 * 4
+    assert explanation.passes[1].tiles == 4 * 4
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_fewer_queries_than_keys_leave_keys_without_any() -> None:
 )
 def test_the_limiter_is_that_of_the_longer_pass(changes: dict[str, Any], limiter: str) -> None:
     explanation = explain_backward(TRAINING.with_(**changes), A100)
-    longer = max(explanation.keys, explanation.queries, key=lambda one: one.predicted_us)
+    longer = max(explanation.passes, key=lambda one: one.predicted_us)
     assert explanation.limiter == longer.limiter == limiter
     assert any(line.startswith(f"Limited by {limiter}: predicted ") for line in explanation.lines())
 
@@ -94,7 +95,7 @@ def test_json_holds_everything() -> None:
     data = json.loads(explanation.to_json())
     assert data["plan"]["kernel"] == TRITON_BACKWARD
     assert data["keys"]["cost"]["matrix_us"] == explanation.keys.cost.matrix_us
-    assert data["queries"]["masked_share"] == explanation.queries.masked_share
+    assert data["queries"]["masked_share"] == explanation.passes[1].masked_share
     assert data["tflops"] == pytest.approx(explanation.tflops)
     assert len(data["alternatives"]) == len(explanation.alternatives)
 
@@ -142,7 +143,8 @@ def test_a_compilers_findings_replace_the_estimates_of_both_passes() -> None:
     compiled = (Facts(200, 8, 99_999, "mma.sync m16n8k16"), Facts(100, 0, 50_000, "mma.sync m16n8k16"))
     explanation = explain_backward(TRAINING, A100, PLAN, compiled=compiled)
     assert (explanation.keys.registers, explanation.keys.shared_memory, explanation.keys.spilled_bytes) == (200, 99_999, 8)
-    assert (explanation.queries.registers, explanation.queries.shared_memory, explanation.queries.spilled_bytes) == (100, 50_000, 0)
+    queries = explanation.passes[1]
+    assert (queries.registers, queries.shared_memory, queries.spilled_bytes) == (100, 50_000, 0)
     assert "as compiled" in "\n".join(explanation.lines())
 
 
@@ -158,6 +160,38 @@ def test_nothing_to_do_is_explained_too(changes: dict[str, int]) -> None:
     explanation = explain_backward(TRAINING.with_(**changes), H200)
     assert explanation.flops == 0
     assert explanation.limiter == "start"
+
+
+def test_one_pass_is_explained_without_a_second_and_with_its_workspace() -> None:
+    problem = TRAINING.with_(num_heads_kv=16)
+    plan = one_pass_plan(problem, GLUON_BACKWARD_SM90).with_(source="explicit")
+    explanation = explain_backward(problem, H200, plan, compiled=[Facts(240, 128, 165_296, "wgmma m64n64k16")])
+    assert explanation.passes == (explanation.keys,)
+    assert explanation.predicted_us == pytest.approx(explanation.delta_us + explanation.keys.predicted_us + explanation.dq_us)
+    assert explanation.workspace == 4 * 4096 * 16 * (8 + 64 * 4)
+    assert explanation.keys.spilled_bytes == 128
+    text = "\n".join(explanation.lines())
+    assert "One pass, over keys (dK, dV and dQ): 128 keys a program, 128 queries a step, 8 warps, 2 stages" in text
+    assert "Workspace: 69.2 MB, most of it dQ's sums in float32, which come in no fixed order." in text
+    assert "Pass over" not in text
+    assert json.loads(explanation.to_json())["queries"] is None
+    assert {(row.kernel, row.passes) for row in explanation.alternatives} == {(GLUON_BACKWARD_SM90, 2), (TRITON_BACKWARD, 2)}
+    assert "Not two passes of triton.backward: " in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"seqlen_q": 1024, "seqlen_k": 1024, "total_q": 4096}, "dQ's sums in memory pay from 2048 keys a query on, and there are 512"),
+        ({"deterministic": True}, "dQ is summed in no fixed order"),
+    ],
+)
+def test_one_pass_loses_for_a_reason(changes: dict[str, Any], why: str) -> None:
+    explanation = explain_backward(TRAINING.with_(**changes), H200)
+    [row] = [row for row in explanation.alternatives if row.passes]
+    assert (row.kernel, row.passes, row.feasible) == (GLUON_BACKWARD_SM90, 1, "deterministic" not in changes)
+    assert why in row.why
+    assert f"Not one pass: {row.why}." in explanation.lines()
 
 
 def test_explain_goes_by_the_operation_and_refuses_the_others_plan() -> None:

@@ -11,12 +11,30 @@ from hypothesis import strategies as st
 
 from flashtile.band import Band
 from flashtile.errors import UnsupportedError
-from flashtile.planner.backward_cost import backward_bytes, backward_cost, backward_flops, pass_cost
+from flashtile.planner import backward_rules
+from flashtile.planner.backward_cost import backward_bytes, backward_cost, backward_flops, backward_workspace, pass_cost
 from flashtile.planner.backward_footprint import pass_footprint, pass_registers, pass_registers_limit, pass_shared_memory
-from flashtile.planner.backward_rules import OWNED_GAIN_PERCENT, backward_infeasible, choose_backward_plan, choose_pass, pass_fits
+from flashtile.planner.backward_rules import (
+    OWNED_GAIN_PERCENT,
+    backward_infeasible,
+    choose_backward_plan,
+    choose_pass,
+    one_pass_plan,
+    pass_fits,
+    why_not_one_pass,
+)
 from flashtile.planner.backward_shapes import SHAPES, SPILLS
-from flashtile.planner.backward_tiles import BACKWARD_LIMITS, OWNERS, Owner, PassTile, hopper_pass_tile, pass_tiles, plan_of_passes
-from flashtile.planner.backward_work import owned_tiles, seen_by
+from flashtile.planner.backward_tiles import (
+    BACKWARD_LIMITS,
+    OWNERS,
+    Owner,
+    PassTile,
+    hopper_pass_tile,
+    hopper_whole_tile,
+    pass_tiles,
+    plan_of_passes,
+)
+from flashtile.planner.backward_work import owned_tiles, seen_by, typical_keys
 from flashtile.planner.catalog import GLUON_BACKWARD_SM90, TRITON_BACKWARD, kernel_named
 from flashtile.planner.choose import plan_backward
 from flashtile.planner.device import Device
@@ -117,7 +135,7 @@ def test_every_planned_backward_is_feasible(problem: Problem, device: Device) ->
     plan = plan_backward(problem, device)
     assert backward_infeasible(problem, plan, device) == []
     tiles = pass_tiles(plan)
-    footprints = (pass_footprint(problem, tiles[0], device), pass_footprint(problem, tiles[1], device))
+    footprints = [pass_footprint(problem, tile, device) for tile in tiles]
     assert backward_cost(problem, tiles, footprints, device).total_us > 0
     if device.is_gpu:
         for tile in tiles:
@@ -150,6 +168,14 @@ def test_hoppers_kernel_has_a_tile_for_short_heads_and_one_for_others(head_dim: 
     assert isinstance(plan, BackwardPlan)
     assert (plan.block_m, plan.block_n, plan.num_warps, plan.num_stages) == expected[:4]
     assert (plan.dq_block_m, plan.dq_block_n, plan.dq_num_warps, plan.dq_num_stages) == expected[4:]
+
+
+def test_hoppers_programs_end_with_their_tile_where_walks_are_long_and_unlike() -> None:
+    for seqlen, band, stays in ((16384, CAUSAL, False), (8192, CAUSAL, False), (4096, CAUSAL, True), (16384, FULL, True)):
+        for head_dim in (64, 128):
+            plan = choose_backward_plan(training(seqlen, band=band, head_dim=head_dim), H200, GLUON_BACKWARD_SM90)
+            assert isinstance(plan, BackwardPlan)
+            assert (plan.num_programs > 0) is stays
 
 
 def test_hoppers_programs_stay_and_are_no_more_than_sms_or_tiles() -> None:
@@ -200,6 +226,9 @@ def test_hoppers_shared_memory_is_what_its_tiles_take(owner: Owner, head_dim: in
         (BackwardPlan(GLUON_BACKWARD_SM90, block_n=64), "block_n 64 is not a power of two from 128 to 128"),
         (BackwardPlan(GLUON_BACKWARD_SM90, num_warps=4), "num_warps 4 is not 8, which gluon.backward_sm90 takes"),
         (BackwardPlan(GLUON_BACKWARD_SM90, dq_num_stages=2), "dq_num_stages 2 is not within 3 and 4"),
+        (BackwardPlan(TRITON_BACKWARD, one_pass=True), "one_pass: triton.backward sums dQ in a pass of its own"),
+        (BackwardPlan(GLUON_BACKWARD_SM90, num_stages=3, one_pass=True), "3 stages of 64 queries beside 128 keys take"),
+        (BackwardPlan(GLUON_BACKWARD_SM90, 128, one_pass=True), "it would spill"),
         (BackwardPlan(GLUON_BACKWARD_SM90, 128, dq_num_stages=3), "128 keys and 128 queries a step with head dims 128 and 128 want"),
     ],
 )
@@ -254,7 +283,92 @@ def test_shapes_are_within_the_limits_of_the_kernel() -> None:
 
 def test_plans_are_their_passes() -> None:
     plan = BackwardPlan(GLUON_BACKWARD_SM90, 64, 128, 8, 3, 128, 64, 8, 4, 132)
-    assert plan_of_passes(*pass_tiles(plan), num_programs=132) == plan
+    keys, queries = pass_tiles(plan)
+    assert plan_of_passes(keys, queries, num_programs=132) == plan
+    plan = BackwardPlan(GLUON_BACKWARD_SM90, 128, 128, 8, 2, one_pass=True)
+    [keys] = pass_tiles(plan)
+    assert keys.adds_dq
+    assert plan_of_passes(keys, None) == plan
+    assert pass_tiles(plan.with_(dq_block_m=3, dq_num_warps=5)) == (keys,)  # fields of a pass that there is not say nothing
+
+
+# One pass
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
+def test_hoppers_kernel_can_do_it_in_one_pass_where_asked_to(head_dim: int) -> None:
+    problem = training(head_dim=head_dim)
+    plan = one_pass_plan(problem, GLUON_BACKWARD_SM90).with_(source="explicit")
+    assert plan.one_pass
+    assert plan_backward(problem, H200, plan=plan) is plan
+    assert plan_backward(problem, H200, plan=plan.with_(dq_block_n=7, dq_num_stages=99)).one_pass
+
+
+def test_one_pass_is_never_deterministic() -> None:
+    problem = training(16384, deterministic=True)
+    plan = one_pass_plan(problem, GLUON_BACKWARD_SM90)
+    assert "in no fixed order, and the same bits are wanted" in "; ".join(backward_infeasible(problem, plan, H200))
+    with pytest.raises(UnsupportedError, match="one_pass"):
+        plan_backward(problem, H200, plan=plan)
+
+
+@pytest.mark.parametrize(("name", "dims"), [("head_dim", {"head_dim": 192, "head_dim_v": 128}), ("head_dim_v", {"head_dim_v": 256})])
+def test_long_heads_leave_no_registers_for_one_pass(name: str, dims: dict[str, int]) -> None:
+    reasons = why_not_one_pass(training(**dims), GLUON_BACKWARD_SM90)
+    assert reasons == [f"one_pass: {name} {dims[name]} is more than 128, so that no registers are left for dQ"]
+
+
+@pytest.mark.parametrize(
+    ("seqlen", "band", "deterministic", "one_pass"),
+    [
+        (1024, FULL, False, False), (2048, FULL, False, True), (2048, FULL, True, False),
+        (2048, CAUSAL, False, False), (4096, CAUSAL, False, True), (4096, CAUSAL, True, False), (16384, Band(1023, 0), False, False),
+    ],
+)  # fmt: skip
+def test_where_the_rule_may_it_takes_one_pass_for_queries_that_see_many_keys(
+    seqlen: int, band: Band, deterministic: bool, one_pass: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = training(seqlen, band=band, deterministic=deterministic)
+    before = choose_backward_plan(problem, H200, GLUON_BACKWARD_SM90)
+    assert isinstance(before, BackwardPlan)
+    assert before.one_pass is (one_pass and backward_rules.ONE_PASS_BY_RULE)
+    monkeypatch.setattr(backward_rules, "ONE_PASS_BY_RULE", True)
+    for head_dim in (64, 128):
+        plan = choose_backward_plan(problem.with_(head_dim=head_dim, head_dim_v=head_dim), H200, GLUON_BACKWARD_SM90)
+        assert isinstance(plan, BackwardPlan)
+        assert plan.one_pass is one_pass
+    portable = choose_backward_plan(problem, H200, TRITON_BACKWARD)
+    assert isinstance(portable, BackwardPlan)
+    assert not portable.one_pass
+
+
+def test_packed_sequences_count_as_long_as_they_are_on_average() -> None:
+    packed = training(8192, batch=64, ragged_q=True, ragged_k=True, total_q=64 * 8192)
+    assert typical_keys(packed) == typical_keys(training(8192)) == pytest.approx(4096, rel=0.001)
+    assert typical_keys(packed.with_(total_q=64 * 2048)) == pytest.approx(1024, rel=0.001)
+    assert typical_keys(packed.with_(total_q=0, batch=0)) == 0
+
+
+def test_one_pass_takes_room_for_gradients_of_scores_and_for_dqs_sums() -> None:
+    problem = training()
+    tile = hopper_whole_tile(128)
+    alone = pass_shared_memory(problem, tile._replace(adds_dq=False), H200)
+    assert pass_shared_memory(problem, tile, H200) == alone + 2 * 128 * tile.step * 2
+    more = backward_workspace(problem, one_pass=True) - backward_workspace(problem, one_pass=False)
+    assert more == 4 * 4096 * 16 * 128 * 4
+    assert backward_workspace(training(head_dim=72), one_pass=True) > backward_workspace(training(head_dim=64), one_pass=True)
+
+
+def test_one_pass_costs_what_measures_show() -> None:
+    """On an H200, 16384 tokens: one pass took 9255 us and two took 9951 where queries see 16384 keys, 749 and 727 where they see 1024."""
+    for seqlen, in_one, in_two in ((16384, 9255, 9951), (1024, 749, 727)):
+        problem = training(seqlen, batch=16384 // seqlen, band=FULL)
+        for tiles, measured in (
+            ((hopper_whole_tile(128),), in_one),
+            ((hopper_pass_tile("keys", 128), hopper_pass_tile("queries", 128)), in_two),
+        ):
+            us = backward_cost(problem, tiles, [pass_footprint(problem, tile, H200) for tile in tiles], H200).total_us
+            assert us == pytest.approx(measured, rel=0.12)
 
 
 @settings(max_examples=100, deadline=None)
@@ -262,9 +376,9 @@ def test_plans_are_their_passes() -> None:
 def test_the_model_never_promises_more_than_the_device_has(seqlen: int, device: Device, head_dim: int) -> None:
     problem = training(seqlen, head_dim=head_dim, band=FULL)
     tiles = pass_tiles(plan_backward(problem, device))
-    cost = backward_cost(problem, tiles, (pass_footprint(problem, tiles[0], device), pass_footprint(problem, tiles[1], device)), device)
+    cost = backward_cost(problem, tiles, [pass_footprint(problem, tile, device) for tile in tiles], device)
     assert cost.total_us >= 1e6 * backward_flops(problem) / device.matrix_rate
-    assert min(*cost.keys, *cost.queries, cost.delta_us) >= 0
+    assert min(*cost.keys, *(cost.queries or ()), cost.delta_us, cost.dq_us) >= 0
 
 
 def test_more_sms_are_never_slower() -> None:
