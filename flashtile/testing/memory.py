@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -20,3 +22,28 @@ class LargestResult(TorchDispatchMode):
         for tensor in result if isinstance(result, tuple) else (result,):
             self.numel = max(self.numel, tensor.numel() if isinstance(tensor, torch.Tensor) else 0)
         return result
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that torch's allocator for ``device`` had given out at once during ``run()``, beyond those before it.
+
+    What ``run`` returns is alive until the end, and counts. On a CPU that includes what torch's own kernels allocate for
+    themselves; on a GPU it waits for the device.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        results = run()
+        torch.cuda.synchronize(device)
+        del results
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        results = run()
+    del results
+    traced = profiler.profiler.kineto_results.events()
+    held = most = 0
+    for _, size in sorted((event.start_ns(), event.nbytes()) for event in traced if event.name() == "[memory]"):
+        held += size
+        most = max(most, held)
+    return most
