@@ -12,6 +12,7 @@ import torch
 from flashtile import ops
 from flashtile.api.traced import copied, text_of
 from flashtile.arguments import check_no_out, needs_gradient
+from flashtile.dropout import draw_seed
 from flashtile.planner.plans import ForwardPlan
 
 
@@ -26,6 +27,7 @@ def attention(
     scale: float | None = None,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
     out: torch.Tensor | None = None,
     block_m: int | None = None,
     plan: ForwardPlan | None = None,
@@ -54,6 +56,9 @@ def attention(
         scale: by default ``head_dim ** -0.5``.
         sinks: (num_heads_q,) float32: a logit per head, in natural-log units, that joins the softmax's denominator once.
         alibi_slopes: (num_heads_q,) or (batch, num_heads_q) float32; no gradient.
+        dropout_p: the share of the softmax's entries that is dropped at random, from 0.0 (none) to less than 1; the rest is scaled by
+            ``1 / (1 - dropout_p)``, and lse is that of the whole. Which ones follows from a seed that each call draws from torch's
+            generator of q's device (``torch.manual_seed``) and from sequence, head, query and key: no kernel, plan or device changes it.
         out: where to write, (batch, seqlen_q, num_heads_q, head_dim_v) of q's dtype; allocated where None. Returned. Only in
             calls that need no gradient.
         block_m: the query tile, in rows of one query head; the planner's choice where None.
@@ -77,7 +82,7 @@ def attention(
     run = _traced if torch.compiler.is_compiling() else ops.forward.forward
     return run(
         q, k, v, None, None, None, None, None, None, causal, window, softcap, scale, sinks, alibi_slopes, out, block_m, plan,
-        allow_tf32, deterministic, False,
+        allow_tf32, deterministic, False, dropout_p,
     )[0]  # fmt: skip
 
 
@@ -92,6 +97,7 @@ def attention_with_lse(
     scale: float | None = None,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
     out: torch.Tensor | None = None,
     block_m: int | None = None,
     plan: ForwardPlan | None = None,
@@ -110,7 +116,7 @@ def attention_with_lse(
     run = _traced if torch.compiler.is_compiling() else ops.forward.forward
     return run(  # type: ignore[return-value]
         q, k, v, None, None, None, None, None, None, causal, window, softcap, scale, sinks, alibi_slopes, out, block_m, plan,
-        allow_tf32, deterministic, True,
+        allow_tf32, deterministic, True, dropout_p,
     )  # fmt: skip
 
 
@@ -131,6 +137,7 @@ def attention_varlen(
     scale: float | None = None,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
     out: torch.Tensor | None = None,
     block_m: int | None = None,
     plan: ForwardPlan | None = None,
@@ -161,6 +168,7 @@ def attention_varlen(
         alibi_slopes: (num_heads_q,) or (batch, num_heads_q) float32.
         out: where to write, (total_q, num_heads_q, head_dim_v) of q's dtype; allocated where None. Returned. Only in calls that
             need no gradient.
+        dropout_p: as for `attention`, but not of keys in pages.
         causal, window, softcap, scale, sinks, block_m, plan, allow_tf32, deterministic: as for `attention`.
 
     Returns:
@@ -173,7 +181,7 @@ def attention_varlen(
     run = _traced if torch.compiler.is_compiling() else ops.forward.forward
     return run(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, window, softcap, scale,
-        sinks, alibi_slopes, out, block_m, plan, allow_tf32, deterministic, False,
+        sinks, alibi_slopes, out, block_m, plan, allow_tf32, deterministic, False, dropout_p,
     )[0]  # fmt: skip
 
 
@@ -194,6 +202,7 @@ def attention_varlen_with_lse(
     scale: float | None = None,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    dropout_p: float = 0.0,
     out: torch.Tensor | None = None,
     block_m: int | None = None,
     plan: ForwardPlan | None = None,
@@ -212,7 +221,7 @@ def attention_varlen_with_lse(
     run = _traced if torch.compiler.is_compiling() else ops.forward.forward
     return run(  # type: ignore[return-value]
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, window, softcap, scale,
-        sinks, alibi_slopes, out, block_m, plan, allow_tf32, deterministic, True,
+        sinks, alibi_slopes, out, block_m, plan, allow_tf32, deterministic, True, dropout_p,
     )  # fmt: skip
 
 
@@ -238,6 +247,7 @@ def _traced(
     allow_tf32: bool,
     deterministic: bool | None,
     want_lse: bool,
+    dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Under torch.compile the whole call is one operator; a given ``out`` is copied into, which its graph may fuse."""
     left, right = (None, None) if window is None else window
@@ -245,8 +255,10 @@ def _traced(
     differentiable = needs_gradient(q, k, v, sinks, alibi_slopes, out)
     if differentiable:
         check_no_out(out)
+    seed = draw_seed(q.device) if dropout_p else None
     result, lse = torch.ops.flashtile.forward(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, left, right, softcap, scale,
         sinks, alibi_slopes, block_m, text_of(plan, ForwardPlan), allow_tf32, deterministic, want_lse or differentiable,
+        dropout_p, seed,
     )  # fmt: skip
     return (result if out is None else copied(result, out)), lse

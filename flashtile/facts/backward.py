@@ -30,6 +30,7 @@ def backward_key(
     alibi_slopes: torch.Tensor | None,
     allow_tf32: bool,
     deterministic: bool,
+    dropout: bool = False,
 ) -> Key | None:
     """The key of one call: that of its forward call, how out and the gradients are aligned, and ``deterministic``.
 
@@ -37,6 +38,6 @@ def backward_key(
     """
     key = forward_key(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, seqused_k, causal, window, softcap,
-        sinks, alibi_slopes, dout, None, None, allow_tf32, True,
+        sinks, alibi_slopes, dout, None, None, allow_tf32, True, dropout,
     )  # fmt: skip
     return None if key is None else (*key, alignment_of(dq, dk, dv, out), deterministic)

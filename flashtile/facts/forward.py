@@ -29,6 +29,7 @@ def forward_key(
     plan: ForwardPlan | None,
     allow_tf32: bool,
     lse: bool,
+    dropout: bool = False,
 ) -> Key | None:
     """The key of one call, in 2 to 4 us of host time; None where the call is wrong or so rare that it is checked each time.
 
@@ -87,7 +88,7 @@ def forward_key(
         return None
     return (
         lengths, dtype, device, heads_q, heads_kv, head_dim_q, head_dim, head_dim_v, alignment,
-        causal, window, softcap != 0.0, per_head, chosen, allow_tf32, lse,
+        causal, window, softcap != 0.0, per_head, chosen, allow_tf32, lse, dropout,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flashtile.facts import Key, backward_key
-from flashtile.kernels.call import BackwardCall, BackwardRunner
+from flashtile.kernels.call import BackwardCall, BackwardRunner, Dropout
 from flashtile.ops.prepared import PREPARING, bound, has_scores, kernel_module, remember
 from flashtile.planner.choose import plan_backward
 from flashtile.planner.device import Device
@@ -39,6 +39,8 @@ def backward(
     allow_tf32: bool,
     deterministic: bool | None,
     want_dsinks: bool,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dq, dk and dv, laid out like q, k and v, and dsinks or None, on the tensors' own device.
 
@@ -56,16 +58,18 @@ def backward(
         q.shape[1] if max_seqlen_q is None else max_seqlen_q,
         k.shape[0 if cu_seqlens_k is not None else 1] if max_seqlen_k is None else max_seqlen_k,
         sinks, alibi_slopes, q.shape[-1] ** -0.5 if scale is None else scale, softcap,
+        None if seed is None else Dropout(dropout_p, seed),
     )  # fmt: skip
     key = backward_key(
         q, k, v, out, call.dout, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal, window,
-        softcap, sinks, alibi_slopes, allow_tf32, deterministic,
+        softcap, sinks, alibi_slopes, allow_tf32, deterministic, seed is not None,
     )  # fmt: skip
     run = None if key is None else _PREPARED.get(key)
     if run is None:
         problem = Problem.forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k=seqused_k, causal=causal, window=window,
             softcap=softcap, scale=scale, sinks=sinks, alibi_slopes=alibi_slopes, out=call.dout, lse=True, allow_tf32=allow_tf32,
+            dropout_p=dropout_p,
         )  # fmt: skip
         aligned = min(problem.alignment, alignment_of(dq, dk, dv, out))
         problem = problem.with_(operation="backward", alignment=aligned, deterministic=deterministic)
@@ -134,12 +138,15 @@ def backward_operator(
     allow_tf32: bool,
     deterministic: bool | None,
     want_dsinks: bool,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """`backward` as torch.compile sees it; dsinks has no element unless there are sinks and it is wanted."""
     with torch.no_grad():
         dq, dk, dv, dsinks = backward(
             q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal,
             (window_left, window_right), softcap, scale, sinks, alibi_slopes, allow_tf32, deterministic, want_dsinks,
+            dropout_p, seed,
         )  # fmt: skip
     return dq, dk, dv, lse.new_empty(0) if dsinks is None else dsinks
 
@@ -168,6 +175,8 @@ def _(
     allow_tf32: bool,
     deterministic: bool | None,
     want_dsinks: bool,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dsinks = torch.empty_like(sinks) if sinks is not None and want_dsinks else lse.new_empty(0)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flashtile.arguments import check_bool, check_differentiable, needs_gradient
+from flashtile.arguments import check_bool, check_differentiable, check_dropout, needs_gradient
 from flashtile.checking import CHECKING, check_forward_values, check_longest_keys
+from flashtile.dropout import draw_seed
 from flashtile.facts import Key, forward_key, rounded_hint
-from flashtile.kernels.call import ForwardCall, ForwardRunner
+from flashtile.kernels.call import Dropout, ForwardCall, ForwardRunner
 from flashtile.ops.autocast import cast_by_autocast, taken_as_they_come
 from flashtile.ops.backward import backward, traced_backward
 from flashtile.ops.gradients import gradients, keep
@@ -71,8 +72,10 @@ def forward(
     allow_tf32: bool,
     deterministic: bool | None,
     want_lse: bool,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
 ) -> Result:
-    """One forward call on the tensors' own device; the lse is None unless wanted."""
+    """One forward call on the tensors' own device; the lse is None unless wanted. A ``seed`` is drawn where dropout has none."""
     global _repeat
     hint = max_seqlen_k if max_seqlen_k is None else rounded_hint(max_seqlen_k, k, page_table, 0 if page_table is None else 1)
     args = (
@@ -80,7 +83,7 @@ def forward(
         sinks, alibi_slopes, out, block_m, plan, allow_tf32, deterministic, want_lse,
     )  # fmt: skip
     checking = CHECKING.get()
-    if _repeat is not None and not checking and taken_as_they_come(q, k, v, sinks, alibi_slopes, out):
+    if _repeat is not None and not checking and not dropout_p and taken_as_they_come(q, k, v, sinks, alibi_slopes, out):
         repeated = _repeat(*args)
         if repeated is not None:
             return repeated
@@ -90,9 +93,13 @@ def forward(
         scale = as_float("scale", scale)
     if deterministic is not None:
         check_bool("deterministic", deterministic)
+    if dropout_p.__class__ is not float or dropout_p:
+        check_dropout(dropout_p)
+        if dropout_p and seed is None and isinstance(q, torch.Tensor):
+            seed = draw_seed(q.device)
     key = forward_key(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, window, softcap,
-        sinks, alibi_slopes, out, block_m, plan, allow_tf32, want_lse,
+        sinks, alibi_slopes, out, block_m, plan, allow_tf32, want_lse, bool(dropout_p),
     )  # fmt: skip
     prepared = None if key is None else _PREPARED.get(key)
     if key is None:
@@ -100,7 +107,7 @@ def forward(
         if cast is not None:
             return forward(
                 *cast, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, window, softcap, scale,
-                sinks, alibi_slopes, out, block_m, plan, allow_tf32, deterministic, want_lse,
+                sinks, alibi_slopes, out, block_m, plan, allow_tf32, deterministic, want_lse, dropout_p, seed,
             )  # fmt: skip
         if needs_gradient(q, k, v, sinks, alibi_slopes, out):
             check_differentiable(page_table=page_table, alibi_slopes=alibi_slopes, out=out)
@@ -108,13 +115,13 @@ def forward(
                 check_longest_keys(cu_seqlens_k, k.shape[0], max_seqlen_k)
             return Attention.apply(  # type: ignore[no-any-return, no-untyped-call]
                 q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal, window, softcap, scale,
-                alibi_slopes, block_m, plan, allow_tf32, deterministic,
+                alibi_slopes, block_m, plan, allow_tf32, deterministic, dropout_p, seed,
             )  # fmt: skip
     if prepared is None:
         problem = Problem.forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table=page_table, seqused_k=seqused_k,
             causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks, alibi_slopes=alibi_slopes, out=out,
-            lse=want_lse, allow_tf32=allow_tf32,
+            lse=want_lse, allow_tf32=allow_tf32, dropout_p=dropout_p,
         )  # fmt: skip
         check_choice(plan, ForwardPlan, block_m=block_m)
         prepared = _prepare(key, problem, q.device, holds_keys=k.numel() > 0, block_m=block_m, plan=plan)
@@ -123,11 +130,12 @@ def forward(
     call = ForwardCall(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, q.shape[1] if max_seqlen_q is None else max_seqlen_q,
         sinks, alibi_slopes, out, lse, shape.scale if scale is None else scale, softcap,
+        None if seed is None else Dropout(dropout_p, seed),
     )  # fmt: skip
     if checking:
         check_forward_values(call, None if window is None else window[0])
     run(call)
-    if note is not None:
+    if note is not None and not dropout_p:
         _repeat = note(args, call) or _repeat
     return out, lse
 
@@ -170,18 +178,20 @@ class Attention(torch.autograd.Function):
         plan: ForwardPlan | None,
         allow_tf32: bool,
         deterministic: bool | None,
+        dropout_p: float,
+        seed: torch.Tensor | None,
     ) -> Result:
         out, lse = forward(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, seqused_k, causal, window, softcap, scale,
-            sinks, alibi_slopes, None, block_m, plan, allow_tf32, None, True,
+            sinks, alibi_slopes, None, block_m, plan, allow_tf32, None, True, dropout_p, seed,
         )  # fmt: skip
         keep(
             ctx, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal, window, softcap, scale, sinks,
-            alibi_slopes, allow_tf32, deterministic, out, lse,
+            alibi_slopes, allow_tf32, deterministic, dropout_p, seed, out, lse,
         )  # fmt: skip
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         run = traced_backward if torch.compiler.is_compiling() else backward
-        return (*gradients(ctx, dout, dlse, ctx.needs_input_grad[:4], run), *[None] * 14)
+        return (*gradients(ctx, dout, dlse, ctx.needs_input_grad[:4], run), *[None] * 16)

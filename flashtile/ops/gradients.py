@@ -31,6 +31,8 @@ def keep(
     alibi_slopes: torch.Tensor | None,
     allow_tf32: bool,
     deterministic: bool | None,
+    dropout_p: float,
+    seed: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
 ) -> None:
@@ -39,8 +41,8 @@ def keep(
     All tensors go through ``save_for_backward``: so a change in place is noticed, and hooks on saved tensors (checkpointing,
     offloading) see them.
     """
-    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, sinks, alibi_slopes)
-    ctx.numbers = (max_seqlen_q, max_seqlen_k, causal, window, softcap, scale, allow_tf32, deterministic)
+    ctx.save_for_backward(q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, sinks, alibi_slopes, seed)
+    ctx.numbers = (max_seqlen_q, max_seqlen_k, causal, window, softcap, scale, allow_tf32, deterministic, dropout_p)
     ctx.set_materialize_grads(False)
 
 
@@ -50,14 +52,14 @@ def gradients(
     """The gradients of q, k, v and sinks as far as they are ``wanted``, by ``backward``; dout or dlse is None where none flows."""
     if dout is None and dlse is None:
         return None, None, None, None
-    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, sinks, alibi_slopes = ctx.saved_tensors
-    max_seqlen_q, max_seqlen_k, causal, window, softcap, scale, allow_tf32, deterministic = ctx.numbers
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seqused_k, sinks, alibi_slopes, seed = ctx.saved_tensors
+    max_seqlen_q, max_seqlen_k, causal, window, softcap, scale, allow_tf32, deterministic, dropout_p = ctx.numbers
     if dout is None:
         dout = torch.zeros_like(out)
     with torch.no_grad():
         found = backward(
             q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_k, causal, window,
-            softcap, scale, sinks, alibi_slopes, allow_tf32, deterministic, wanted[3],
+            softcap, scale, sinks, alibi_slopes, allow_tf32, deterministic, wanted[3], dropout_p, seed,
         )  # fmt: skip
     dq, dk, dv, dsinks = (grad if want else None for grad, want in zip(found, wanted))
     if torch.is_grad_enabled():  # with create_graph=True
