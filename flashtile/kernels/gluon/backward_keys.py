@@ -56,7 +56,7 @@ def backward_keys_kernel(
         (sum_over_queries, (dk_box, dv_box, dk, dv, tokens, keys, band, batch, num_heads_kv, scale, scale_log2, memory,
                             1, GROUP, BLOCK_M, HEAD_DIM, HEAD_DIM_V, STAGES)),
         (load_keys_and_queries, (q, k, v, dout, statistics, tokens, keys, band, counter, num_programs, batch, num_heads_kv, heads_at_once,
-                                 memory, GROUP, BLOCK_M, D, DV, STAGES)),
+                                 memory, GROUP, BLOCK_M, D, DV, STAGES, False)),
     ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def sum_over_queries(
         dk = gl.zeros([ROWS, D], gl.float32, products_layout(D))
         dv = gl.zeros([ROWS, DV], gl.float32, products_layout(DV))
         block = low
-        s = _start_scores(k_own, q_ring, q_full, tokens, stage, phase, block, place, C, BLOCK_M, D)
+        s = start_scores_of_keys(k_own, q_ring, q_full, tokens, stage, phase, block, place, C, BLOCK_M, D)
         if tiles_done > 0:
             # the last tile's results have left what was its keys' and values' memory
             tma.store_wait(0)
@@ -95,11 +95,11 @@ def sum_over_queries(
         mbarrier.wait(v_full.index(slot), (tiles_done >> 1) & 1)
         s = warpgroup_mma_wait(0, deps=(s,))
         for _ in range(GROUP * (high - low) - 1):
-            dv_coming, ds = _add_values(
+            dv_coming, ds = add_values(
                 s, v_own, dout_ring, lse_ring, delta_ring, dout_full, tokens, stage, phase, block, place, scale_log2, dv,
-                C, BLOCK_M, D, DV,
+                C, BLOCK_M, D, DV, False,
             )  # fmt: skip
-            dk_coming = warpgroup_mma(ds, q_ring[1].index(stage), dk, is_async=True)
+            dk_coming = warpgroup_mma(gl.convert_layout(ds, operand_layout(D)), q_ring[1].index(stage), dk, is_async=True)
             # while dv's operand may be in use, its registers are taken: the next scores would not have enough
             dv = warpgroup_mma_wait(1, deps=(dv_coming,))
             barrier()
@@ -108,17 +108,17 @@ def sum_over_queries(
             block += 1
             if block == high:
                 block = low
-            s = _start_scores(k_own, q_ring, q_full, tokens, next_stage, next_phase, block, place, C, BLOCK_M, D)
+            s = start_scores_of_keys(k_own, q_ring, q_full, tokens, next_stage, next_phase, block, place, C, BLOCK_M, D)
             dk, s = warpgroup_mma_wait(0, deps=(dk_coming, s))
             barrier()
             mbarrier.arrive(q_empty.index(stage), count=1)
             stage = next_stage
             phase = next_phase
-        dv_coming, ds = _add_values(
+        dv_coming, ds = add_values(
             s, v_own, dout_ring, lse_ring, delta_ring, dout_full, tokens, stage, phase, block, place, scale_log2, dv,
-            C, BLOCK_M, D, DV,
+            C, BLOCK_M, D, DV, False,
         )  # fmt: skip
-        dk_coming = warpgroup_mma(ds, q_ring[1].index(stage), dk, is_async=True)
+        dk_coming = warpgroup_mma(gl.convert_layout(ds, operand_layout(D)), q_ring[1].index(stage), dk, is_async=True)
         dv, dk = warpgroup_mma_wait(0, deps=(dv_coming, dk_coming))
         barrier()
         mbarrier.arrive(dout_empty.index(stage), count=1)
@@ -128,8 +128,8 @@ def sum_over_queries(
         b, h, key, key_start, seqlen_q, seqlen_k, stored, _ = read_note(notes, tiles_done, C)
         b_keys = b * 0 if tokens.cu_seqlens_k is not None else b
         slot = tiles_done & 1
-        dk = _of_seen_keys(dk * scale, band, key, seqlen_q, seqlen_k)
-        dv = _of_seen_keys(dv, band, key, seqlen_q, seqlen_k)
+        dk = of_seen_keys(dk * scale, band, key, seqlen_q, seqlen_k)
+        dv = of_seen_keys(dv, band, key, seqlen_q, seqlen_k)
         store_gradient(dv_box, dv_view, v_tiles, 2 * slot + C, dv, b_keys, key_start, key, stored, h, HEAD_DIM_V)
         store_gradient(dk_box, dk_view, k_tiles, 2 * slot + C, dk, b_keys, key_start, key, stored, h, HEAD_DIM)
         tiles_done += 1
@@ -143,26 +143,29 @@ def sum_over_queries(
 
 
 @gluon.jit
-def _start_scores(
+def start_scores_of_keys(
     k_own, q_ring, q_full, tokens, stage, phase, block, place, C: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr
 ):  # fmt: skip
     """k q^T [64, BLOCK_M] of the queries in a stage of the ring, on its way once they are there."""
     mbarrier.wait(q_full.index(stage), phase)
-    _clear_foreign(q_ring, tokens, stage, block, place, C, BLOCK_M, D)
+    clear_foreign(q_ring, tokens, stage, block, place, C, BLOCK_M, D)
     zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, products_layout(BLOCK_M))
     return warpgroup_mma(k_own, q_ring[1].index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def _add_values(
+def add_values(
     s, v_own, dout_ring, lse_ring, delta_ring, dout_full, tokens, stage, phase, block, place, scale_log2, dv,
-    C: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+    C: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, KEYS_END: gl.constexpr,
 ):  # fmt: skip
-    """(dv plus probabilities times dout, on its way; the scores' gradients, rounded, as dk's operand)."""
+    """(dv plus probabilities times dout, on its way; the scores' gradients, rounded).
+
+    KEYS_END: in blocks that are masked, also keys behind those that count get gradient 0.
+    """
     band, whole_low, whole_high, notes, tiles_done = place
     S: gl.constexpr = products_layout(BLOCK_M)
     mbarrier.wait(dout_full.index(stage), phase)
-    _clear_foreign(dout_ring, tokens, stage, block, place, C, BLOCK_M, DV)
+    clear_foreign(dout_ring, tokens, stage, block, place, C, BLOCK_M, DV)
     dout = dout_ring[1].index(stage)
     zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, S)
     dp_coming = warpgroup_mma(v_own, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -171,18 +174,21 @@ def _add_values(
     if (block < whole_low) | (block >= whole_high):
         # read again, so that the other blocks' registers need not hold it
         _, _, key, _, seqlen_q, seqlen_k, _, _ = read_note(notes, tiles_done, C)
-        p = gl.where(seen_keys(band, key + seqlen_q - seqlen_k, block * BLOCK_M, seqlen_q, BLOCK_M), p, 0.0)
+        seen = seen_keys(band, key + seqlen_q - seqlen_k, block * BLOCK_M, seqlen_q, BLOCK_M)
+        if KEYS_END:
+            seen = seen & gl.expand_dims(key + gl.arange(0, ROWS, gl.SliceLayout(1, S)) < seqlen_k, 1)
+        p = gl.where(seen, p, 0.0)
     operand = gl.convert_layout(p.to(dout.dtype), operand_layout(DV))
     dv_coming = warpgroup_mma(operand, dout, dv, is_async=True)
     dp = warpgroup_mma_wait(1, deps=(dp_coming,))
     # read behind the wait: while products run, registers are scarce
     delta = delta_ring.index(stage).load(gl.SliceLayout(0, S))
     ds = p * (dp - gl.expand_dims(delta, 0))
-    return dv_coming, gl.convert_layout(ds.to(dout.dtype), operand_layout(D))
+    return dv_coming, ds.to(dout.dtype)
 
 
 @gluon.jit
-def _clear_foreign(ring, tokens, stage, block, place, C: gl.constexpr, BLOCK_M: gl.constexpr, DIM: gl.constexpr):
+def clear_foreign(ring, tokens, stage, block, place, C: gl.constexpr, BLOCK_M: gl.constexpr, DIM: gl.constexpr):
     """Of packed queries, what lies behind the sequence's last one becomes zero: 0 x NaN is NaN."""
     if tokens.cu_seqlens_q is not None:
         _, _, whole_high, notes, tiles_done = place
@@ -193,7 +199,7 @@ def _clear_foreign(ring, tokens, stage, block, place, C: gl.constexpr, BLOCK_M: 
 
 
 @gluon.jit
-def _of_seen_keys(x, band, key, seqlen_q, seqlen_k):
+def of_seen_keys(x, band, key, seqlen_q, seqlen_k):
     """Rows of x [64, dim] of keys that count and that any query sees; 0 for others, of which nothing else is known."""
     n = key + gl.arange(0, ROWS, gl.SliceLayout(1, x.type.layout))
     lowest, highest = visible_keys(band, n + seqlen_q - seqlen_k, 0, seqlen_q)

@@ -19,9 +19,12 @@ from flashtile.kernels.tile.schedule import sequence_rows, stored_keys
 @gluon.jit
 def load_keys_and_queries(
     q, k, v, dout, statistics, tokens, keys, band, counter, num_programs, batch, num_heads_kv, heads_at_once, memory,
-    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, STAGES: gl.constexpr, STAGGERED: gl.constexpr,
 ):  # fmt: skip
-    """Brings every block of 128 keys that this program takes, and for each query head of their group its blocks of queries."""
+    """Brings every block of 128 keys that this program takes, and for each query head of their group its blocks of queries.
+
+    STAGGERED: neighbours among the blocks of keys begin at other queries than each other, and come round to the first ones later.
+    """
     k_tiles, v_tiles, q_ring, dout_ring, lse_ring, delta_ring, notes, k_full, k_empty, v_full, q_full, q_empty, dout_full, dout_empty = (
         memory
     )
@@ -38,12 +41,13 @@ def load_keys_and_queries(
         key_start, seqlen_k = stored_keys(tokens, b)
         _, stored = sequence_rows(keys, b)
         low, high = blocks_of_queries(band, key, seqlen_q, seqlen_k, BLOCK_M)
+        begin = low + block % (high - low) if STAGGERED else low
         b_rows = b * 0 if tokens.cu_seqlens_q is not None else b
         b_keys = b * 0 if tokens.cu_seqlens_k is not None else b
         slot = tiles_done & 1
         mbarrier.wait(k_empty.index(slot), ((tiles_done >> 1) & 1) ^ 1)
         for c in gl.static_range(2):
-            write_note(notes.index(2 * c + slot), b, h, key, key_start, seqlen_q, seqlen_k, stored, key)
+            write_note(notes.index(2 * c + slot), b, h, key, key_start, seqlen_q, seqlen_k, stored, begin)
         barrier()
         mbarrier.expect(k_full.index(slot), 2 * bytes_of_tile(ROWS, DIM))
         for c in gl.static_range(2):
@@ -57,7 +61,7 @@ def load_keys_and_queries(
         else:
             t += num_programs
         h_q = h * GROUP
-        row = low * BLOCK_M
+        row = begin * BLOCK_M
         for _ in range(GROUP * (high - low)):
             rows = row + gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [1], [0]))
             # asked for before the wait, so that they come meanwhile
@@ -76,6 +80,7 @@ def load_keys_and_queries(
             row += BLOCK_M
             if row == high * BLOCK_M:
                 row = low * BLOCK_M
+            if row == begin * BLOCK_M:
                 h_q += 1
         tiles_done += 1
         b, h, block, walk = tile_numbered(t, keys, batch, num_heads_kv, heads_at_once, walk, BLOCK_N, LAST_FIRST)
@@ -93,15 +98,21 @@ def load_keys_and_queries(
 
 
 @gluon.jit
-def blocks_of_queries(band, key, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr):
-    """[low, high) blocks of BLOCK_M queries that any of 128 keys is seen by, never none; ``band`` is seen from the keys."""
-    low, high = blocks_of_rows(band, key, seqlen_k, seqlen_q, 2 * ROWS, BLOCK_M)
+def blocks_of_queries(band, key, seqlen_q, seqlen_k, BLOCK_M: gl.constexpr, NUM_KEYS: gl.constexpr = 128):
+    """[low, high) blocks of BLOCK_M queries that any of NUM_KEYS keys is seen by, never none; ``band`` is seen from the keys."""
+    low, high = blocks_of_rows(band, key, seqlen_k, seqlen_q, NUM_KEYS, BLOCK_M)
+    # a block that there is, also where no query sees a key
+    blocks = gl.maximum(gl.cdiv(seqlen_q, BLOCK_M), 1)
+    low = gl.minimum(low, blocks - 1)
     # keys behind those that count have a gradient too, which is 0
-    return low, gl.where(key < seqlen_k, high, low + 1)
+    return low, gl.where(key < seqlen_k, gl.minimum(high, blocks), low + 1)
 
 
 @gluon.jit
 def turned(stage, phase, STAGES: gl.constexpr):
     """The next stage of a ring, and the parity of its barriers there."""
-    wraps = stage == STAGES - 1
-    return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)
+    if STAGES == 2:
+        return stage ^ 1, phase ^ stage
+    else:
+        wraps = stage == STAGES - 1
+        return gl.where(wraps, 0, stage + 1), gl.where(wraps, phase ^ 1, phase)

@@ -31,11 +31,17 @@ def store_gradient(box, view, tiles, tile, x, b, start, row, end, h, DIM: gl.con
         for panel in gl.static_range(PANELS):
             tma.async_copy_shared_to_global(box, [b, start + row, h, panel * PANEL], boxes.index(tile * PANELS + panel))
     else:
-        rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, x.type.layout))
-        d = gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
-        offsets = row_offsets(view, b, start + rows, h)
-        ptrs = view.ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(d, 0)
-        gl.store(ptrs, x.to(view.ptr.dtype.element_ty), mask=gl.expand_dims(rows < end, 1) & gl.expand_dims(d < DIM, 0))
+        store_by_address(view, x, b, start, row, end, h, 0, DIM)
+
+
+@gluon.jit
+def store_by_address(view, x, b, start, row, end, h, FIRST: gl.constexpr, DIM: gl.constexpr):
+    """Of rows [row, row + 64) of x, those before row ``end`` of the sequence; columns of a head from FIRST on, before DIM."""
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, x.type.layout))
+    d = FIRST + gl.arange(0, x.shape[1], gl.SliceLayout(0, x.type.layout))
+    offsets = row_offsets(view, b, start + rows, h)
+    ptrs = view.ptr + gl.expand_dims(offsets, 1) + gl.expand_dims(d, 0)
+    gl.store(ptrs, x.to(view.ptr.dtype.element_ty), mask=gl.expand_dims(rows < end, 1) & gl.expand_dims(d < DIM, 0))
 
 
 @gluon.jit

@@ -1,7 +1,8 @@
 """Backward on Hopper: two passes over the scores, in both of which the copy engine runs ahead of two warpgroups that multiply.
 
 In the first a program owns 128 keys and sums their dK and dV over the queries that see them (backward_keys.py); in the second it
-owns 128 queries and sums their dQ (backward_queries.py). Nothing is added in memory, so that results never vary. Before them the
+owns 128 queries and sums their dQ (backward_queries.py). Of heads wider than 128, a program of the first owns 64 keys
+(backward_wide_keys.py, backward_wide_queries.py). Nothing is added in memory, so that results never vary. Before them the
 portable backward's small kernel makes what they need of each query.
 
 Source: FlashAttention-2 and -3 (Dao 2023, Shah et al. 2024).
@@ -19,6 +20,8 @@ from flashtile.kernels.backward_delta import delta_spec, sinks_spec
 from flashtile.kernels.call import BackwardCall, BackwardRunner
 from flashtile.kernels.gluon.backward_keys import backward_keys_kernel
 from flashtile.kernels.gluon.backward_queries import backward_queries_kernel
+from flashtile.kernels.gluon.backward_wide_keys import backward_wide_keys_kernel
+from flashtile.kernels.gluon.backward_wide_queries import backward_wide_queries_kernel
 from flashtile.kernels.gluon.forward_counter import tile_counters
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Descriptor, Spec, launcher, on_device, workspace
 from flashtile.kernels.operands import band_spec, rows_spec, rows_view, scores_spec, scores_view, statistics_spec, tokens_spec
@@ -27,9 +30,9 @@ from flashtile.planner.plans import BackwardPlan
 from flashtile.problem import DTYPE_BYTES, Problem
 
 _ROWS = 64  # of a warpgroup
-_TILE = 128  # keys of a tile of the first pass, queries of the second
+_TILE = 128  # queries of a tile of the second pass
 _PANEL = 64
-_SHORT_HEAD = 64
+_WIDE_HEAD = 128  # heads wider than this have kernels of their own
 _REGISTERS, _PRODUCER_REGISTERS = 240, 24  # of a thread
 _MAX_TILES = 2**30  # which the device counts in 32 bits, and some more
 _L2_BYTES = 8 << 20  # of what a head's tiles read again and again, for heads that are taken together
@@ -41,7 +44,7 @@ def keys_spec(problem: Problem, plan: BackwardPlan) -> Spec:
     """The keys' pass."""
     boxes, tokens = _boxes_of_calls(problem, plan.block_m, _ROWS), tokens_spec(problem)
     return Spec(
-        backward_keys_kernel,
+        backward_wide_keys_kernel if _is_wide(problem) else backward_keys_kernel,
         args={
             **boxes,
             "dk_box": boxes["k"],
@@ -70,8 +73,10 @@ def keys_spec(problem: Problem, plan: BackwardPlan) -> Spec:
 def queries_spec(problem: Problem, plan: BackwardPlan) -> Spec:
     """The queries' pass."""
     boxes = _boxes_of_calls(problem, _ROWS, plan.dq_block_n)
+    # short heads have no registers to spare beside blocks of 128 keys
+    q_in_registers = {} if _is_wide(problem) else {"Q_IN_REGISTERS": plan.dq_block_n <= _PANEL}
     return Spec(
-        backward_queries_kernel,
+        backward_wide_queries_kernel if _is_wide(problem) else backward_queries_kernel,
         args={
             **boxes,
             "dq_box": boxes["q"],
@@ -88,13 +93,17 @@ def queries_spec(problem: Problem, plan: BackwardPlan) -> Spec:
             "HEAD_DIM": problem.head_dim,
             "HEAD_DIM_V": problem.head_dim_v,
             "STAGES": plan.dq_num_stages,
-            # short heads have no registers to spare beside blocks of 128 keys
-            "Q_IN_REGISTERS": plan.dq_block_n <= _PANEL,
+            **q_in_registers,
             "REGISTERS": _REGISTERS,
             "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
         },
         options={"num_warps": 4, "num_stages": 1},
     )
+
+
+def _is_wide(problem: Problem) -> bool:
+    """Whether a warpgroup's registers do not hold dK and dV of 64 keys at once."""
+    return max(problem.head_dim, problem.head_dim_v) > _WIDE_HEAD
 
 
 def _boxes_of_calls(problem: Problem, query_rows: int, key_rows: int) -> dict[str, Descriptor]:
@@ -140,7 +149,7 @@ def prepare(problem: Problem, plan: BackwardPlan, device: torch.device) -> None:
 def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> BackwardRunner:
     """What runs calls of ``problem`` as ``plan`` says."""
     pointer = torch.Tensor.data_ptr
-    heads, heads_kv, programs = problem.num_heads_q, problem.num_heads_kv, plan.num_programs
+    heads, heads_kv, programs, keys_a_tile = problem.num_heads_q, problem.num_heads_kv, plan.num_programs, plan.block_n
     write_delta = delta_pass(problem, device)
     over_queries, over_keys = launcher(keys_spec(problem, plan), device), launcher(queries_spec(problem, plan), device)
     band, transposed = band_view(problem.band), band_view(problem.band.transposed())
@@ -158,9 +167,9 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
             return
         seqlen_k, total_k = k.shape[1], k.shape[0]
         row_tiles = total_q // _TILE + batch if cu_seqlens_q is not None else batch * -(-seqlen_q // _TILE)
-        key_tiles = total_k // _TILE + batch if cu_seqlens_k is not None else batch * -(-seqlen_k // _TILE)
+        key_tiles = total_k // keys_a_tile + batch if cu_seqlens_k is not None else batch * -(-seqlen_k // keys_a_tile)
         if max(row_tiles * heads, key_tiles * heads_kv) > _MAX_TILES:
-            limit = f"{max(row_tiles * heads, key_tiles * heads_kv)} tiles of {_TILE} rows: at most {_MAX_TILES}"
+            limit = f"{max(row_tiles * heads, key_tiles * heads_kv)} tiles: at most {_MAX_TILES}"
             raise UnsupportedError("The call does not fit a launch.", {plan.kernel: [limit]})
         lse_log2, delta = workspace(heads * total_q, q.device), workspace(heads * total_q, q.device)
         strides = (0, total_q) if cu_seqlens_q is not None else (heads * seqlen_q, seqlen_q)

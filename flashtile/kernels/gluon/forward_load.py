@@ -19,14 +19,16 @@ from flashtile.kernels.tile.schedule import sequence_rows, stored_keys
 def load_tiles(
     q, k, v, dout, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory, dout_tiles,
     CONSUMERS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
-    PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr = None,
 ):  # fmt: skip
     """Brings every tile of rows that this program takes, and says at the end that there are no more.
 
-    With q comes ``dout``, which has the values' head dim, unless it is None.
+    With q comes ``dout``, which has the values' head dim, unless it is None. VALUE_STAGES: of the values' ring, where it has
+    another number of stages.
     """
     q_tiles, k_ring, v_ring, notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty = memory
     k_way, v_way = (k, k_ring, k_full, k_empty), (v, v_ring, v_full, v_empty)
+    V_STAGES: gl.constexpr = STAGES if VALUE_STAGES is None else VALUE_STAGES
     BLOCK_M: gl.constexpr = ROWS * CONSUMERS
     LAST_FIRST: gl.constexpr = band.right is not None
     ROW_BYTES: gl.constexpr = bytes_of_tile(ROWS, HEAD_DIM) + (bytes_of_tile(ROWS, HEAD_DIM_V) if dout is not None else 0)
@@ -56,7 +58,7 @@ def load_tiles(
             load_box(q, q_tiles, q_full.index(c), c, b_rows, row_start + row + c * ROWS, h, 0, 1, HEAD_DIM)
             if dout is not None:
                 load_box(dout, dout_tiles, q_full.index(c), c, b_rows, row_start + row + c * ROWS, h, 0, 1, HEAD_DIM_V)
-        _load_block(v_way, known, pages, b_keys, sequence, key, h_kv, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, STAGES)
+        _load_block(v_way, known, pages, b_keys, sequence, key, h_kv, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, V_STAGES)
         turn += 1
         # the next tile's number comes while this one's keys do
         if counter is not None:
@@ -66,7 +68,7 @@ def load_tiles(
         for _ in range(high - low - 1):
             key -= BLOCK_N
             _load_block(k_way, known, pages, b_keys, sequence, key, h_kv, turn, True, BLOCK_N, HEAD_DIM, PAGE_SIZE, STAGES)
-            _load_block(v_way, known, pages, b_keys, sequence, key, h_kv, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, STAGES)
+            _load_block(v_way, known, pages, b_keys, sequence, key, h_kv, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, V_STAGES)
             turn += 1
         tiles_done += 1
         b, h, row_block, walk = tile_numbered(t, tokens, batch, num_heads, heads_at_once, walk, BLOCK_M, LAST_FIRST)

@@ -147,18 +147,22 @@ def _negate(tile):
 
 
 @gluon.jit
-def hand_back(ring, turn, count, STAGES: gl.constexpr):
-    """Gives back ``count`` blocks that the tile's other rows need; returns the turn behind them."""
+def hand_back(ring, turn, count, STAGES: gl.constexpr, VALUE_STAGES: gl.constexpr = None):
+    """Gives back ``count`` blocks that the tile's other rows need; returns the turn behind them.
+
+    VALUE_STAGES: of the values' ring, where it has another number of stages.
+    """
     _, _, _, k_full, k_empty, v_full, v_empty = ring
+    V_STAGES: gl.constexpr = STAGES if VALUE_STAGES is None else VALUE_STAGES
     for _ in range(count):
         stage = turn % STAGES
-        phase = (turn // STAGES) & 1
-        mbarrier.wait(k_full.index(stage), phase)
-        mbarrier.wait(v_full.index(stage), phase)
+        v_stage = turn % V_STAGES
+        mbarrier.wait(k_full.index(stage), (turn // STAGES) & 1)
+        mbarrier.wait(v_full.index(v_stage), (turn // V_STAGES) & 1)
         # all warps have seen that the block was there: given back, it may be another one at once
         barrier()
         mbarrier.arrive(k_empty.index(stage), count=1)
-        mbarrier.arrive(v_empty.index(stage), count=1)
+        mbarrier.arrive(v_empty.index(v_stage), count=1)
         turn += 1
     return turn
 
