@@ -96,16 +96,21 @@ def pass_registers(problem: Problem, tile: PassTile, device: Device) -> int:
     if tile.kernel == GLUON_BACKWARD_SM90:
         return gluon_pass_registers(problem, tile)
     mma, family = pass_mma(problem, tile, device), family_of(problem, device)
-    for shape in shapes_of(family, tile.owner, max(problem.head_dim, problem.head_dim_v)):
-        if (shape.owned, shape.step, shape.num_warps) == (tile.owned, tile.step, tile.num_warps) and shape.num_stages >= tile.num_stages:
-            small_copies = problem.alignment < COPY_BYTES and family != UNALIGNED
-            return shape.shaped if _has_features(problem) or small_copies else shape.registers
+    known = [
+        shape
+        for shape in shapes_of(family, tile.owner, max(problem.head_dim, problem.head_dim_v))
+        if (shape.owned, shape.step, shape.num_warps) == (tile.owned, tile.step, tile.num_warps) and shape.num_stages >= tile.num_stages
+    ]
+    if known:
+        shape = min(known, key=lambda shape: shape.num_stages)
+        small_copies = problem.alignment < COPY_BYTES and family != UNALIGNED
+        return shape.shaped if _has_features(problem) or small_copies else shape.registers
     return _estimated_registers(problem, tile, mma, device)
 
 
 def _has_features(problem: Problem) -> bool:
     """Whether kernels carry more than full and causal masks over whole sequences."""
-    return problem.softcap or problem.alibi or problem.ragged_q or problem.band.left is not None
+    return problem.softcap or problem.alibi or problem.dropout or problem.ragged_q or problem.band.left is not None
 
 
 def family_of(problem: Problem, device: Device) -> str:

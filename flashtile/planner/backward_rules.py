@@ -192,7 +192,8 @@ def pass_fits(problem: Problem, device: Device, kernel: str, owner: Owner) -> Fi
     kind = Problem(
         operation="backward", head_dim=problem.head_dim, head_dim_v=problem.head_dim_v, dtype_q=problem.dtype_q, dtype_k=problem.dtype_k,
         dtype_v=problem.dtype_v, dtype_out=problem.dtype_out, softcap=problem.softcap, alibi=problem.alibi, ragged_q=problem.ragged_q,
-        band=Band(None if problem.band.left is None else 0, None), alignment=problem.alignment, allow_tf32=problem.allow_tf32,
+        band=Band(None if problem.band.left is None else 0, None), alignment=problem.alignment, dropout=problem.dropout,
+        allow_tf32=problem.allow_tf32,
     )  # fmt: skip
     return _fits(kind, device, kernel, owner)
 

@@ -1,4 +1,4 @@
-"""The portable backward's passes compiled for GPUs that need not be here: no spills, the matrix instruction, the loops."""
+"""The portable backward's passes compiled for GPUs that need not be here: spills (none, or as measured), matrix instructions, loops."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ class Point:
     """What is compiled: the pass that owns "keys" or "queries", (rows owned, rows a step, warps, stages), the head dim, and how the
     problem differs from causal bfloat16.
 
-    ``mma`` is how the matrix instruction starts, "" where Triton has none. ``copies`` says whether tiles come by asynchronous copies.
+    ``mma`` is how the matrix instruction starts, "" where Triton has none. ``copies`` says whether tiles come by asynchronous copies,
+    ``spilled`` how many bytes a thread may spill, as the planner's table of shapes does.
     """
 
     arch: str
@@ -38,6 +39,7 @@ class Point:
     mma: str
     changes: dict[str, Any] = field(default_factory=dict)
     copies: bool = True
+    spilled: int = 0
 
     @property
     def problem(self) -> Problem:
@@ -60,10 +62,12 @@ POINTS = {
     "sm_80, head dim 256, queries": Point("sm_80", "queries", (64, 16, 8, 2), 256, "mma.sync m16n8k16"),
     "sm_80, TF32, queries": Point("sm_80", "queries", (64, 32, 4, 2), 64, "mma.sync m16n8k8", {"dtype_q": "float32", "allow_tf32": True}),
     "sm_90, head dim 64, keys": Point("sm_90", "keys", (128, 64, 8, 2), 64, "wgmma", FULL),
+    "sm_90, head dim 64, 64 keys": Point("sm_90", "keys", (64, 64, 4, 3), 64, "wgmma", spilled=24),
     "sm_90, head dim 64, everything, packed, keys": Point("sm_90", "keys", (64, 64, 4, 2), 64, "wgmma", ALL | PACKED),
     "sm_90, head dim 64, everything, packed, queries": Point("sm_90", "queries", (128, 64, 8, 2), 64, "wgmma", ALL | PACKED),
     "sm_90, head dim 96, keys": Point("sm_90", "keys", (128, 32, 8, 2), 96, "wgmma"),
     "sm_90, head dim 128, keys": Point("sm_90", "keys", (128, 32, 8, 2), 128, "wgmma"),
+    "sm_90, head dim 128, 64 keys": Point("sm_90", "keys", (64, 64, 4, 2), 128, "wgmma", spilled=204),
     "sm_90, head dim 128, queries": Point("sm_90", "queries", (128, 64, 8, 2), 128, "wgmma"),
     "sm_90, head dim 192, queries": Point("sm_90", "queries", (128, 64, 8, 2), 192, "wgmma"),
     "sm_90, head dim 256, keys": Point("sm_90", "keys", (64, 16, 8, 2), 256, "wgmma"),
@@ -118,7 +122,7 @@ def compiled() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", POINTS)
 def test_a_tile_compiles_to_what_the_architecture_has(name: str, compiled: dict[str, dict[str, Any]]) -> None:
     point, facts = POINTS[name], compiled[name]
-    assert facts["spilled_bytes"] == 0
+    assert facts["spilled_bytes"] <= point.spilled
     assert facts["shared_bytes"] <= ARCHITECTURES[point.arch].smem_per_block
     assert facts["mma"].startswith(point.mma)
     assert bool(facts["mma"]) == bool(point.mma)
