@@ -16,13 +16,13 @@ import typer
 
 from benchmarks import backward_block, backward_grids, backward_peers, backward_step, fa4, timing
 from benchmarks.backward_block import Block
-from benchmarks.backward_grids import BackwardShape
+from benchmarks.backward_grids import EVERY_NAME, BackwardShape
 from benchmarks.backward_measure import PROTOCOL, measure, plan_of
 from benchmarks.compilers import Compilers
 from benchmarks.forward_grids import shrunk
-from benchmarks.forward_report import line
 from benchmarks.forward_sets import problem_of
 from benchmarks.runner import Runner, device_here, died_in_peers, shares, wanted_peers
+from benchmarks.speed_tables import line
 from benchmarks.timed_trials import Options
 from flashtile.planner.choose import plan_forward
 from flashtile.planner.device import Device
@@ -43,7 +43,6 @@ SHARES = {
     "host": 2,
     "memory": 4,
 }
-GRID_NAMES = ("block", *backward_grids.GRID_NAMES)
 STEP_SECONDS = 60.0  # the most that one contestant's turn may take: it may have a kernel to compile
 BLOCK_SECONDS = 200.0  # torch.compile builds the whole block in one turn
 # who is worth timing beside us on a grid; everyone elsewhere
@@ -55,7 +54,7 @@ PROTOCOLS = {"block": backward_block.PROTOCOL, "memory": backward_step.MEMORY_PR
 
 
 def main(
-    grid: Annotated[str, typer.Option(help=f"Of {', '.join(GRID_NAMES)} one or several (a,b), or all.")] = "dense",
+    grid: Annotated[str, typer.Option(help=f"Of {', '.join(EVERY_NAME)} one or several (a,b), or all.")] = "dense",
     out: Annotated[Path, typer.Option(help="Folder for the JSON files.")] = Path("benchmarks/results"),
     budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 300.0,
     with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time other libraries beside us.")] = True,
@@ -74,8 +73,8 @@ def main(
     """Checks and times the problems of some grids; exits with 3 where the device was lost (run again with --resume)."""
     end = time.monotonic() + budget
     names = list(SHARES) if grid == "all" else grid.split(",")
-    if not set(names) <= set(GRID_NAMES):
-        raise typer.BadParameter(f"{grid} is none of {', '.join(GRID_NAMES)}, all", param_hint="--grid")
+    if not set(names) <= set(EVERY_NAME):
+        raise typer.BadParameter(f"{grid} is none of {', '.join(EVERY_NAME)}, all", param_hint="--grid")
     where = device_here(device)
     on_gpu = where.type == "cuda"
     wanted = wanted_peers(with_peers, peer, backward_peers.DEFAULT if on_gpu else ("sdpa",), backward_peers.PEERS)

@@ -17,6 +17,7 @@ from benchmarks.grids import DTYPE_BYTES
 PORTABLE = "triton.backward"
 GRID_NAMES = ("dense", "wide", "deterministic", "gqa", "varlen", "portable", "dims", "host", "memory", "cpu")
 BOTH_WAYS = 1.4  # operations of forward and backward, of backward's
+EVERY_NAME = (*GRID_NAMES, "block")  # the last one is of whole blocks of a model (backward_block.py)
 FORWARDS = 2.5  # five matrix products over visible pairs instead of two; what a kernel computes twice does not count
 EVEN_LENGTH = 128  # of which the even batch's sequences have a multiple
 

@@ -18,8 +18,8 @@ from benchmarks import fa4, forward_grids, forward_peers, timing
 from benchmarks.compilers import Compilers
 from benchmarks.forward_grids import Shape
 from benchmarks.forward_measure import PROTOCOL, Options, measure, plan_of
-from benchmarks.forward_report import line
 from benchmarks.runner import Runner, device_here, died_in_peers, shares, wanted_peers
+from benchmarks.speed_tables import line
 from flashtile.planner.device import Device
 from flashtile.planner.plans import Plan
 from flashtile.problem import Problem

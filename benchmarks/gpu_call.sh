@@ -7,13 +7,14 @@
 #   gpu_call.sh peers OUT [SECONDS] [PART...]   unpacks the peers that lie in PART..., then the grids that need them
 #   gpu_call.sh search OUT [SECONDS]            the planner's choice against a search
 #   gpu_call.sh forward OUT [SECONDS] [PART...] unpacks the peers that lie in PART..., then every forward grid (GRIDS: which, a,b,...)
+#   gpu_call.sh backward OUT [SECONDS] [PART...] the same for backward's grids
 #   gpu_call.sh unpack OUT SECONDS PART...      unpacks peers alone, where they come in several calls
-#   gpu_call.sh sanitize OUT [SECONDS]          memcheck and racecheck over variants of the kernels (OPERATION: decode or forward, else both)
+#   gpu_call.sh sanitize OUT [SECONDS]          memcheck and racecheck over variants of the kernels (OPERATION: which, else all)
 #
 # PYTHON names the interpreter (python3); COMMIT the commit measured; PEERS_DIR where peers are unpacked (/opt/peers).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-what=${1:?check, sweep, core, peers, search, forward, unpack or sanitize}
+what=${1:?check, sweep, core, peers, search, forward, backward, unpack or sanitize}
 out=$(mkdir -p "${2:?a folder for results}" && cd "$2" && pwd)
 seconds=${3:-500}
 shift $(($# < 3 ? $# : 3))
@@ -47,11 +48,14 @@ unpacked() { # folders with peers
 }
 
 sanitized() { # tool, seconds: its trials in four processes at once; the filter by kernel name as the version at hand spells it
-  local tool=$1 limit=$2 only_ours=() parts=4 part
-  case $(compute-sanitizer --help 2>&1) in
-  *--kernel-regex*) only_ours=(--kernel-regex kns=decode --kernel-regex kns=combine --kernel-regex kns=forward) ;;
-  *--kernel-name*) only_ours=(--kernel-name kernel_substring=decode --kernel-name kernel_substring=combine --kernel-name kernel_substring=forward) ;;
-  esac
+  local tool=$1 limit=$2 only_ours=() parts=4 part name help
+  help=$(compute-sanitizer --help 2>&1)
+  for name in decode combine forward backward; do # backward's kernels for delta and sinks have it in their names too
+    case $help in
+    *--kernel-regex*) only_ours+=(--kernel-regex "kns=$name") ;;
+    *--kernel-name*) only_ours+=(--kernel-name "kernel_substring=$name") ;;
+    esac
+  done
   if [ "$tool" = control ]; then
     timeout -k 10 "$limit" compute-sanitizer --tool memcheck "${only_ours[@]}" --log-file "$out/control.log" \
       "$python" -m benchmarks.sanitize control >/dev/null 2>&1
@@ -89,11 +93,11 @@ peers)
   unpacked "$@"
   measure 100 --grid host,seqlen1,speculative,ragged,paged,floor # in one process: the peers load for tens of seconds
   ;;
-forward)
+forward | backward)
   # one file instead of many, for what comes back from a host may be limited
-  trap 'tar -C "$out" -czf "$out/forward.tar.gz" $(cd "$out" && ls forward_*.json) && rm -f "$out"/forward_*.json' EXIT
+  trap 'tar -C "$out" -czf "$out/$what.tar.gz" $(cd "$out" && ls "$what"_*.json) && rm -f "$out/$what"_*.json' EXIT
   unpacked "$@"
-  measured benchmarks.forward 5 100 --grid "${GRIDS:-all}"
+  measured "benchmarks.$what" 5 100 --grid "${GRIDS:-all}"
   ;;
 unpack) unpacked "$@" ;;
 search) measure 100 --grid search --no-peers --compilers 12 ;;

@@ -1,7 +1,7 @@
 """Turns results/*.json into the tables of docs/performance.md: ``python -m benchmarks.report [--check]``.
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a grid's (``forward-NAME`` of forward's), or
-``targets`` for what decode is held to, ``forward-targets`` for forward.
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a grid's (``forward-NAME`` of forward's, ``backward-NAME``
+of backward's), or ``targets`` for what decode is held to, ``forward-targets`` for forward, ``backward-targets`` for backward.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import choices, forward_report, markdown, targets
-from benchmarks.forward_grids import GRID_NAMES as FORWARD_GRIDS
+from benchmarks import backward_report, choices, forward_report, markdown, speed_tables, targets
 from benchmarks.markdown import times, us
 from benchmarks.targets import Row
 
 GRIDS = ("seqlen1", "speculative", "paged", "ragged", "floor", "search", "sweep", "host", "cpu")
-TABLES = ("targets", *GRIDS, *forward_report.TABLES, "sanitize")
+TABLES = ("targets", *GRIDS, *forward_report.TABLES, *backward_report.TABLES, "sanitize")
 HERE = Path(__file__).parent
 LABELS = {
     "flashtile": "flashtile", "fa2": "FA2", "fa3": "FA3", "flashinfer_tc": "FlashInfer tc", "flashinfer_cc": "FlashInfer cc",
@@ -61,7 +60,8 @@ def line(row: Row) -> str:
 def load(folder: Path) -> dict[str, dict[str, Any]]:
     """The result file of each grid that has one, and the sanitizer's."""
     files = {grid: folder / f"decode_{grid}.json" for grid in GRIDS}
-    files |= {f"forward-{grid}": folder / f"forward_{grid}.json" for grid in FORWARD_GRIDS}
+    others = [name for name in (*forward_report.TABLES, *backward_report.TABLES) if not name.endswith("-targets")]
+    files |= {name: folder / f"{name.replace('-', '_')}.json" for name in others}
     files["sanitize"] = folder / "sanitize.json"
     return {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
 
@@ -70,12 +70,12 @@ def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Markdown of each table."""
     made = {grid: _table(grid, results[grid]) if grid in results else "Not measured yet.\n" for grid in GRIDS}
     watched = _sanitize(results["sanitize"]) if "sanitize" in results else "Not measured yet.\n"
-    return {"targets": _targets(results), **made, **forward_report.tables(results), "sanitize": watched}
+    return {"targets": _targets(results), **made, **forward_report.tables(results), **backward_report.tables(results), "sanitize": watched}
 
 
 def _targets(results: dict[str, dict[str, Any]]) -> str:
-    rows = {grid: forward_report.measured(results[grid]) for grid in GRIDS if grid in results}
-    return forward_report.targets_table(targets.goals(rows), results)
+    rows = {grid: speed_tables.measured(results[grid]) for grid in GRIDS if grid in results}
+    return speed_tables.targets_table(targets.goals(rows), results)
 
 
 def _table(grid: str, data: dict[str, Any]) -> str:
@@ -221,7 +221,7 @@ def rendered(text: str, made: dict[str, str]) -> str:
 
 
 def main(
-    results: Annotated[Path, typer.Option(help="Folder of decode_*.json and forward_*.json.")] = HERE / "results",
+    results: Annotated[Path, typer.Option(help="Folder of decode_*.json, forward_*.json and backward_*.json.")] = HERE / "results",
     docs: Annotated[Path, typer.Option(help="The document with the markers.")] = HERE.parent / "docs" / "performance.md",
     check: Annotated[bool, typer.Option(help="Write nothing; exit with 1 if the document is stale.")] = False,
 ) -> None:

@@ -25,11 +25,12 @@ from typing import Annotated, Any, Protocol
 import torch
 import typer
 
-from benchmarks import sanitize_decode, sanitize_forward
+from benchmarks import sanitize_backward, sanitize_decode, sanitize_forward
 from benchmarks.record import heading
 from flashtile import UnsupportedError
 
-OURS = ("decode", "combine", "forward")
+OPERATIONS = {"decode": sanitize_decode.trials, "forward": sanitize_forward.trials, "backward": sanitize_backward.trials}
+OURS = (*OPERATIONS, "combine")
 _ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
@@ -47,9 +48,9 @@ class Trial(Protocol):
 
 
 def trials(device: str, operation: str = "") -> list[Trial]:
-    """Every trial of both operations, or of one, shuffled: wherever the time ends, some of every kernel, tile and case have had theirs."""
+    """Every trial of all operations, or of one, shuffled: wherever the time ends, some of every kernel, tile and case have had theirs."""
     found: list[Trial] = []
-    for name, make in (("decode", sanitize_decode.trials), ("forward", sanitize_forward.trials)):
+    for name, make in OPERATIONS.items():
         if operation in ("", name):
             found += make(device)
     Random(0).shuffle(found)
@@ -91,7 +92,7 @@ def prepare(
     out: Out,
     device: On = "cuda",
     workers: Annotated[int, typer.Option(help="Processes that compile.")] = 15,
-    operation: Annotated[str, typer.Option(help="decode or forward alone.")] = "",
+    operation: Annotated[str, typer.Option(help="decode, forward or backward alone.")] = "",
     budget: Annotated[float, typer.Option(help="Seconds after which no further trial begins.")] = 600.0,
 ) -> None:
     """Compiles and checks every trial unwatched, counts its launches, and writes OUT/trials.json."""

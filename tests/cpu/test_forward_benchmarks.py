@@ -17,7 +17,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import forward as script
-from benchmarks import forward_grids, forward_measure, forward_peers, forward_report, forward_targets, report, runner, timed_trials, timing
+from benchmarks import forward_grids, forward_measure, forward_peers, forward_targets, report, runner, speed_tables, timed_trials, timing
 from benchmarks.forward_check import Oracle
 from benchmarks.forward_grids import Shape, shrunk, square
 from benchmarks.forward_sets import InputSets, num_sets, problem_of
@@ -220,8 +220,8 @@ def test_the_tables_show_speeds_targets_misses_and_failures() -> None:
 def test_a_line_for_the_terminal_names_who_failed() -> None:
     entry = row("a", 10.0, cudnn=8.0)
     entry["results"]["fa4"] = {"failed": "RuntimeError: no"}
-    assert "cudnn 125.0 (0.800x)" in forward_report.line(entry)
-    assert "fa4 failed: RuntimeError: no" in forward_report.line(entry)
+    assert "cudnn 125.0 (0.800x)" in speed_tables.line(entry)
+    assert "fa4 failed: RuntimeError: no" in speed_tables.line(entry)
 
 
 class FakeGraph:
@@ -297,7 +297,7 @@ def test_a_device_lost_in_a_peers_call_is_the_peers_loss(tmp_path: Path) -> None
             step(who)
             raise DeviceLost("gone")
 
-        return runner.Runner("forward", CPU, tmp_path, "abc", {}, measured, forward_report.line, "medians", limit=30.0, peers=("fa4",))
+        return runner.Runner("forward", CPU, tmp_path, "abc", {}, measured, speed_tables.line, "medians", limit=30.0, peers=("fa4",))
 
     shape = one_of("host")
     for who in ("fa4", "flashtile"):

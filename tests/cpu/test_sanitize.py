@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from benchmarks import report, sanitize, sanitize_forward
+from benchmarks import report, sanitize, sanitize_backward, sanitize_forward
 from flashtile import Device, Problem, UnsupportedError
-from flashtile.planner.catalog import GLUON_FORWARD_SM90
+from flashtile.planner.catalog import GLUON_BACKWARD_SM90, GLUON_FORWARD_SM90
+from flashtile.planner.plans import BackwardPlan
+from flashtile.testing.backward_inputs import backward_problem
 from flashtile.testing.forward_inputs import make_forward_inputs
 
 CLEAN = {
@@ -41,7 +43,7 @@ def watched(left_behind: Path, tmp_path: Path) -> Path:
 def test_every_trial_is_counted_once_for_each_tool(watched: Path) -> None:
     sanitize.collect(watched, device="cpu", commit="abc")
     data = json.loads((watched / "sanitize.json").read_text())
-    counts = {f"cpu.{operation}": len(sanitize.trials("cpu", operation)) for operation in ("decode", "forward")}
+    counts = {f"cpu.{operation}": len(sanitize.trials("cpu", operation)) for operation in sanitize.OPERATIONS}
     count = sum(counts.values())
     assert data["trials"] == count
     assert data["commit"] == "abc"
@@ -73,10 +75,11 @@ def test_a_tool_that_watched_nothing_fails(watched: Path) -> None:
 
 def test_the_report_states_the_launches(watched: Path) -> None:
     sanitize.collect(watched, device="cpu", commit="abc")
-    decode, forward = (len(sanitize.trials("cpu", operation)) for operation in ("decode", "forward"))
+    decode, forward, backward = (len(sanitize.trials("cpu", operation)) for operation in ("decode", "forward", "backward"))
     table = report.tables(report.load(watched))["sanitize"]
-    both = decode + forward
-    assert f"| memcheck | 0 | {decode} of cpu.decode, {forward} of cpu.forward | {both} of {both} |" in table
+    every = decode + forward + backward
+    launches = f"{backward} of cpu.backward, {decode} of cpu.decode, {forward} of cpu.forward"
+    assert f"| memcheck | 0 | {launches} | {every} of {every} |" in table
     assert "was reported 1 times" in table
     assert "commit abc" in table
 
@@ -103,3 +106,21 @@ def test_every_forward_tile_of_hopper_serves_some_trial() -> None:
             assert plan.num_programs == 2
             served.add(tile)
     assert served == set(sanitize_forward.HOPPER_TILES)
+
+
+def test_every_backward_plan_of_hopper_serves_some_trial() -> None:
+    device = Device.named("h200")
+    problems = [(case, backward_problem(make_forward_inputs(case))) for case in sanitize_backward.CASES]
+
+    def serves(plan: BackwardPlan | None, kernel: str) -> bool:
+        for case, problem in problems:
+            try:
+                sanitize_backward.Trial(case, kernel, plan).chosen(problem, device)
+            except UnsupportedError:
+                continue
+            return True
+        return False
+
+    assert len(sanitize_backward.CASES) == len(sanitize_backward.NAMES)
+    assert all(serves(plan, plan.kernel) for plan in (*sanitize_backward.HOPPER_PLANS, *sanitize_backward.PORTABLE_PLANS))
+    assert serves(None, GLUON_BACKWARD_SM90)
