@@ -23,10 +23,10 @@ from flashtile.planner.backward_footprint import (
 from flashtile.planner.backward_tiles import (
     BACKWARD_LIMITS,
     OWNERS,
-    BackwardLimits,
     Owner,
     PassTile,
     hopper_whole_tile,
+    limits_of,
     pass_candidates,
     pass_tiles,
     plan_of_passes,
@@ -59,7 +59,7 @@ def backward_infeasible(problem: Problem, plan: BackwardPlan, device: Device) ->
     if plan.kernel != GLUON_BACKWARD_SM90 and plan.num_programs:
         reasons.append(f"num_programs {plan.num_programs}: {plan.kernel} has a program for each tile, which is 0")
     for tile in pass_tiles(plan):
-        against = _malformed(tile, device) or pass_misfits(problem, tile, device)
+        against = _malformed(problem, tile, device) or pass_misfits(problem, tile, device)
         tiles = 0 if against else owned_tiles(problem, tile)
         if tiles > MAX_GRID_X and not plan.num_programs:
             against = [f"{tiles} tiles of {tile.owned} {tile.owner} want as many programs, and a grid holds {MAX_GRID_X}"]
@@ -81,9 +81,9 @@ def why_not_one_pass(problem: Problem, kernel: str) -> list[str]:
     return reasons
 
 
-def _malformed(tile: PassTile, device: Device) -> list[str]:
-    """What the tile's kernel cannot be compiled for, whatever the problem."""
-    limits: BackwardLimits = BACKWARD_LIMITS[tile.kernel]
+def _malformed(problem: Problem, tile: PassTile, device: Device) -> list[str]:
+    """What the tile's kernel cannot be compiled for, or is not for heads of these dims."""
+    limits = limits_of(problem, tile)
     owned, step = ("block_n", "block_m") if tile.owner == "keys" else ("dq_block_m", "dq_block_n")
     prefix = "" if tile.owner == "keys" else "dq_"
     return [

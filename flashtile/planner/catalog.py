@@ -95,7 +95,6 @@ CATALOG: tuple[Kernel, ...] = (
         GLUON_BACKWARD_SM90, "flashtile.kernels.gluon.backward_sm90", "backward", ("cuda",), _HALVES, _HALVES,
         architectures=("sm_90",),
         min_alignment=16,  # what tensor maps take
-        max_head_dim=128,  # a warpgroup's registers hold dK and dV of 64 keys
         pages=False,
         shaped_scores=False,
     ),

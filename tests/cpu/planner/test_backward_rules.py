@@ -49,6 +49,7 @@ T4 = Device.named("T4")
 B200 = Device.named("B200")
 GPUS = [Device.named(name) for name in Device.names() if name != "cpu"]
 FULL, CAUSAL = Band(), Band(None, 0)
+WIDE = BackwardPlan(GLUON_BACKWARD_SM90, 64, 64, 8, 2, 128, 64, 8, 2)
 
 
 def training(seqlen: int = 4096, batch: int = 4, **facts: Any) -> Problem:
@@ -161,9 +162,12 @@ def test_the_first_tile_is_taken_unless_a_later_one_is_predicted_to_gain(owner: 
 
 @pytest.mark.parametrize(
     ("head_dim", "expected"),
-    [(64, (128, 128, 8, 3, 128, 128, 8, 3)), (96, (64, 128, 8, 3, 128, 64, 8, 4)), (128, (64, 128, 8, 3, 128, 64, 8, 4))],
-)
-def test_hoppers_kernel_has_a_tile_for_short_heads_and_one_for_others(head_dim: int, expected: tuple[int, ...]) -> None:
+    [
+        (64, (128, 128, 8, 3, 128, 128, 8, 3)), (96, (64, 128, 8, 3, 128, 64, 8, 4)), (128, (64, 128, 8, 3, 128, 64, 8, 4)),
+        (160, (64, 64, 8, 2, 128, 64, 8, 3)), (192, (64, 64, 8, 2, 128, 64, 8, 3)), (256, (64, 64, 8, 2, 128, 64, 8, 2)),
+    ],
+)  # fmt: skip
+def test_hoppers_kernel_has_tiles_for_short_heads_wide_heads_and_others(head_dim: int, expected: tuple[int, ...]) -> None:
     plan = choose_backward_plan(training(head_dim=head_dim), H200, GLUON_BACKWARD_SM90)
     assert isinstance(plan, BackwardPlan)
     assert (plan.block_m, plan.block_n, plan.num_warps, plan.num_stages) == expected[:4]
@@ -191,7 +195,6 @@ def test_hoppers_programs_stay_and_are_no_more_than_sms_or_tiles() -> None:
     [
         ({"softcap": True}, "scores with softcap are not its"),
         ({"alibi": True}, "scores with alibi are not its"),
-        ({"head_dim": 192}, "head_dim 192 is not a multiple of 8 up to 128"),
         ({"alignment": 8}, "multiples of 8 bytes"),
         ({"dtype_q": "float32"}, "float32 is none of"),
     ],
@@ -213,6 +216,27 @@ def test_hoppers_shared_memory_is_what_its_tiles_take(owner: Owner, head_dim: in
 
 
 @pytest.mark.parametrize(
+    ("head_dim", "head_dim_v", "stages", "compiled"),
+    [(256, 256, (2, 2), (231_184, 230_072)), (192, 128, (2, 3), (182_048, 189_240))],
+)
+def test_hoppers_shared_memory_is_what_wide_heads_take(
+    head_dim: int, head_dim_v: int, stages: tuple[int, int], compiled: tuple[int, int]
+) -> None:
+    problem = training(head_dim=head_dim, head_dim_v=head_dim_v)
+    for tile, bytes_taken in zip(pass_tiles(WIDE.with_(num_stages=stages[0], dq_num_stages=stages[1])), compiled, strict=True):
+        assert bytes_taken <= pass_shared_memory(problem, tile, H200) <= bytes_taken + 1024
+
+
+def test_hoppers_tiles_of_wide_heads_are_not_those_of_others() -> None:
+    reasons = "; ".join(backward_infeasible(training(head_dim=128), WIDE, H200))
+    assert "block_n 64 is not a power of two from 128 to 128" in reasons
+    reasons = "; ".join(backward_infeasible(training(head_dim=192), WIDE.with_(block_n=128), H200))
+    assert "block_n 128 is not a power of two from 64 to 64" in reasons
+    reasons = "; ".join(backward_infeasible(training(head_dim=256), WIDE.with_(dq_num_stages=3), H200))
+    assert "3 stages of 64 keys beside 128 queries take" in reasons
+
+
+@pytest.mark.parametrize(
     ("plan", "reason"),
     [
         (BackwardPlan(TRITON_BACKWARD, 24), "the pass that owns keys: block_m 24 is not a power of two from 16 to 128"),
@@ -227,7 +251,8 @@ def test_hoppers_shared_memory_is_what_its_tiles_take(owner: Owner, head_dim: in
         (BackwardPlan(GLUON_BACKWARD_SM90, num_warps=4), "num_warps 4 is not 8, which gluon.backward_sm90 takes"),
         (BackwardPlan(GLUON_BACKWARD_SM90, dq_num_stages=2), "dq_num_stages 2 is not within 3 and 4"),
         (BackwardPlan(TRITON_BACKWARD, one_pass=True), "one_pass: triton.backward sums dQ in a pass of its own"),
-        (BackwardPlan(GLUON_BACKWARD_SM90, num_stages=3, one_pass=True), "3 stages of 64 queries beside 128 keys take"),
+        (BackwardPlan(GLUON_BACKWARD_SM90, num_stages=4, one_pass=True), "4 stages of 64 queries beside 128 keys take"),
+        (BackwardPlan(GLUON_BACKWARD_SM90, num_stages=3, num_programs=132, one_pass=True), "3 stages of 64 queries beside 128 keys take"),
         (BackwardPlan(GLUON_BACKWARD_SM90, 128, one_pass=True), "it would spill"),
         (BackwardPlan(GLUON_BACKWARD_SM90, 128, dq_num_stages=3), "128 keys and 128 queries a step with head dims 128 and 128 want"),
     ],
@@ -378,6 +403,8 @@ def test_one_pass_takes_room_for_gradients_of_scores_and_for_dqs_sums() -> None:
     tile = hopper_whole_tile(128)
     alone = pass_shared_memory(problem, tile._replace(adds_dq=False), H200)
     assert pass_shared_memory(problem, tile, H200) == alone + 2 * 128 * tile.step * 2
+    [stays] = pass_tiles(plan_of_passes(tile, None, num_programs=132))
+    assert pass_shared_memory(problem, stays, H200) == pass_shared_memory(problem, tile, H200) + 2 * 128 * 128 * 2
     more = backward_workspace(problem, one_pass=True) - backward_workspace(problem, one_pass=False)
     assert more == 4 * 4096 * 16 * 128 * 4
     assert backward_workspace(training(head_dim=72), one_pass=True) > backward_workspace(training(head_dim=64), one_pass=True)
