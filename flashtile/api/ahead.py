@@ -21,7 +21,7 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | None = None
     Args:
         problems: what will be called; ``Problem.decode(...)`` and ``Problem.forward(...)`` make one from a call's arguments,
             ``Problem(operation=..., batch=...)`` from numbers alone. The gradients of a forward problem are one of their own:
-            ``problem.with_(operation="backward", lse=True)``.
+            ``problem.with_(operation="backward", lse=True)``, with ``deterministic=True`` beside it where calls ask for that.
         device: where they will run; by default the current GPU, or the CPU where there is none.
 
     Returns:

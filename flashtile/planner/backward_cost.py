@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from flashtile.planner.backward_footprint_gluon import padded_dim
 from flashtile.planner.backward_tiles import PassTile
 from flashtile.planner.backward_work import seen_by
 from flashtile.planner.catalog import GLUON_BACKWARD_SM90, TRITON_BACKWARD
 from flashtile.planner.device import Device
 from flashtile.planner.forward_cost import CPU_START_US, forward_flops
 from flashtile.planner.forward_footprint import held_dim
+from flashtile.planner.forward_work import row_tiles
 from flashtile.planner.resources import Footprint, product_rate
 from flashtile.planner.walk_cost import SPECIALISED_LOSS, Walk, WalkCost, walk_cost
 from flashtile.problem import DTYPE_BYTES, Problem
@@ -19,6 +21,7 @@ START_US = {GLUON_BACKWARD_SM90: 3.0, TRITON_BACKWARD: 3.0}  # launch of a pass,
 TILE_US = {GLUON_BACKWARD_SM90: 1.0, TRITON_BACKWARD: 1.5}  # a tile's first and last step, which nothing overlaps
 DELTA_START_US = 2.0  # launch of the kernel that computes delta
 DQ_START_US = 4.0  # launches of what zeroes dQ's sums, and what rounds them
+DQ_SUM_ROWS = 128  # queries of a tile of such sums
 DQ_SUM_BYTES = 4  # of an element of dQ as the programs of one pass add to it
 ONE_PASS_LOSS = 0.7  # in the place of SPECIALISED_LOSS: gradients of scores pass through shared memory, which products read too
 SCORE_OPERATIONS = 6  # vector instructions a score: scale, difference, its gradient's difference and product, two conversions
@@ -67,8 +70,8 @@ def delta_us(problem: Problem, device: Device) -> float:
 
 
 def dq_sums(problem: Problem) -> int:
-    """Elements of dQ as one pass holds its sums, in float32."""
-    return problem.total_q * problem.num_heads_q * held_dim(problem.head_dim)
+    """Elements of dQ as one pass holds its sums: whole tiles of queries, and dims as Hopper's kernel holds them."""
+    return row_tiles(problem, DQ_SUM_ROWS) * DQ_SUM_ROWS * padded_dim(problem.head_dim)
 
 
 def backward_workspace(problem: Problem, *, one_pass: bool) -> int:
