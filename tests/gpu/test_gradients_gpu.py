@@ -43,6 +43,29 @@ def test_agrees_with_autograd_of_the_reference(case: ForwardCase, device: torch.
     assert all(torch.equal(*pair) for pair in zip(found, again))
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_deterministic_gradients_are_the_same_to_the_last_bit_however_long(head_dim: int, device: torch.device) -> None:
+    """Queries see so many keys that one pass, which sums dQ in no fixed order, would be considered."""
+    case = ForwardCase("long", 4224, 4224, **SHAPE | {"head_dim": head_dim, "causal": False})
+    inputs = make_forward_inputs(case, device)
+    call = backward_call(inputs)
+
+    def found(deterministic: bool | None) -> tuple[torch.Tensor, ...]:
+        args, leaves = leaves_of(inputs)
+        return torch.autograd.grad(run(args | {"deterministic": deterministic})[0], leaves, call.dout)
+
+    first = found(True)
+    for _ in range(5):
+        assert all(torch.equal(*pair) for pair in zip(found(True), first))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert all(torch.equal(*pair) for pair in zip(found(None), first))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for grad, wanted in zip(found(False), first):
+        assert (grad.float() - wanted.float()).norm() <= 5e-3 * wanted.float().norm()
+
+
 @pytest.mark.parametrize("case", [PLAIN, PACKED], ids=lambda case: case.name)
 def test_a_compiled_caller_has_the_same_gradients(case: ForwardCase, device: torch.device) -> None:
     inputs = make_forward_inputs(case, device)
