@@ -47,6 +47,7 @@ def explain(
     softcap: shape.Softcap = False,
     alibi: shape.Alibi = False,
     sinks: shape.Sinks = False,
+    dropout: shape.Dropout = False,
     deterministic: Annotated[
         bool, typer.Option("--deterministic", help="Gradients have to be the same to the last bit each time.")
     ] = False,
@@ -61,6 +62,7 @@ def explain(
         operation,
         batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads=heads, kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v,
         dtype=dtype, page_size=page_size, window=window, causal=causal, softcap=softcap, alibi=alibi, sinks=sinks,
+        dropout=dropout,
     )  # fmt: skip
     if deterministic and operation is shape.Operation.backward:  # other results always are
         problem = problem.with_(deterministic=True)

@@ -60,6 +60,7 @@ Causal = Annotated[bool, typer.Option("--causal/--no-causal", help="Whether a qu
 Softcap = Annotated[bool, typer.Option("--softcap", help="Scores pass through a tanh.")]
 Alibi = Annotated[bool, typer.Option("--alibi", help="Scores get ALiBi biases.")]
 Sinks = Annotated[bool, typer.Option("--sinks", help="Each head has a sink.")]
+Dropout = Annotated[bool, typer.Option("--dropout", help="Entries of the softmax are dropped (forward and backward).")]
 BlockM = Annotated[int | None, typer.Option("--block-m", help="Force the query tile: 1, 8, 16, 32, 64, 128 or 192.")]
 NumSplits = Annotated[int | None, typer.Option("--num-splits", help="Force the number of splits (decode).")]
 
@@ -81,6 +82,7 @@ def make_problem(
     softcap: bool,
     alibi: bool,
     sinks: bool,
+    dropout: bool,
 ) -> Problem:
     """The problem of a call with these shapes; lengths are rounded up to buckets, as a call's are."""
     decodes = operation is Operation.decode
@@ -100,6 +102,7 @@ def make_problem(
         softcap=softcap,
         alibi=alibi,
         sinks=sinks,
+        dropout=dropout,
         lse=operation is Operation.backward,
         page_size=page_size,
     )

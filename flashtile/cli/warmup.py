@@ -33,6 +33,7 @@ def warmup(
     softcap: shape.Softcap = False,
     alibi: shape.Alibi = False,
     sinks: shape.Sinks = False,
+    dropout: shape.Dropout = False,
     device: RunDevice = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -42,7 +43,7 @@ def warmup(
         shape.make_problem(
             operation,
             batch=b, seqlen_q=seqlen_q, seqlen_k=k, heads=heads, kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype,
-            page_size=page_size, window=window, causal=causal, softcap=softcap, alibi=alibi, sinks=sinks,
+            page_size=page_size, window=window, causal=causal, softcap=softcap, alibi=alibi, sinks=sinks, dropout=dropout,
         )
         for b, k in product(batch or [1], seqlen_k or [4096])
     ]  # fmt: skip

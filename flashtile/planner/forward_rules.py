@@ -155,7 +155,7 @@ def forward_fits(problem: Problem, device: Device, kernel: str) -> Fits:
     head_dim = max(problem.head_dim, problem.head_dim_v)
     long_walk = kernel == GLUON_FORWARD_SM90 and head_dim <= SHORT_HEAD and mean_keys(problem) >= LONG_WALK
     heads = (problem.head_dim, problem.head_dim_v, problem.dtype_q, problem.dtype_k, problem.dtype_v, problem.dtype_out)
-    features = (problem.softcap, problem.alibi, problem.ragged_q, problem.page_size > 0, problem.allow_tf32)
+    features = (problem.softcap, problem.alibi, problem.ragged_q, problem.page_size > 0, problem.allow_tf32, problem.dropout)
     return _fits(device, kernel, long_walk, heads, features, problem.page_size, problem.alignment)
 
 
@@ -165,16 +165,16 @@ def _fits(
     kernel: str,
     long_walk: bool,
     heads: tuple[int, int, str, str, str, str],
-    features: tuple[bool, bool, bool, bool, bool],
+    features: tuple[bool, bool, bool, bool, bool, bool],
     page_size: int,
     alignment: int,
 ) -> Fits:
     head_dim, head_dim_v, dtype_q, dtype_k, dtype_v, dtype_out = heads
-    softcap, alibi, ragged_q, _, allow_tf32 = features
+    softcap, alibi, ragged_q, _, allow_tf32, dropout = features
     kind = Problem(
         operation="forward", head_dim=head_dim, head_dim_v=head_dim_v, dtype_q=dtype_q, dtype_k=dtype_k, dtype_v=dtype_v,
         dtype_out=dtype_out, softcap=softcap, alibi=alibi, ragged_q=ragged_q, page_size=page_size, alignment=alignment,
-        allow_tf32=allow_tf32,
+        allow_tf32=allow_tf32, dropout=dropout,
     )  # fmt: skip
     able, unable = [], []
     tall = forward_mma(kind, ForwardTile(128, 64, 8, 2), device)

@@ -15,6 +15,7 @@ from flashtile.planner.resources import Footprint
 from flashtile.problem import Problem
 
 MASK_OPERATIONS = 4  # more vector instructions a score in a tile that only some rows see
+DROPOUT_OPERATIONS = 18  # and with dropout: ten rounds of Philox for four scores
 ALONE_LOSS = 1.0  # share of the exponentials that products do not hide where one program has an SM of Triton's kernel,
 TOGETHER_LOSS = 0.2  # where several share it, so that one computes while another takes exponentials,
 INTERLEAVED_LOSS = 0.4  # where each warp issues its own products and a scheduler has two warps or more,
@@ -85,7 +86,8 @@ def walk_cost(problem: Problem, walk: Walk, footprint: Footprint, loss: float | 
     masked_share = min(1.0, walk.repeats * sides * max(1.0, walk.owned / walk.step) / mean_walk) if mean_walk else 0.0
     # of one step on one SM
     matrix_us = 2.0 * scores * walk.dims * sms / _product_rate(mma, device) * 1e6
-    exp_us = scores * (sms / device.exp_rate * 1e6 + (walk.operations + MASK_OPERATIONS * masked_share) / operations_per_us)
+    operations = walk.operations + MASK_OPERATIONS * masked_share + DROPOUT_OPERATIONS * problem.dropout
+    exp_us = scores * (sms / device.exp_rate * 1e6 + operations / operations_per_us)
     copy_us = walk.step * walk.row_bytes * EXP_PER_CLOCK * sms / (L2_BYTES_PER_CLOCK * device.exp_rate) * 1e6
 
     tiles_per_sm = -(-tiles // sms)
