@@ -26,7 +26,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_READY := $(OLDEST)/.ready
 INSTALL := -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-SOURCES := flashtile tests benchmarks examples
+SOURCES := flashtile compat tests benchmarks examples
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-oldest test-gpu matrix lint format clean

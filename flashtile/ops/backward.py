@@ -41,15 +41,17 @@ def backward(
     want_dsinks: bool,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
+    into: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """dq, dk and dv, laid out like q, k and v, and dsinks or None, on the tensors' own device.
 
     The arguments are those of a forward call, what it returned (lse too), and the gradients of out (its shape and dtype) and
-    of lse (None for none). ``deterministic`` follows torch's switch, as it stands now, where it is None.
+    of lse (None for none). ``deterministic`` follows torch's switch, as it stands now, where it is None. ``into`` are tensors like q, k
+    and v, with a contiguous last dimension, to write dq, dk and dv to.
     """
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    dq, dk, dv = into or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
     dsinks = torch.empty_like(sinks) if sinks is not None and want_dsinks else None
     # dlse is promised like lse, contiguous: of one number a row, a copy costs little.
     call = BackwardCall(

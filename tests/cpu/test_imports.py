@@ -38,6 +38,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flashtile.facts": (*PLANNER, "flashtile.facts"),
     "flashtile.ops": ENGINE,
     "flashtile.api": (*ENGINE, "flashtile.api"),
+    "flashtile.flash_attn": (*ENGINE, "flashtile.api", "flashtile.dropout", "flashtile.flash_attn"),
+    "flashtile.flash_attn_interface": (*ENGINE, "flashtile.api", "flashtile.flash_attn", "flashtile.flash_attn_interface"),
 }
 TOP = ("flashtile.cli", "flashtile.__main__")
 MAY_IMPORT_TRITON = (
@@ -50,6 +52,7 @@ MAY_IMPORT_TRITON = (
     "flashtile.kernels.gluon",
     "flashtile.kernels.launch",
     "flashtile.kernels.native",
+    "flashtile.kernels.rotary",
     "flashtile.kernels.tile",
     "flashtile.kernels.compiled",
 )

@@ -1,0 +1,51 @@
+"""FlashAttention's conventions in flashtile's terms: windows, layouts, head dims and log-sum-exps."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+Sides = tuple[int | None, int | None]
+
+
+def window_of(window_size: tuple[int, int]) -> Sides:
+    """(left, right) with None for a side that is unbounded, which FlashAttention writes as -1."""
+    left, right = window_size
+    return _side(left), _side(right)
+
+
+def _side(count: int | None) -> int | None:
+    return None if count is None or count < 0 else count
+
+
+def scale_for(q: torch.Tensor, softmax_scale: float | None) -> float:
+    """The scale that was asked for, or that of q's own head dim, before it is padded."""
+    return q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with a contiguous last dimension and a multiple of 8 there: itself where it has, else a copy, padded with zeros."""
+    short = -x.shape[-1] % 8
+    if short:
+        return F.pad(x, (0, short))
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def cut(out: torch.Tensor, head_dim_v: int) -> torch.Tensor:
+    """``out`` without what v was padded with."""
+    return out if out.shape[-1] == head_dim_v else out[..., :head_dim_v]
+
+
+def lse_of_two(lse: torch.Tensor) -> torch.Tensor:
+    """As FlashAttention-2 returns it: +inf, where flashtile has -inf, for a query that sees no key."""
+    return lse.masked_fill(lse == -torch.inf, torch.inf)
+
+
+def lse_of_three(lse: torch.Tensor, keys: int) -> torch.Tensor:
+    """As FlashAttention-3 returns it: -inf for a query that sees no key, but +inf where there is no key at all."""
+    return lse if keys else torch.full_like(lse, torch.inf)
+
+
+def lse_from_either(lse: torch.Tensor) -> torch.Tensor:
+    """flashtile's lse from one in either convention."""
+    return lse.masked_fill(lse == torch.inf, -torch.inf)

@@ -1,0 +1,1 @@
+"""FlashAttention's ``layers``: rotary position embeddings."""
