@@ -32,12 +32,13 @@ _MAX_GRID_X = 2**31 - 1
 
 class CallViews(NamedTuple):
     """What several kernels of a call are handed: views of numbers, and the number of sequences. ``statistics`` is a StatisticsView, written
-    by ``delta_pass`` and read by both passes."""
+    by ``delta_pass`` and read by both passes; ``sums`` are (pointer, blocks) of what it clears, if anything."""
 
     batch: int
     dout: tuple[Any, ...]
     statistics: tuple[Any, ...]
     tokens: tuple[Any, ...]
+    sums: tuple[Any, int | None] = (None, None)
 
 
 _Pass = Callable[[int, BackwardCall, CallViews], None]
@@ -84,13 +85,13 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
     return on_device(run, device)
 
 
-def delta_pass(problem: Problem, device: torch.device) -> _Pass:
-    """Writes what both passes need of each query, and dsinks where it is wanted."""
+def delta_pass(problem: Problem, device: torch.device, *, sums: bool = False) -> _Pass:
+    """Writes what both passes need of each query, and dsinks where it is wanted; with ``sums`` also clears those of each call."""
     pointer, heads, block_m = pointer_of(backward_delta_kernel), problem.num_heads_q, rows_at_once(problem)
 
     @functools.cache
     def launch_of(dlse: bool, dsinks: bool) -> Launch:
-        return launcher(delta_spec(problem, dlse=dlse, dsinks=dsinks), device)
+        return launcher(delta_spec(problem, dlse=dlse, dsinks=dsinks, sums=sums), device)
 
     launch_of(False, problem.sinks)
 
@@ -103,7 +104,7 @@ def delta_pass(problem: Problem, device: torch.device) -> _Pass:
         launch.run(
             heads * num_parts, 1, stream, rows_view(call.out, pointer), views.dout, lse_view(call.lse, pointer),
             lse_view(call.dlse, pointer), views.statistics,
-            sinks, parts, views.tokens, heads, views.batch, row_blocks, *launch.constants,
+            sinks, parts, *views.sums, views.tokens, heads, views.batch, row_blocks, *launch.constants,
         )  # fmt: skip
         if call.dsinks is not None and parts is not None:
             launch = launcher(sinks_spec(), device)

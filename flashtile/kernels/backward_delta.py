@@ -22,19 +22,25 @@ from flashtile.problem import Problem
 _ELEMENTS = 4096  # of out, and of dout, that a program holds
 _WARPS = 4
 PARTS_AT_ONCE = 1024
+CLEARED_AT_ONCE = tl.constexpr(4096)
 
 
 @triton.jit
 def backward_delta_kernel(
-    out, dout, lse, dlse, statistics, sinks, sink_parts, tokens, num_heads, batch, row_blocks,
+    out, dout, lse, dlse, statistics, sinks, sink_parts, sums, sums_blocks, tokens, num_heads, batch, row_blocks,
     BLOCK_M: tl.constexpr, HEAD_DIM_V: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * row blocks * query heads), heads of the same rows side by side.
 
     ``sink_parts`` is float32 (query heads, batch * row blocks), or None where the sinks' gradient is not wanted. A row that
-    saw no key gets delta 0, whatever its gradients are.
+    saw no key gets delta 0, whatever its gradients are. ``sums``: float32 (sums_blocks, CLEARED_AT_ONCE), to which a later kernel
+    adds, and which becomes zero here; or None.
     """
     program = tl.program_id(0)
+    if sums is not None:
+        zeros = tl.zeros([CLEARED_AT_ONCE], tl.float32)
+        for block in tl.range(program, sums_blocks, tl.num_programs(0), num_stages=1):
+            tl.store(sums + block.to(tl.int64) * CLEARED_AT_ONCE + tl.arange(0, CLEARED_AT_ONCE), zeros)
     h = program % num_heads
     b = program // num_heads // row_blocks
     row_block = program // num_heads % row_blocks
@@ -86,8 +92,8 @@ def rows_at_once(problem: Problem) -> int:
     return _ELEMENTS // _held_dim(problem)
 
 
-def delta_spec(problem: Problem, *, dlse: bool, dsinks: bool) -> Spec:
-    """The delta kernel, for calls with or without a gradient through lse and one of the sinks."""
+def delta_spec(problem: Problem, *, dlse: bool, dsinks: bool, sums: bool = False) -> Spec:
+    """The delta kernel, for calls with or without a gradient through lse and one of the sinks, and sums to be cleared."""
     i32 = Arg("i32")
     sink = Arg("*fp32") if dsinks else None
     return Spec(
@@ -100,6 +106,8 @@ def delta_spec(problem: Problem, *, dlse: bool, dsinks: bool) -> Spec:
             "statistics": statistics_spec(),
             "sinks": sink,
             "sink_parts": sink,
+            "sums": Arg("*fp32", 16) if sums else None,
+            "sums_blocks": i32 if sums else None,
             "tokens": tokens_spec(problem),
             "num_heads": i32,
             "batch": i32,
