@@ -52,7 +52,7 @@ Fit = tuple[PassTile, Footprint]
 def backward_infeasible(problem: Problem, plan: BackwardPlan, device: Device) -> list[str]:
     """Why a plan cannot run this problem on this device: one sentence a reason, each with the number that decided it."""
     reasons = why_not_one_pass(problem, plan.kernel) if plan.one_pass else []
-    if plan.kernel not in BACKWARD_LIMITS or not device.is_gpu:
+    if reasons or plan.kernel not in BACKWARD_LIMITS or not device.is_gpu:
         return reasons
     if plan.num_programs < 0:
         reasons.append(f"num_programs {plan.num_programs} is negative")
@@ -71,11 +71,10 @@ def why_not_one_pass(problem: Problem, kernel: str) -> list[str]:
     """Why a kernel cannot compute all gradients of the problem in one pass: empty where it can."""
     if kernel != GLUON_BACKWARD_SM90:
         return [f"one_pass: {kernel} sums dQ in a pass of its own"]
-    reasons = [
-        f"one_pass: {name} {getattr(problem, name)} is more than {MAX_ONE_PASS_DIM}, so that no registers are left for dQ"
-        for name in ("head_dim", "head_dim_v")
-        if getattr(problem, name) > MAX_ONE_PASS_DIM
-    ]
+    reasons = []
+    if max(problem.head_dim, problem.head_dim_v) > MAX_ONE_PASS_DIM:
+        dims = f"head dims {problem.head_dim} and {problem.head_dim_v}"
+        reasons.append(f"one_pass: {dims} leave no registers for dQ; each is at most {MAX_ONE_PASS_DIM}")
     if problem.deterministic:
         reasons.append("one_pass: dQ is summed in no fixed order, and the same bits are wanted each time (deterministic)")
     return reasons

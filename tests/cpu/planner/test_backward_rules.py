@@ -361,10 +361,12 @@ def test_one_pass_is_never_deterministic() -> None:
         plan_backward(problem, H200, plan=plan)
 
 
-@pytest.mark.parametrize(("name", "dims"), [("head_dim", {"head_dim": 192, "head_dim_v": 128}), ("head_dim_v", {"head_dim_v": 256})])
-def test_long_heads_leave_no_registers_for_one_pass(name: str, dims: dict[str, int]) -> None:
-    reasons = why_not_one_pass(training(**dims), GLUON_BACKWARD_SM90)
-    assert reasons == [f"one_pass: {name} {dims[name]} is more than 128, so that no registers are left for dQ"]
+@pytest.mark.parametrize("dims", [(192, 128), (128, 256)])
+def test_long_heads_leave_no_registers_for_one_pass(dims: tuple[int, int]) -> None:
+    problem = training(head_dim=dims[0], head_dim_v=dims[1])
+    reasons = why_not_one_pass(problem, GLUON_BACKWARD_SM90)
+    assert reasons == [f"one_pass: head dims {dims[0]} and {dims[1]} leave no registers for dQ; each is at most 128"]
+    assert backward_infeasible(problem, BackwardPlan(GLUON_BACKWARD_SM90, one_pass=True), H200) == reasons
 
 
 @pytest.mark.parametrize(
