@@ -29,6 +29,10 @@ HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9,
 USUAL = BackwardPlan(GLUON_BACKWARD_SM90, 64, 128, 8, 3, 128, 64, 8, 4, num_programs=132)
 SHORT = BackwardPlan(GLUON_BACKWARD_SM90, 128, 128, 8, 3, 128, 128, 8, 3, num_programs=132)
 SHALLOW = USUAL.with_(num_stages=2, dq_num_stages=2)
+# in one pass: a head of 128 dims; one of 64 where both warpgroups compute dQ; one of 64 where a third one does
+WHOLE = BackwardPlan(GLUON_BACKWARD_SM90, 64, 128, 8, 2, one_pass=True)
+WHOLE_SHORT = WHOLE.with_(block_m=128)
+WHOLE_ADDERS = WHOLE.with_(num_stages=3)
 PLAIN = ForwardCase("plain", 300, 417, batch=2, num_heads_q=8, num_heads_kv=2, head_dim=128, dtype="bfloat16", causal=True)
 PACKED = replace(PLAIN, name="packed", seqlens_q=(200, 1, 0, 77, 129), seqlens_k=(300, 64, 5, 77, 129), spare_rows=5, spare_keys=3)
 EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257]
@@ -40,7 +44,9 @@ def hopper_plans(case: ForwardCase) -> tuple[BackwardPlan, ...]:
     """Tiles of Hopper's kernel for a case's head dims, and programs for each tile, for all of them, and few."""
     short = max(case.head_dim, case.head_dim_v) <= 64
     tiles = (SHORT, USUAL) if short else (USUAL, SHALLOW)
-    return (*tiles, tiles[0].with_(num_programs=0), tiles[0].with_(num_programs=3))
+    whole = (WHOLE_SHORT, WHOLE_ADDERS) if short else (WHOLE, WHOLE.with_(num_stages=3))
+    few = tuple(plan.with_(num_programs=3) for plan in (whole if short else whole[:1]))
+    return (*tiles, tiles[0].with_(num_programs=0), tiles[0].with_(num_programs=3), *whole, *few)
 
 
 def portable_plans(inputs: ForwardInputs, device: Device) -> tuple[BackwardPlan, ...]:
@@ -83,9 +89,10 @@ def same(some: Gradients, others: Gradients) -> bool:
 
 @hopper_only
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("plan", [USUAL, SHORT], ids=["128", "64"])
+@pytest.mark.parametrize("plan", [USUAL, SHORT, WHOLE, WHOLE_SHORT, WHOLE_ADDERS], ids=["128", "64", "whole", "whole 64", "adders"])
 def test_it_runs_at_all(plan: BackwardPlan, causal: bool, device: torch.device) -> None:
-    case = replace(PLAIN, name="plain", seqlens_q=512, seqlens_k=512, head_dim=128 if plan is USUAL else 64, head_dim_v=0, causal=causal)
+    head_dim = 128 if plan in (USUAL, WHOLE) else 64
+    case = replace(PLAIN, name="plain", seqlens_q=512, seqlens_k=512, head_dim=head_dim, head_dim_v=0, causal=causal)
     for num_programs in (0, 132, 7):
         check_case(case, device, (plan.with_(num_programs=num_programs),))
         torch.cuda.synchronize()
@@ -121,10 +128,10 @@ def test_every_case_by_the_rule(case: ForwardCase, device: torch.device) -> None
 def test_tails_of_every_length(head_dim: int, causal: bool, device: torch.device) -> None:
     """Queries and keys a few more and fewer than tiles of 64 and 128."""
     case = replace(PLAIN, batch=1, num_heads_q=2, num_heads_kv=1, head_dim=head_dim, head_dim_v=head_dim, causal=causal)
-    plan = SHORT if head_dim == 64 else USUAL
+    plans = (SHORT, WHOLE_SHORT, WHOLE_ADDERS) if head_dim == 64 else (USUAL, WHOLE)
     for i, seqlen_q in enumerate(EDGES):
         for seqlen_k in (EDGES[-1 - i], EDGES[i], EDGES[(3 * i + 1) % len(EDGES)]):
-            check_case(replace(case, name=f"{seqlen_q}, {seqlen_k}", seqlens_q=seqlen_q, seqlens_k=seqlen_k), device, (plan,))
+            check_case(replace(case, name=f"{seqlen_q}, {seqlen_k}", seqlens_q=seqlen_q, seqlens_k=seqlen_k), device, plans)
 
 
 @hopper_only
@@ -133,8 +140,10 @@ def test_windows(window: tuple[int | None, int | None], device: torch.device) ->
     """Keys that nobody sees are NaN, and their gradients 0."""
     for lengths in ((300, 417), (417, 300), (129, 127)):
         case = replace(PLAIN, name=str(window), seqlens_q=lengths[0], seqlens_k=lengths[1], causal=False, window=window)
-        check_case(case, device, (USUAL, SHALLOW))
-        check_case(replace(PACKED, name=f"packed {window}", causal=False, window=window), device, (USUAL,))
+        check_case(case, device, (USUAL, SHALLOW, WHOLE))
+        check_case(replace(PACKED, name=f"packed {window}", causal=False, window=window), device, (USUAL, WHOLE))
+        short = replace(case, head_dim=64, head_dim_v=64)
+        check_case(short, device, (WHOLE_SHORT, WHOLE_ADDERS))
 
 
 @hopper_only
@@ -142,13 +151,15 @@ def test_windows(window: tuple[int | None, int | None], device: torch.device) ->
 def test_head_dims(dims: tuple[int, int], device: torch.device) -> None:
     for case in (PLAIN, PACKED):
         case = replace(case, name=f"{case.name} {dims}", head_dim=dims[0], head_dim_v=dims[1], sinks=True)
-        check_case(case, device, hopper_plans(case)[:1])
+        problem = backward_problem(make_forward_inputs(case, device))
+        plans = (hopper_plans(case)[0], *(plan for plan in hopper_plans(case) if plan.one_pass))
+        check_case(case, device, tuple(plan for plan in plans if not backward_infeasible(problem, plan, Device.of(device))))
 
 
 @hopper_only
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
 def test_extreme_scales(scale: float, device: torch.device) -> None:
-    check_case(replace(PLAIN, name="extreme", scale=scale, logit_scale=10.0), device, (USUAL,))
+    check_case(replace(PLAIN, name="extreme", scale=scale, logit_scale=10.0), device, (USUAL, WHOLE))
 
 
 @hopper_only
@@ -163,6 +174,59 @@ def test_a_hundred_repeats_are_bit_identical(case: ForwardCase, device: torch.de
             repeated = again(first)
             run(repeated)
             assert same(gradients_of(repeated), gradients_of(first))
+
+
+@hopper_only
+@pytest.mark.parametrize("case", [PLAIN, PACKED], ids=lambda case: case.name)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_in_one_pass_only_dq_varies(case: ForwardCase, head_dim: int, device: torch.device) -> None:
+    """Whoever owns keys sums them in one order; to dQ they add as they come."""
+    inputs = make_forward_inputs(replace(case, head_dim=head_dim, head_dim_v=head_dim), device)
+    for plan in (
+        (WHOLE, WHOLE.with_(num_programs=5)) if head_dim == 128 else (WHOLE_SHORT, WHOLE_ADDERS, WHOLE_ADDERS.with_(num_programs=5))
+    ):
+        run, first = bound(inputs, plan), backward_call(inputs)
+        run(first)
+        assert_gradients(inputs, first)
+        for i in range(50):
+            repeated = again(first)
+            run(repeated)
+            assert torch.equal(repeated.dk, first.dk) and torch.equal(repeated.dv, first.dv)
+            if i % 10 == 0:
+                assert_gradients(inputs, repeated)
+
+
+@hopper_only
+@pytest.mark.parametrize("case", [PLAIN, PACKED], ids=lambda case: case.name)
+def test_sums_of_several_streams_are_apart(case: ForwardCase, device: torch.device) -> None:
+    many = [make_forward_inputs(case, device, seed=seed) for seed in range(4)]
+    run = bound(many[0], WHOLE)
+    streams, calls = [torch.cuda.Stream(device) for _ in many], [backward_call(inputs) for inputs in many]
+    for _ in range(10):
+        calls = [again(call) for call in calls]
+        torch.cuda.synchronize()
+        for stream, call in zip(streams, calls):
+            with torch.cuda.stream(stream):
+                run(call)
+        torch.cuda.synchronize()
+        for inputs, call in zip(many, calls):
+            assert_gradients(inputs, call)
+
+
+@hopper_only
+def test_a_graph_in_one_pass_clears_its_sums_each_time(device: torch.device) -> None:
+    inputs = make_forward_inputs(PACKED, device)
+    run, call = bound(inputs, WHOLE), backward_call(inputs)
+    run(call)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(call)
+    for _ in range(3):
+        for gradient in gradients_of(call)[:3]:
+            gradient.fill_(NAN)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_gradients(inputs, call)
 
 
 @hopper_only
@@ -217,7 +281,7 @@ def test_graphs_replay_beside_each_other_and_eager_calls(device: torch.device) -
 @hopper_only
 @pytest.mark.parametrize("case", [PLAIN, PACKED], ids=lambda case: case.name)
 def test_layouts(case: ForwardCase, device: torch.device) -> None:
-    check_case(replace(case, name="HND", layout="HND"), device, (USUAL,))
+    check_case(replace(case, name="HND", layout="HND"), device, (USUAL, WHOLE))
 
 
 @hopper_only
@@ -228,16 +292,18 @@ def test_gradients_in_slices_of_one_tensor(device: torch.device) -> None:
     whole = torch.full((2, 333, 4, 4, 128), NAN, dtype=torch.bfloat16, device=device)
     dq, dk, dv, beside = whole.unbind(2)
     call = call._replace(dq=dq, dk=dk, dv=dv)
-    bound(inputs, USUAL)(call)
-    assert_gradients(inputs, call)
-    assert beside.isnan().all()
+    for plan in (USUAL, WHOLE):
+        whole.fill_(NAN)
+        bound(inputs, plan)(call)
+        assert_gradients(inputs, call)
+        assert beside.isnan().all()
 
 
 @hopper_only
 def test_many_short_sequences(device: torch.device) -> None:
     lengths = tuple((7 * i) % 90 for i in range(300))
     case = replace(PACKED, name="many", seqlens_q=lengths, seqlens_k=tuple(n + i % 3 for i, n in enumerate(lengths)))
-    check_case(case, device, (USUAL, USUAL.with_(num_programs=0), USUAL.with_(num_programs=9)))
+    check_case(case, device, (USUAL, USUAL.with_(num_programs=0), USUAL.with_(num_programs=9), WHOLE, WHOLE.with_(num_programs=9)))
 
 
 def test_long_sequences_of_few_heads(device: torch.device) -> None:
