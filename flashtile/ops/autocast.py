@@ -42,7 +42,7 @@ def taken_as_they_come(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *other
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """For operators, which take their tensors as they come: what autocast wants is cast where a call is traced."""
+    """For operators and engines, which take their tensors as they come: what autocast wants is cast before."""
     return torch.autocast(device.type, enabled=False) if _autocasts(device) else nullcontext()
 
 

@@ -15,6 +15,7 @@ from flashtile.arguments import check_number, is_int
 from flashtile.errors import ArgumentError, message
 from flashtile.facts import Key
 from flashtile.kernels.call import DecodeCall, ForwardCall
+from flashtile.ops.autocast import without_autocast
 from flashtile.planner.catalog import module_of
 from flashtile.planner.plans import Plan
 from flashtile.problem import Problem
@@ -71,8 +72,17 @@ def kernel_module(plan: Plan) -> ModuleType:
 def bound(module: ModuleType, problem: Problem, plan: Plan, device: torch.device) -> Any:
     """The kernel's runner for calls of the problem."""
     run = module.bind(problem, plan, device)
-    # The CPU engines are made of torch's differentiable operations.
-    return torch.no_grad()(run) if device.type == "cpu" else run
+    return _apart_from_callers_modes(run, device) if device.type == "cpu" else run
+
+
+def _apart_from_callers_modes(run: Callable[[Any], None], device: torch.device) -> Callable[[Any], None]:
+    """The runner of a CPU engine, whose operations are torch's: none that autograd would follow, or autocast give other dtypes."""
+
+    def run_apart(call: Any) -> None:
+        with torch.no_grad(), without_autocast(device):
+            run(call)
+
+    return run_apart
 
 
 def has_scores(problem: Problem, holds_keys: bool) -> bool:
