@@ -1,9 +1,11 @@
-"""The examples run, and do what they say."""
+"""The examples run, and do what they say; what documents quote of them is what they wrote."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,53 +13,66 @@ from typing import Any
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def tiny_gpt() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tiny_gpt", EXAMPLES / "tiny_gpt.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_gpt"] = module
-    spec.loader.exec_module(module)
-    return module
+def tiny_gpt() -> Iterator[ModuleType]:
+    """As `python examples/tiny_gpt.py` finds its modules: in its own folder."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    yield importlib.import_module("tiny_gpt")
+    sys.path.remove(str(ROOT / "examples"))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_tiny_gpt_trains_alike_by_either_attention_and_writes(
-    tiny_gpt: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tiny_gpt: Any, dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tiny_gpt, "BATCH", 2)
-    plot = None
-    if importlib.util.find_spec("matplotlib") is not None:
-        plot = tmp_path / "curves.svg"
-    curves: list[list[float]] = []
-    train = tiny_gpt.train
-
-    def noted(*args: Any) -> Any:
-        model, losses = train(*args)
-        curves.append(losses)
-        return model, losses
-
-    monkeypatch.setattr(tiny_gpt, "train", noted)
-    tiny_gpt.main(steps=3, seed=0, device="cpu", prompt="The planner ", plot=plot)
-    ours, torchs = curves
-    assert len(ours) == 3
-    assert ours[-1] < ours[0]
-    assert ours == pytest.approx(torchs, abs=1e-3)
-    printed = capsys.readouterr().out
-    assert len(printed.partition("---\nThe planner ")[2]) == tiny_gpt.CONTEXT - len("The planner ") + 1
+    size = tiny_gpt.Size(context=48, batch=2, layers=2, heads_q=4, heads_kv=2, head_dim=16)
+    monkeypatch.setitem(tiny_gpt.SIZES, "tiny", size)
+    monkeypatch.setattr(tiny_gpt, "read_documents", lambda: "The planner picks the query tile, and says why. " * 9)
+    plot = tmp_path / "curves.svg" if importlib.util.find_spec("matplotlib") else None
+    tiny_gpt.main(
+        steps=12, seed=0, device="cpu", size=tiny_gpt.SizeName["tiny"], dtype=tiny_gpt.Dtype[dtype], yardstick=True, prompt="The planner ",
+        plot=plot, as_json=True,
+    )  # fmt: skip
+    printed = capsys.readouterr()
+    document = json.loads(printed.out)
+    ours, torchs, _ = document["losses"].values()
+    assert len(ours) == 12
+    assert ours[-1] < 0.8 * ours[0]
+    tolerance = 1e-4 if dtype == "float32" else 0.02
+    assert ours == pytest.approx(torchs, abs=tolerance)
+    assert document["apart"]["flashtile"]["of any step"] == max(abs(a - b) for a, b in zip(ours, torchs))
+    assert document["cache"] < (1e-4 if dtype == "float32" else 0.1)
+    assert document["written"].startswith("The planner ")
+    assert len(document["written"]) == size.context
+    assert "flashtile is at most" in printed.err
     assert plot is None or plot.read_text().startswith("<?xml")
 
 
-def test_tiny_gpt_computes_through_its_cache_what_it_computes_at_once(tiny_gpt: Any) -> None:
+@pytest.mark.parametrize("way", ["by_torch", "by_torchs_plain_products", "cache"])
+def test_tiny_gpt_computes_the_same_every_way(tiny_gpt: Any, way: str) -> None:
+    """More characters than its window has."""
     torch.manual_seed(0)
-    model, tokens = tiny_gpt.TinyGpt(20), torch.randint(20, (1, 9))
+    size = tiny_gpt.Size(context=64, batch=1, layers=2, heads_q=4, heads_kv=2, head_dim=16)
+    model, tokens = tiny_gpt.TinyGpt(20, size), torch.randint(20, (1, 50))
     with torch.no_grad():
         expected = model(tokens, tiny_gpt.by_flashtile)
-        torch.testing.assert_close(model(tokens, tiny_gpt.by_torch), expected)
-        cache, found = tiny_gpt.Cache(tokens.device), []
-        for first, last in ((0, 5), (5, 6), (6, 9)):
-            cache.advance(last - first)
-            found.append(model(tokens[:, first:last], cache.attend, first))
-    torch.testing.assert_close(torch.cat(found, dim=1), expected)
+        if way == "cache":
+            cache, parts = tiny_gpt.Cache(size, tokens.device, torch.float32), []
+            for first, last in ((0, 40), (40, 41), (41, 50)):
+                cache.advance(last - first)
+                parts.append(model(tokens[:, first:last], cache.attend, first))
+            found = torch.cat(parts, dim=1)
+        else:
+            found = model(tokens, getattr(tiny_gpt, way))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_curves_are_smoothed_by_means(tiny_gpt: Any) -> None:
+    curves = importlib.import_module("loss_curves")
+    assert curves.smoothed([float(i) for i in range(12)]) == [4.5, 5.5, 6.5]
+    assert curves.smoothed([1.0, 3.0]) == [2.0]
+    assert curves.apart([1.0, 2.0, 3.0], [1.5, 2.0, 1.0]) == 2.0

@@ -1,0 +1,45 @@
+"""Loss curves of one training by several attentions: smoothed, compared and drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+SMOOTHED_OVER = 10  # steps
+
+
+def smoothed(losses: list[float]) -> list[float]:
+    """Means over SMOOTHED_OVER steps in a row."""
+    over = min(SMOOTHED_OVER, len(losses))
+    return [sum(losses[i : i + over]) / over for i in range(len(losses) - over + 1)]
+
+
+def apart(some: list[float], others: list[float]) -> float:
+    """The largest difference of two curves."""
+    return max(abs(a - b) for a, b in zip(some, others))
+
+
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    """The smoothed loss curves, and below them how far each is from the first."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style = {"svg.hashsalt": "flashtile", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    with mpl.rc_context(style):  # with a salt the same curves make the same file
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+        first, *others = map(smoothed, curves.values())
+        looks: list[dict[str, Any]] = [
+            {"color": "0.7", "linewidth": 4.0},
+            {"color": "black", "linewidth": 1.2},
+            {"color": "black", "linewidth": 1.2, "linestyle": ":"},
+        ]
+        for name, losses, look in zip(curves, (first, *others), looks):
+            upper.plot(losses, label=name, **look)
+        for losses, look in zip(others, looks[1:]):
+            lower.plot([abs(a - b) for a, b in zip(first, losses)], **look)
+        upper.set_ylabel("loss, nats a character")
+        upper.legend(frameon=False)
+        lower.set(xlabel=f"step (means over {SMOOTHED_OVER})", ylabel="difference", ylim=(0.0, None))
+        lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+        figure.savefig(path, metadata={"Date": None, "Creator": None} if path.suffix == ".svg" else None)
