@@ -32,6 +32,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "head dim 64, packed, causal": ({"band": CAUSAL, "head_dim": 64} | PACKED, SHORT, 2),
     "head dims 96 and 64, causal": ({"band": CAUSAL, "head_dim": 96, "head_dim_v": 64}, USUAL, 0),
 }
+WHOLE: dict[str, Any] = {"block_m": 64, "num_stages": 2, "num_programs": 0, "one_pass": True}
+IN_ONE_PASS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "head dim 128, causal": ({"band": CAUSAL}, WHOLE, 0),
+    "head dim 128, packed, a window, used keys": ({"band": WINDOW, "seqused_k": True} | PACKED, WHOLE | {"num_programs": 132}, 8),
+    "head dim 64": ({"band": FULL, "head_dim": 64}, WHOLE | {"block_m": 128}, 0),
+    "head dim 64, packed, causal, a third warpgroup": ({"band": CAUSAL, "head_dim": 64} | PACKED, WHOLE | {"num_stages": 3}, 8),
+}
 
 COMPILE = """
 import json, pathlib, re, subprocess, sys, tempfile
@@ -39,7 +46,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from flashtile.kernels.block import Kernel, sizes_of
 from flashtile.kernels.cubin import parameter_sizes
-from flashtile.kernels.gluon.backward_sm90 import keys_spec, queries_spec
+from flashtile.kernels.gluon.backward_sm90 import specs
 from flashtile.kernels.launch import compile_spec
 from flashtile.planner.plans import BackwardPlan
 from flashtile.problem import Problem
@@ -58,7 +65,7 @@ def loops_of(lines):
 def facts_of(spec):
     compiled = compile_spec(spec, GPUTarget("cuda", 90, 32))
     ptx, binary = compiled.asm["ptx"], compiled.asm["cubin"]
-    counted = ("wgmma.mma_async", "wgmma.commit_group", "cp.async.bulk.tensor", "setmaxnreg", "red.global")
+    counted = ("wgmma.mma_async", "wgmma.commit_group", "cp.async.bulk.tensor", "setmaxnreg", "red.global", "global.add.v4.f32")
     facts = {name: len(re.findall(name, ptx)) for name in counted}
     facts |= {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps, "takes": parameter_sizes(binary)}
     facts["passed"] = sizes_of(Kernel(1, 32, 0, False, False, spec.parameters(compiled.metadata.tensordesc_meta)))
@@ -67,30 +74,39 @@ def facts_of(spec):
         file.flush()
         text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
     facts["groups"], facts["HGMMA"] = len(re.findall(r"HGMMA[^\\n]*gsb0", text)), text.count("HGMMA")
-    counted = ("HGMMA", "MUFU.EX2", "STL", "LDL")
+    counted = ("HGMMA", "MUFU.EX2", "STL", "LDL", "REDG.E.ADD.F32x4")
     facts["loops"] = [{name: sum(name in line for line in loop) for name in counted} for loop in loops_of(text.splitlines())]
     return facts
 
 for problem, plan in json.load(sys.stdin):
     problem, plan = Problem.from_json(problem), BackwardPlan.from_json(plan)
-    print(json.dumps([facts_of(keys_spec(problem, plan)), facts_of(queries_spec(problem, plan))]), flush=True)
+    print(json.dumps([facts_of(spec) for spec in specs(problem, plan)[1:2 if plan.one_pass else 3]]), flush=True)
 """
 
 
-def planned(name: str) -> tuple[Problem, BackwardPlan]:
-    changes, tile, _ = CASES[name]
+def planned(changes: dict[str, Any], tile: dict[str, Any]) -> tuple[Problem, BackwardPlan]:
     defaults = {"operation": "backward", "seqlen_q": 4096, "seqlen_k": 4096, "num_heads_q": 8, "num_heads_kv": 2, "lse": True}
     return Problem(**(defaults | changes)), BackwardPlan(**({"kernel": "gluon.backward_sm90", "num_programs": 132} | tile))
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, list[dict[str, Any]]]:
-    """What the kernels of each case became: the keys' pass, the queries' pass. Compiled in a process without Triton's interpreter."""
-    asked = [[value.to_json() for value in planned(name)] for name in CASES]
+def compiled_cases(cases: dict[str, tuple[dict[str, Any], dict[str, Any], int]]) -> dict[str, list[dict[str, Any]]]:
+    """What the kernels of each case became: the keys' pass, the queries' pass; or both in one. Compiled in a process without Triton's
+    interpreter."""
+    asked = [[value.to_json() for value in planned(changes, tile)] for changes, tile, _ in cases.values()]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], input=json.dumps(asked), capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(cases, map(json.loads, done.stdout.splitlines()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, list[dict[str, Any]]]:
+    return compiled_cases(CASES)
+
+
+@pytest.fixture(scope="module")
+def whole() -> dict[str, list[dict[str, Any]]]:
+    return compiled_cases(IN_ONE_PASS)
 
 
 @pytest.mark.slow
@@ -114,7 +130,7 @@ def test_a_plan_compiles_to_what_was_planned(name: str, compiled: dict[str, list
 @pytest.mark.parametrize("name", CASES)
 def test_main_loops_spill_nothing(name: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     """Packed queries may have a few numbers elsewhere while the edge of a window is masked, which few blocks need."""
-    problem, plan = planned(name)
+    problem, plan = planned(*CASES[name][:2])
     dim, dim_v = (64 if dim <= 64 else 128 for dim in (problem.head_dim, problem.head_dim_v))
     # a product of 64 rows is made in steps of 16: scores and gradients of probabilities over dims, the others over the block
     keys = (dim + dim_v) // 16 + 2 * plan.block_m // 16
@@ -123,6 +139,31 @@ def test_main_loops_spill_nothing(name: str, compiled: dict[str, list[dict[str, 
         main = [loop for loop in facts["loops"] if loop["HGMMA"] == products and loop["MUFU.EX2"] == step // 2]
         assert len(main) == 2, facts["loops"]
         assert all(loop["STL"] + loop["LDL"] <= CASES[name][2] for loop in main)
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", IN_ONE_PASS)
+def test_one_pass_adds_sixteen_bytes_at_once_and_its_products_overlap(name: str, whole: dict[str, list[dict[str, Any]]]) -> None:
+    changes, tile, spilled = IN_ONE_PASS[name]
+    problem, plan = planned(changes, tile)
+    (facts,), dim = whole[name], 64 if problem.head_dim <= 64 else 128
+    adders = dim * plan.block_m < 64 * 128
+    assert facts["warps"] == (16 if adders else 12)
+    assert facts["shared"] <= 227 * 1024
+    assert facts["takes"] == facts["passed"]
+    # as in the keys' pass; dQ is two more, in the loop and behind it, or in the loop of a third warpgroup. None is waited for by itself
+    assert facts["groups"] == facts["wgmma.commit_group"] == (2 * (1 + 4 + 3) + 2 if adders else 2 * (1 + 6 + 5))
+    assert facts["HGMMA"] == facts["wgmma.mma_async"]
+    # a thread holds 32 numbers of 64 x 64, and adds four at once
+    assert facts["global.add.v4.f32"] == (8 if adders else 2 * 2 * 8)
+    over_keys = 2 * 64 // 16  # both consumers' keys, in steps of 16
+    products = 2 * dim // 16 + 2 * plan.block_m // 16 + (0 if adders else over_keys)
+    consumers = [loop for loop in facts["loops"] if loop["HGMMA"] == products and loop["MUFU.EX2"] == plan.block_m // 2]
+    adding = [loop for loop in facts["loops"] if loop["HGMMA"] == over_keys and loop["REDG.E.ADD.F32x4"]] if adders else consumers
+    assert len(consumers) == 2 and len(adding) == (1 if adders else 2), facts["loops"]
+    assert all(loop["REDG.E.ADD.F32x4"] == 8 for loop in adding)
+    assert all(loop["STL"] + loop["LDL"] <= spilled for loop in (*consumers, *adding))
 
 
 def test_heads_are_taken_together_as_l2_holds_what_they_walk() -> None:
