@@ -186,6 +186,8 @@ class BlockOracle:
         return error
 
     def _worst(self, grads: Any) -> float:
+        if not all(grad.isfinite().all() for grad in grads):
+            raise WrongResult("a gradient has elements NaN or infinite")
         return max(relative_l2(grad, expected) for grad, expected in zip(grads, self.expected, strict=True))
 
     @staticmethod

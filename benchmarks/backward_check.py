@@ -8,26 +8,19 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.backward_sets import BackwardSets
-from benchmarks.check import LIMITS
 from benchmarks.refusals import WrongResult
+from flashtile.testing.head_gradients import GRADIENT_LIMITS, HeadGradients, head_gradients
 from flashtile.testing.tolerance import relative_l2
 
-ROWS = 2048  # of queries at once: a block of scores is that times the keys
-FACTOR = 1.5  # of the limit of out: dS is rounded as P is, and delta carries the rounding of out
-PEERS_FACTOR = 2.0  # peers round where they like, and add dQ in any order
+PEERS_FACTOR = 1.5  # peers round where they like, and add dQ in any order
 
 
 class Expected(NamedTuple):
-    """Right gradients of one key head of sequence ``b`` and the query heads that share it, float64.
-
-    dq (seqlen_q, group, d), dk (seqlen_k, d), dv (seqlen_k, dv).
-    """
+    """Right gradients of key head ``head`` of sequence ``b`` and the query heads that share it."""
 
     b: int
     head: int
-    dq: torch.Tensor
-    dk: torch.Tensor
-    dv: torch.Tensor
+    grads: HeadGradients
 
 
 class GradientOracle:
@@ -42,11 +35,11 @@ class GradientOracle:
 
     def error(self, result: Any) -> float:
         """The worst relative L2 error of a peer's (dq, dk, dv); raises WrongResult beyond the limit, or where an element is not finite."""
-        return self._worst(result, PEERS_FACTOR * LIMITS[self.sets.dtype])
+        return self._worst(result, PEERS_FACTOR * GRADIENT_LIMITS[self.sets.dtype])
 
     def exact(self, result: Any) -> float:
         """The same for flashtile's own gradients, with a narrower limit."""
-        return self._worst(result, FACTOR * LIMITS[self.sets.dtype])
+        return self._worst(result, GRADIENT_LIMITS[self.sets.dtype])
 
     def _worst(self, result: Any, limit: float) -> float:
         worst = 0.0
@@ -57,7 +50,7 @@ class GradientOracle:
                 raise WrongResult(f"{name} has {int(bad.sum())} elements NaN or infinite, the first at {bad.nonzero()[0].tolist()}")
         for expected in self.expected:
             for name, grad in grads.items():
-                error = relative_l2(self._part(grad, expected, name), getattr(expected, name))
+                error = relative_l2(self._part(grad, expected, name), getattr(expected.grads, name))
                 if not error <= limit:
                     where = f"{name}, sequence {expected.b}, key head {expected.head}"
                     raise WrongResult(f"relative L2 error {error:.3g} of {where}; the limit is {limit:.3g}")
@@ -83,25 +76,7 @@ class GradientOracle:
         return tensor[start : start + lengths[b]]
 
     def _gradients(self, b: int, head: int) -> Expected:
-        shape, sets, group = self.sets.shape, self.sets, self._group(head)
-        q, dout = (self._sequence(t[0], b, shape.seqlens_q)[:, group].double() for t in (sets.q, sets.dout))
-        k, v = (t[:, head].double() for t in sets.keys_of(0, b))
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        keys, offset, band = torch.arange(len(k), device=sets.device), len(k) - len(q), shape.band
-        for member in range(q.shape[1]):
-            for start in range(0, len(q), ROWS):
-                rows = slice(start, min(start + ROWS, len(q)))
-                scores = q[rows, member] @ k.T * sets.scale
-                distance = keys - torch.arange(rows.start, rows.stop, device=sets.device)[:, None] - offset
-                if band.left is not None:
-                    scores.masked_fill_(distance < -band.left, float("-inf"))
-                if band.right is not None:
-                    scores.masked_fill_(distance > band.right, float("-inf"))
-                weights = scores.softmax(-1).nan_to_num_(0.0)
-                d_out = dout[rows, member]
-                d_weights = d_out @ v.T
-                d_scores = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True)) * sets.scale
-                dq[rows, member] = d_scores @ k
-                dk += d_scores.T @ q[rows, member]
-                dv += weights.T @ d_out
-        return Expected(b, head, dq, dk, dv)
+        shape, sets = self.sets.shape, self.sets
+        q, dout = (self._sequence(tensors[0], b, shape.seqlens_q)[:, self._group(head)] for tensors in (sets.q, sets.dout))
+        k, v = (tensor[:, head] for tensor in sets.keys_of(0, b))
+        return Expected(b, head, head_gradients(q, k, v, dout, shape.band, sets.scale))

@@ -21,7 +21,7 @@ from benchmarks import timing
 from benchmarks.backward_check import GradientOracle
 from benchmarks.backward_grids import BackwardShape
 from benchmarks.backward_peers import PEERS
-from benchmarks.backward_sets import BackwardSets, Grads, backward_problem_of
+from benchmarks.backward_sets import BackwardSets, backward_problem_of
 from benchmarks.forward_sets import num_sets
 from benchmarks.timed_trials import BESIDE, OURS, Options, time_on_gpu, with_rates
 from benchmarks.trials import Trials
@@ -33,6 +33,7 @@ from flashtile.planner.device import Device
 from flashtile.planner.plans import BackwardPlan
 from flashtile.problem import Problem
 from flashtile.testing import poison
+from flashtile.testing.backward_peers import Grads
 
 PROTOCOL = " ".join((__doc__ or "").split("Protocol: ")[1].replace("``", "").split())
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from benchmarks import fa4
 from benchmarks.backward_grids import BackwardShape
-from benchmarks.backward_sets import BackwardSets, Grads
+from benchmarks.backward_sets import BackwardSets
 from benchmarks.forward_grids import shrunk
 from benchmarks.forward_peers import ensure_sdpa_can
 from benchmarks.refusals import Refused
 from benchmarks.timing import Contestant
+from flashtile.testing.backward_peers import cudnn_backward, flash_backward, sdpa_backward
 
 DEFAULT = ("cudnn", "fa4", "torch_flash")
 
@@ -30,43 +30,25 @@ def load(folder: Path, wanted: Iterable[str] = DEFAULT) -> dict[str, str]:
     return {} if why is None else {"fa4": why}
 
 
-def heads_first(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """(b, heads, seqlen, dim) instead of (b, seqlen, heads, dim), or the other way round; views."""
-    return [tensor.transpose(1, 2) for tensor in tensors]
-
-
 def cudnn(sets: BackwardSets) -> Contestant:
     """cuDNN by torch's operators."""
-    ensure_sdpa_can(sets.shape)
-    forward = torch.ops.aten._scaled_dot_product_cudnn_attention
-    backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-    causal, scale = sets.shape.causal, sets.scale
-    q, k, v, dout = (heads_first(tensors) for tensors in (sets.q, sets.k, sets.v, sets.dout))
-    saved = [forward(q[i], k[i], v[i], None, True, 0.0, causal, False, scale=scale) for i in range(sets.count)]
-
-    def call(i: int) -> list[torch.Tensor]:
-        out, lse, starts_q, starts_k, max_q, max_k, seed, offset, _ = saved[i]
-        return heads_first(backward(dout[i], q[i], k[i], v[i], out, lse, seed, offset, None, starts_q, starts_k, max_q, max_k, 0.0, causal,
-                                    scale=scale))  # fmt: skip
-
-    return fa4.without_gradients(call)
+    return _torchs(sets, cudnn_backward)
 
 
 def torch_flash(sets: BackwardSets) -> Contestant:
     """torch's own FlashAttention-2."""
+    return _torchs(sets, flash_backward)
+
+
+def sdpa(sets: BackwardSets) -> Contestant:
+    """torch SDPA through autograd, whichever backend it picks (the peer on a CPU)."""
+    return _torchs(sets, sdpa_backward)
+
+
+def _torchs(sets: BackwardSets, backward: Callable[..., Callable[[], Any]]) -> Contestant:
     ensure_sdpa_can(sets.shape)
-    forward = torch.ops.aten._scaled_dot_product_flash_attention
-    backward = torch.ops.aten._scaled_dot_product_flash_attention_backward
-    causal, scale = sets.shape.causal, sets.scale
-    q, k, v, dout = (heads_first(tensors) for tensors in (sets.q, sets.k, sets.v, sets.dout))
-    saved = [forward(q[i], k[i], v[i], 0.0, causal, False, scale=scale) for i in range(sets.count)]
-
-    def call(i: int) -> list[torch.Tensor]:
-        out, lse, starts_q, starts_k, max_q, max_k, seed, offset, _ = saved[i]
-        return heads_first(backward(dout[i], q[i], k[i], v[i], out, lse, starts_q, starts_k, max_q, max_k, 0.0, causal, seed, offset,
-                                    scale=scale))  # fmt: skip
-
-    return fa4.without_gradients(call)
+    ready = [backward(sets.q[i], sets.k[i], sets.v[i], sets.dout[i], sets.shape.causal) for i in range(sets.count)]
+    return lambda i: ready[i]()
 
 
 def flash_attention_4(sets: BackwardSets) -> Contestant:
@@ -95,22 +77,6 @@ def compile_flash_attention_4(shape: BackwardShape) -> None:
     with FakeTensorMode():
         small = shrunk(shape, longest=fa4.SMALL, max_heads=64)
         flash_attention_4(BackwardSets(small, torch.device("cuda"), real=False))(0)
-
-
-def sdpa(sets: BackwardSets) -> Contestant:
-    """torch SDPA through autograd, whichever backend it picks (the peer on a CPU)."""
-    shape = sets.shape
-    ensure_sdpa_can(shape)
-    leaves = [sets.leaves(i) for i in range(sets.count)]
-    outs = [attend_by_sdpa(qkv, shape) for qkv in leaves]
-    return lambda i: torch.autograd.grad(outs[i], leaves[i], sets.dout[i], retain_graph=True)
-
-
-def attend_by_sdpa(qkv: Grads, shape: BackwardShape) -> torch.Tensor:
-    """torch SDPA's out, (b, seqlen, hq, dv), of q, k and v laid out as flashtile takes them."""
-    q, k, v = heads_first(qkv)
-    grouped = shape.num_heads_q != shape.num_heads_kv
-    return F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=grouped).transpose(1, 2)
 
 
 PEERS: dict[str, Callable[[BackwardSets], Contestant]] = {

@@ -10,9 +10,7 @@ from benchmarks.backward_grids import BackwardShape
 from benchmarks.forward_sets import InputSets, problem_of
 from flashtile.kernels.call import BackwardCall
 from flashtile.problem import Problem
-
-Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""dq, dk and dv, laid out like q, k and v."""
+from flashtile.testing.backward_peers import Grads
 
 
 class BackwardSets(InputSets):

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashtile
@@ -18,12 +19,13 @@ from benchmarks import timing
 from benchmarks.backward_check import GradientOracle
 from benchmarks.backward_grids import BOTH_WAYS, BackwardShape
 from benchmarks.backward_measure import time_all
-from benchmarks.backward_peers import attend_by_sdpa
-from benchmarks.backward_sets import BackwardSets, Grads
+from benchmarks.backward_sets import BackwardSets
+from benchmarks.forward_peers import ensure_sdpa_can
 from benchmarks.forward_sets import num_sets
 from benchmarks.refusals import Refused
 from benchmarks.timed_trials import OURS, Options, with_rates
 from benchmarks.trials import Trials
+from flashtile.testing.backward_peers import Grads
 
 MEMORY_PROTOCOL = " ".join((__doc__ or "").split("Protocol of memory: ")[1].split())
 Attend = Callable[[Grads], torch.Tensor]
@@ -71,9 +73,11 @@ def _flashtile(sets: BackwardSets) -> Attend:
 
 def _sdpa_with(backend: SDPBackend) -> Callable[[BackwardSets], Attend]:
     def attend_of(sets: BackwardSets) -> Attend:
+        of_any = _sdpa(sets)
+
         def attend(qkv: Grads) -> torch.Tensor:
             with sdpa_kernel([backend]):
-                return attend_by_sdpa(qkv, sets.shape)
+                return of_any(qkv)
 
         return attend
 
@@ -81,7 +85,15 @@ def _sdpa_with(backend: SDPBackend) -> Callable[[BackwardSets], Attend]:
 
 
 def _sdpa(sets: BackwardSets) -> Attend:
-    return lambda qkv: attend_by_sdpa(qkv, sets.shape)
+    shape = sets.shape
+    ensure_sdpa_can(shape)
+    grouped = shape.num_heads_q != shape.num_heads_kv
+
+    def attend(qkv: Grads) -> torch.Tensor:
+        q, k, v = (tensor.transpose(1, 2) for tensor in qkv)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=grouped).transpose(1, 2)
+
+    return attend
 
 
 def _flash_attention_4(sets: BackwardSets) -> Attend:

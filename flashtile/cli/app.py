@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import flashtile
-from flashtile.cli import bench, bench_forward, demo, env, explain, replay, warmup
+from flashtile.cli import bench, bench_backward, bench_forward, demo, env, explain, replay, warmup
 from flashtile.cli.output import errors
 from flashtile.errors import AttentionError
 
@@ -37,6 +37,7 @@ app = typer.Typer(
 bench_app = typer.Typer(no_args_is_help=True, help="Time an operation on a grid of problems, peers beside it.")
 bench_app.command("decode")(bench.decode)
 bench_app.command("forward")(bench_forward.forward)
+bench_app.command("backward")(bench_backward.backward)
 app.command()(demo.demo)
 app.command()(replay.replay)
 app.command()(explain.explain)

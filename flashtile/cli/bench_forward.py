@@ -39,6 +39,11 @@ class Size:
         mask = "causal" if self.causal else "full"
         return f"{self.batch} x {self.seqlen}, {self.num_heads_q}/{self.num_heads_kv}, {mask}"
 
+    @classmethod
+    def name_of(cls, row: Mapping[str, Any]) -> str:
+        """The size of a row of results, in words."""
+        return str(cls(row["batch"], row["seqlen"], row["num_heads_q"], row["num_heads_kv"], row["causal"]))
+
 
 def forward(
     heads: Annotated[list[str] | None, typer.Option("--heads", help="Query heads/key heads, e.g. 32/8; repeatable.")] = None,
@@ -56,14 +61,15 @@ def forward(
 ) -> None:
     """Time attention (as many queries as keys) on a grid of problems, peers beside it; each result is checked first."""
     where = pick_device(device)
-    sizes = _grid(where, heads, batch, seqlen, causal)
+    sizes = sizes_of(where, heads, batch, seqlen, causal)
     bench_one = lambda size: _bench_one(size, head_dim, dtype.torch, where, peers, seed)  # noqa: E731
     contest.run("forward", sizes, bench_one, where, dtype.value, head_dim, _render, as_json)
 
 
-def _grid(
+def sizes_of(
     device: torch.device, heads: list[str] | None, batch: list[int] | None, seqlen: list[int] | None, causal: bool | None
 ) -> list[Size]:
+    """Every pair of what the options give, with each mask; the device's usual sizes where they give none."""
     pairs = [contest.parse_heads(text) for text in heads or [HEADS[device.type]]]
     sizes = list(SIZES[device.type])
     if batch or seqlen:
@@ -121,11 +127,7 @@ def _render(document: dict[str, Any]) -> None:
         tile = f"{row['plan']['block_m']} x {row['plan']['block_n']}"
         own = microseconds(row["seconds"]["flashtile"])
         made.add_row(
-            _name(row), tile, contest.error_cell(row), own, f"{row['tflops']:.3g}", *cells, f"{ratio:.2f}" if ratio else "-"
+            Size.name_of(row), tile, contest.error_cell(row), own, f"{row['tflops']:.3g}", *cells, f"{ratio:.2f}" if ratio else "-"
         )  # fmt: skip
     console.print(made)
-    contest.print_notes(document, ratios, _name)
-
-
-def _name(row: Mapping[str, Any]) -> str:
-    return str(Size(row["batch"], row["seqlen"], row["num_heads_q"], row["num_heads_kv"], row["causal"]))
+    contest.print_notes(document, ratios, Size.name_of)

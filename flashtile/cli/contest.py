@@ -92,10 +92,10 @@ def verdict(out: torch.Tensor, lse: torch.Tensor, expected: torch.Tensor, expect
 
 
 def able_peers(
-    peers: Iterable[Peer[Inputs]], sample: Inputs, device: torch.device, dtype: torch.dtype, error_of: Callable[[torch.Tensor], float]
-) -> tuple[dict[str, Callable[[Inputs], torch.Tensor]], dict[str, str]]:
+    peers: Iterable[Peer[Inputs]], sample: Inputs, device: torch.device, dtype: torch.dtype, error_of: Callable[[Any], float]
+) -> tuple[dict[str, Callable[[Inputs], Any]], dict[str, str]]:
     """The peers whose result on ``sample`` is near ours, ready to run, and why each other is left out."""
-    runs: dict[str, Callable[[Inputs], torch.Tensor]] = {}
+    runs: dict[str, Callable[[Inputs], Any]] = {}
     refused: dict[str, str] = {}
     for peer in peers:
         reason = peer.reason_against(device, dtype)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +52,7 @@ class Peer(Generic[Inputs]):
 
     name: str
     reason_against: Callable[[torch.device, torch.dtype], str | None]
-    prepare: Callable[[Inputs], Callable[[Inputs], torch.Tensor]]
+    prepare: Callable[[Inputs], Callable[[Inputs], Any]]
 
 
 def _attend(x: DecodeInputs) -> torch.Tensor:
