@@ -20,7 +20,7 @@ from flashtile.problem import DTYPE_BYTES, Problem
 START_US = {GLUON_BACKWARD_SM90: 3.0, TRITON_BACKWARD: 3.0}  # launch of a pass, its first loads, its last rows written
 TILE_US = {GLUON_BACKWARD_SM90: 1.0, TRITON_BACKWARD: 1.5}  # a tile's first and last step, which nothing overlaps
 DELTA_START_US = 2.0  # launch of the kernel that computes delta
-DQ_START_US = 4.0  # launches of what zeroes dQ's sums, and what rounds them
+DQ_START_US = 2.0  # launch of what rounds dQ's sums; the kernel for delta zeroes them
 DQ_SUM_ROWS = 128  # queries of a tile of such sums
 DQ_SUM_BYTES = 4  # of an element of dQ as the programs of one pass add to it
 ONE_PASS_LOSS = 0.7  # in the place of SPECIALISED_LOSS: gradients of scores pass through shared memory, which products read too

@@ -121,6 +121,7 @@ problems = st.builds(
     ragged_q=st.booleans(),
     alibi=st.booleans(),
     softcap=st.booleans(),
+    dropout=st.booleans(),
     allow_tf32=st.booleans(),
     alignment=st.sampled_from([2, 8, 16]),
 )
@@ -410,6 +411,14 @@ def test_one_pass_takes_room_for_gradients_of_scores_and_for_dqs_sums() -> None:
     more = backward_workspace(problem, one_pass=True) - backward_workspace(problem, one_pass=False)
     assert more == 4 * 4096 * 16 * 128 * 4
     assert backward_workspace(training(head_dim=72), one_pass=True) > backward_workspace(training(head_dim=64), one_pass=True)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "num_programs", "compiled"), [(128, 0, 165_624), (128, 132, 231_160), (64, 0, 166_648), (64, 132, 199_416)]
+)
+def test_hoppers_shared_memory_is_what_one_pass_takes(head_dim: int, num_programs: int, compiled: int) -> None:
+    [tile] = pass_tiles(plan_of_passes(hopper_whole_tile(head_dim), None, num_programs))
+    assert compiled <= pass_shared_memory(training(head_dim=head_dim), tile, H200) <= compiled + 1024
 
 
 def test_one_pass_costs_what_measures_show() -> None:
