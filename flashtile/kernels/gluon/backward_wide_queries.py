@@ -89,9 +89,14 @@ def sum_over_keys(
             block -= 1
             last_stage = turn % STAGES
             turn += 1
+            # the compiler does not know that it is C: it would keep the addresses of all parts of products with this tile for the
+            # whole loop, more than there are uniform registers
+            tile = gl.where(block >= 0, C, 1 - C)
+            q = parts_of_tile(q_tiles, tile, HEAD_DIM)
             s = _start_scores(q, ring, tokens, place, block, turn, C, BLOCK_N, HEAD_DIM, STAGES)
             dq_coming = start_values(operand, k_ring, last_stage, dq, HEAD_DIM)
             mbarrier.wait(v_full.index(turn % VALUE_STAGES), (turn // VALUE_STAGES) & 1)
+            dout = parts_of_tile(dout_tiles, tile, HEAD_DIM_V)
             dp = start_scores(dout, v_ring, _stage_of_values(turn, VALUE_STAGES), BLOCK_N, HEAD_DIM_V)
             s = warpgroup_mma_wait(products_of(HEAD_DIM) + products_of(HEAD_DIM_V), deps=(s,))
             p = gl.exp2(s * scores.scale_log2 - gl.expand_dims(lse_log2, 1))
