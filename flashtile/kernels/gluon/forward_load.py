@@ -14,6 +14,8 @@ from flashtile.kernels.gluon.names import barrier
 from flashtile.kernels.tile.cache import is_page, page_of
 from flashtile.kernels.tile.schedule import sequence_rows, stored_keys
 
+_BY_LANE = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
+
 
 @gluon.jit
 def load_tiles(
@@ -48,8 +50,9 @@ def load_tiles(
         sequence = (key_start, first, last)
         h_kv = h // GROUP
         key = (high - 1) * BLOCK_N
+        page_of_box = _pages_of_block(pages, b_keys, sequence, key, BLOCK_N, PAGE_SIZE)
         # the first keys need not wait until the last tile's q is done with
-        _load_block(k_way, known, pages, b_keys, sequence, key, h_kv, turn, True, BLOCK_N, HEAD_DIM, PAGE_SIZE, STAGES)
+        _load_block(k_way, known, pages, page_of_box, b_keys, sequence, key, h_kv, turn, True, BLOCK_N, HEAD_DIM, PAGE_SIZE, STAGES)
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(c), (tiles_done & 1) ^ 1)
             write_note(notes.index(2 * c + (tiles_done & 1)), b, h, row, row_start, seqlen_q, seqlen_k, turn, negated)
@@ -58,7 +61,7 @@ def load_tiles(
             load_box(q, q_tiles, q_full.index(c), c, b_rows, row_start + row + c * ROWS, h, 0, 1, HEAD_DIM)
             if dout is not None:
                 load_box(dout, dout_tiles, q_full.index(c), c, b_rows, row_start + row + c * ROWS, h, 0, 1, HEAD_DIM_V)
-        _load_block(v_way, known, pages, b_keys, sequence, key, h_kv, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, V_STAGES)
+        _load_block(v_way, known, pages, page_of_box, b_keys, sequence, key, h_kv, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, V_STAGES)
         turn += 1
         # the next tile's number comes while this one's keys do
         if counter is not None:
@@ -67,8 +70,11 @@ def load_tiles(
             t += num_programs
         for _ in range(high - low - 1):
             key -= BLOCK_N
-            _load_block(k_way, known, pages, b_keys, sequence, key, h_kv, turn, True, BLOCK_N, HEAD_DIM, PAGE_SIZE, STAGES)
-            _load_block(v_way, known, pages, b_keys, sequence, key, h_kv, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, V_STAGES)
+            page_of_box = _pages_of_block(pages, b_keys, sequence, key, BLOCK_N, PAGE_SIZE)
+            _load_block(k_way, known, pages, page_of_box, b_keys, sequence, key, h_kv, turn, True, BLOCK_N, HEAD_DIM, PAGE_SIZE, STAGES)
+            _load_block(
+                v_way, known, pages, page_of_box, b_keys, sequence, key, h_kv, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, V_STAGES
+            )
             turn += 1
         tiles_done += 1
         b, h, row_block, walk = tile_numbered(t, tokens, batch, num_heads, heads_at_once, walk, BLOCK_M, LAST_FIRST)
@@ -85,8 +91,24 @@ def load_tiles(
 
 
 @gluon.jit
+def _pages_of_block(pages, b, sequence, key, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
+    """The page of each box of a block of keys, a box a lane, or 0 without pages: all table entries are asked for at once.
+
+    -1 stands for boxes of which no query sees any key: such entries are not read.
+    """
+    if PAGE_SIZE > 0:
+        _, first, last = sequence
+        BOX_ROWS: gl.constexpr = box_rows(BLOCK_N, PAGE_SIZE)
+        of_box = key + gl.arange(0, 32, _BY_LANE) * BOX_ROWS
+        seen = (of_box + BOX_ROWS > first) & (of_box < gl.minimum(last, key + BLOCK_N))
+        return page_of(pages, b, of_box, seen, PAGE_SIZE)
+    else:
+        return 0
+
+
+@gluon.jit
 def _load_block(
-    way, known, pages, b, sequence, key, h, turn, OF_KEYS: gl.constexpr,
+    way, known, pages, page_of_box, b, sequence, key, h, turn, OF_KEYS: gl.constexpr,
     BLOCK_N: gl.constexpr, DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A block of keys or values, from key ``key`` of the sequence on, into its stage of the ring once that is empty.
@@ -95,34 +117,24 @@ def _load_block(
     block's boxes are there: one that is not reads as zero, as the copy engine has it for all that lies outside a tensor.
     """
     box, ring, full, empty = way
-    key_start, first, last = sequence
-    BOX_ROWS: gl.constexpr = box_rows(BLOCK_N, PAGE_SIZE)
-    BOXES: gl.constexpr = BLOCK_N // BOX_ROWS
+    key_start, _, _ = sequence
+    BOXES: gl.constexpr = BLOCK_N // box_rows(BLOCK_N, PAGE_SIZE)
     stage = turn % STAGES
     # a number that the compiler does not know keeps loops over boxes rolled up: the producer has few registers
     boxes = gl.where(turn >= 0, BOXES, 0)
-    if PAGE_SIZE > 0 and OF_KEYS:
-        # all table entries are asked for at once, and before the wait, so that they come meanwhile
-        lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-        entries = _page_of_box(pages, b, key + lane * BOX_ROWS, first, gl.minimum(last, key + BLOCK_N), BOX_ROWS, PAGE_SIZE)
-        bits = gl.sum(is_page(pages, entries).to(gl.int32) << lane, 0)
     mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
     if PAGE_SIZE > 0 and OF_KEYS:
-        known.index(stage).store(gl.full([1], bits, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+        bits = gl.sum(is_page(pages, page_of_box).to(gl.int32) << gl.arange(0, 32, _BY_LANE), 0)
+        known.index(stage).store(gl.full([1], bits, gl.int32, _BY_LANE))
         barrier()
     mbarrier.expect(full.index(stage), bytes_of_tile(BLOCK_N, DIM))
     if PAGE_SIZE > 0:
         for i in range(boxes):
-            page = _page_of_box(pages, b, key + i * BOX_ROWS, first, last, BOX_ROWS, PAGE_SIZE)
+            # a lane's number for all of them, which takes less time than to read the table again
+            page = gl.sum(gl.where(gl.arange(0, 32, _BY_LANE) == i, page_of_box, 0), 0)
             load_box(box, ring, full.index(stage), stage, page, key % PAGE_SIZE if BOXES == 1 else 0, h, i, BOXES, DIM)
     else:
         load_box(box, ring, full.index(stage), stage, b, key_start + key, h, 0, 1, DIM)
-
-
-@gluon.jit
-def _page_of_box(pages, b, key, first, last, BOX_ROWS: gl.constexpr, PAGE_SIZE: gl.constexpr):
-    """The page of a box of keys, -1 where no query sees any of them: such entries are not read."""
-    return page_of(pages, b, key, (key + BOX_ROWS > first) & (key < last), PAGE_SIZE)
 
 
 @gluon.jit
