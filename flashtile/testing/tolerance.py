@@ -13,7 +13,7 @@ _FLOAT32 = 2e-6
 # 2**n * (1 + f - K(f)), K(0) = 1.07e-4. Its relative error is largest where f = K(f), at f = 1.5e-4: there 1 stands for
 # 2**f * (1 - 1.07e-4). So every weight, and with it their sum, is off by at most 1.07e-4 < 2**-13; out divides by
 # the same sum. Sums of rounded weights (1e-3) or rounded scores (1e-2) are still seen. No other kernel has this error.
-_LSE_TORCH_CPU_16_BIT = 2.0**-13
+LSE_TORCH_CPU_16_BIT = 2.0**-13
 
 
 def assert_close(
@@ -38,7 +38,7 @@ def assert_close(
         raise AssertionError(f"{label}out has shape {tuple(out.shape)}, expected {tuple(expected_out.shape)}")
     score_error = _FLOAT32 if expected_lse is None else score_error_of(expected_lse)
     if lse is not None and expected_lse is not None:
-        coarse_exp = _LSE_TORCH_CPU_16_BIT if cpu_engine and dtype != torch.float32 else 0.0
+        coarse_exp = LSE_TORCH_CPU_16_BIT if cpu_engine and dtype != torch.float32 else 0.0
         _check_lse(lse, expected_lse, 4 * score_error + coarse_exp, label)
     check_finite("out", out, label)
     _check_out(out.double(), expected_out.double(), dtype, score_error, label)
