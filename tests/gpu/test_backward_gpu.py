@@ -33,8 +33,11 @@ SHALLOW = USUAL.with_(num_stages=2, dq_num_stages=2)
 WHOLE = BackwardPlan(GLUON_BACKWARD_SM90, 64, 128, 8, 2, one_pass=True)
 WHOLE_SHORT = WHOLE.with_(block_m=128)
 WHOLE_ADDERS = WHOLE.with_(num_stages=3)
+# heads of more than 128 dims; where there is room, a ring of queries or of keys has one stage more
+WIDE = BackwardPlan(GLUON_BACKWARD_SM90, 64, 64, 8, 2, 128, 64, 8, 2, num_programs=132)
 PLAIN = ForwardCase("plain", 300, 417, batch=2, num_heads_q=8, num_heads_kv=2, head_dim=128, dtype="bfloat16", causal=True)
 PACKED = replace(PLAIN, name="packed", seqlens_q=(200, 1, 0, 77, 129), seqlens_k=(300, 64, 5, 77, 129), spare_rows=5, spare_keys=3)
+WIDE_DIMS = [(136, 136), (160, 160), (192, 128), (192, 192), (200, 248), (256, 64), (256, 96), (256, 192), (64, 256), (256, 256)]
 EDGES = [1, 2, 63, 64, 65, 127, 128, 129, 191, 192, 193, 255, 256, 257]
 
 hopper_only = pytest.mark.skipif(not HOPPER, reason="needs a GPU of sm_90")
@@ -42,6 +45,8 @@ hopper_only = pytest.mark.skipif(not HOPPER, reason="needs a GPU of sm_90")
 
 def hopper_plans(case: ForwardCase) -> tuple[BackwardPlan, ...]:
     """Tiles of Hopper's kernel for a case's head dims, and programs for each tile, for all of them, and few."""
+    if max(case.head_dim, case.head_dim_v) > 128:
+        return WIDE, WIDE.with_(num_programs=0), WIDE.with_(num_programs=3), WIDE.with_(num_stages=3), WIDE.with_(dq_num_stages=3)
     short = max(case.head_dim, case.head_dim_v) <= 64
     tiles = (SHORT, USUAL) if short else (USUAL, SHALLOW)
     whole = (WHOLE_SHORT, WHOLE_ADDERS) if short else (WHOLE, WHOLE.with_(num_stages=3))
@@ -89,9 +94,12 @@ def same(some: Gradients, others: Gradients) -> bool:
 
 @hopper_only
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("plan", [USUAL, SHORT, WHOLE, WHOLE_SHORT, WHOLE_ADDERS], ids=["128", "64", "whole", "whole 64", "adders"])
-def test_it_runs_at_all(plan: BackwardPlan, causal: bool, device: torch.device) -> None:
-    head_dim = 128 if plan in (USUAL, WHOLE) else 64
+@pytest.mark.parametrize(
+    ("plan", "head_dim"),
+    [(USUAL, 128), (SHORT, 64), (WIDE, 256), (WIDE, 192), (WHOLE, 128), (WHOLE_SHORT, 64), (WHOLE_ADDERS, 64)],
+    ids=["128", "64", "wide 256", "wide 192", "whole", "whole 64", "adders"],
+)
+def test_it_runs_at_all(plan: BackwardPlan, head_dim: int, causal: bool, device: torch.device) -> None:
     case = replace(PLAIN, name="plain", seqlens_q=512, seqlens_k=512, head_dim=head_dim, head_dim_v=0, causal=causal)
     for num_programs in (0, 132, 7):
         check_case(case, device, (plan.with_(num_programs=num_programs),))
@@ -123,12 +131,12 @@ def test_every_case_by_the_rule(case: ForwardCase, device: torch.device) -> None
 
 
 @hopper_only
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
 @pytest.mark.parametrize("causal", [False, True])
 def test_tails_of_every_length(head_dim: int, causal: bool, device: torch.device) -> None:
     """Queries and keys a few more and fewer than tiles of 64 and 128."""
     case = replace(PLAIN, batch=1, num_heads_q=2, num_heads_kv=1, head_dim=head_dim, head_dim_v=head_dim, causal=causal)
-    plans = (SHORT, WHOLE_SHORT, WHOLE_ADDERS) if head_dim == 64 else (USUAL, WHOLE)
+    plans = {64: (SHORT, WHOLE_SHORT, WHOLE_ADDERS), 128: (USUAL, WHOLE)}.get(head_dim, (WIDE,))
     for i, seqlen_q in enumerate(EDGES):
         for seqlen_k in (EDGES[-1 - i], EDGES[i], EDGES[(3 * i + 1) % len(EDGES)]):
             check_case(replace(case, name=f"{seqlen_q}, {seqlen_k}", seqlens_q=seqlen_q, seqlens_k=seqlen_k), device, plans)
@@ -144,10 +152,12 @@ def test_windows(window: tuple[int | None, int | None], device: torch.device) ->
         check_case(replace(PACKED, name=f"packed {window}", causal=False, window=window), device, (USUAL, WHOLE))
         short = replace(case, head_dim=64, head_dim_v=64)
         check_case(short, device, (WHOLE_SHORT, WHOLE_ADDERS))
+        for wide in (case, replace(PACKED, name=f"packed {window}", causal=False, window=window)):
+            check_case(replace(wide, name=f"wide {wide.name}", head_dim=256, head_dim_v=256), device, (WIDE,))
 
 
 @hopper_only
-@pytest.mark.parametrize("dims", [(8, 8), (40, 40), (72, 72), (80, 96), (96, 96), (64, 128), (128, 64)], ids=str)
+@pytest.mark.parametrize("dims", [(8, 8), (40, 40), (72, 72), (80, 96), (96, 96), (64, 128), (128, 64), *WIDE_DIMS], ids=str)
 def test_head_dims(dims: tuple[int, int], device: torch.device) -> None:
     for case in (PLAIN, PACKED):
         case = replace(case, name=f"{case.name} {dims}", head_dim=dims[0], head_dim_v=dims[1], sinks=True)
@@ -157,9 +167,29 @@ def test_head_dims(dims: tuple[int, int], device: torch.device) -> None:
 
 
 @hopper_only
+@pytest.mark.parametrize("dims", [(192, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("case", [PLAIN, PACKED], ids=lambda case: case.name)
+def test_wide_heads_in_all_their_plans(case: ForwardCase, dims: tuple[int, int], device: torch.device) -> None:
+    """Every depth of the rings that fits, many times over, and few programs: the same bits each time."""
+    inputs = make_forward_inputs(replace(case, head_dim=dims[0], head_dim_v=dims[1], dtype="float16"), device)
+    problem, first = backward_problem(inputs), None
+    for plan in hopper_plans(inputs.case):
+        if not backward_infeasible(problem, plan, Device.of(device)):
+            run = bound(inputs, plan)
+            for _ in range(30):
+                done = backward_call(inputs) if first is None else again(first)
+                run(done)
+                first = done if first is None else first
+                assert same(gradients_of(done), gradients_of(first))
+    assert first is not None
+    assert_gradients(inputs, first)
+
+
+@hopper_only
 @pytest.mark.parametrize("scale", [-0.3, 0.0, 2.0])
 def test_extreme_scales(scale: float, device: torch.device) -> None:
     check_case(replace(PLAIN, name="extreme", scale=scale, logit_scale=10.0), device, (USUAL, WHOLE))
+    check_case(replace(PLAIN, name="wide", scale=scale, logit_scale=10.0, head_dim=256, head_dim_v=256), device, (WIDE,))
 
 
 @hopper_only
@@ -300,10 +330,31 @@ def test_gradients_in_slices_of_one_tensor(device: torch.device) -> None:
 
 
 @hopper_only
+@pytest.mark.parametrize("dims", [(256, 256), (192, 128)], ids=str)
+def test_wide_gradients_in_slices(dims: tuple[int, int], device: torch.device) -> None:
+    """dk and dv are strided views, and nothing beside them is written."""
+    case = replace(PLAIN, seqlens_q=333, seqlens_k=333, num_heads_q=4, num_heads_kv=4, head_dim=dims[0], head_dim_v=dims[1], layout="HND")
+    inputs = make_forward_inputs(case, device)
+    call = backward_call(inputs)
+    whole = torch.full((2, 333, 4, sum(dims) + 8), NAN, dtype=torch.bfloat16, device=device)
+    dk, dv, beside = whole[..., : dims[0]], whole[..., dims[0] : sum(dims)], whole[..., sum(dims) :]
+    bound(inputs, WIDE)(call._replace(dk=dk, dv=dv))
+    assert_gradients(inputs, call._replace(dk=dk, dv=dv))
+    assert beside.isnan().all()
+
+
+@hopper_only
 def test_many_short_sequences(device: torch.device) -> None:
     lengths = tuple((7 * i) % 90 for i in range(300))
     case = replace(PACKED, name="many", seqlens_q=lengths, seqlens_k=tuple(n + i % 3 for i, n in enumerate(lengths)))
     check_case(case, device, (USUAL, USUAL.with_(num_programs=0), USUAL.with_(num_programs=9), WHOLE, WHOLE.with_(num_programs=9)))
+    check_case(replace(case, name="many wide", head_dim=256, head_dim_v=256), device, (WIDE, WIDE.with_(num_programs=9)))
+
+
+@hopper_only
+def test_long_sequences_of_wide_heads(device: torch.device) -> None:
+    case = replace(PLAIN, name="long", seqlens_q=3000, seqlens_k=4100, batch=1, num_heads_q=2, num_heads_kv=1, head_dim=256, head_dim_v=256)
+    check_case(case, device, (WIDE, WIDE.with_(num_programs=0)))
 
 
 def test_long_sequences_of_few_heads(device: torch.device) -> None:
