@@ -3,7 +3,7 @@
 For each family (a matrix instruction, or what stands in for one) and pass, the shapes of each head dim in order of preference.
 Compiled with Triton 3.7, causal, with four query heads a key head; none of them spills but those that say so. With Triton 3.6 they take
 up to 50 registers more beside packed rows, and three spill 4 to 8 bytes there. Beside dropout, which was compiled for sm_90 alone, one
-spills 8 bytes (head dim 64, over keys), and with every other feature too up to 108. FMA is the vector units where there is no instruction.
+spills 8 bytes (head dim 64, over keys), and with every other feature too up to 120. FMA is the vector units where there is no instruction.
 """
 
 from __future__ import annotations
