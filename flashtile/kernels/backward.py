@@ -85,13 +85,16 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
     return on_device(run, device)
 
 
-def delta_pass(problem: Problem, device: torch.device, *, sums: bool = False) -> _Pass:
-    """Writes what both passes need of each query, and dsinks where it is wanted; with ``sums`` also clears those of each call."""
+def delta_pass(problem: Problem, device: torch.device, *, sums: bool = False, dependents: bool = False) -> _Pass:
+    """Writes what both passes need of each query, and dsinks where it is wanted; with ``sums`` also clears those of each call.
+
+    ``dependents``: what is launched next takes its place on the device early, and waits there for this.
+    """
     pointer, heads, block_m = pointer_of(backward_delta_kernel), problem.num_heads_q, rows_at_once(problem)
 
     @functools.cache
     def launch_of(dlse: bool, dsinks: bool) -> Launch:
-        return launcher(delta_spec(problem, dlse=dlse, dsinks=dsinks, sums=sums), device)
+        return launcher(delta_spec(problem, dlse=dlse, dsinks=dsinks, sums=sums, dependents=dependents), device)
 
     launch_of(False, problem.sinks)
 

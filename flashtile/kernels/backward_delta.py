@@ -10,6 +10,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from flashtile.kernels.launch import Arg, Spec
 from flashtile.kernels.operands import lse_spec, rows_spec, statistics_spec, tokens_spec
@@ -28,7 +29,7 @@ CLEARED_AT_ONCE = tl.constexpr(4096)
 @triton.jit
 def backward_delta_kernel(
     out, dout, lse, dlse, statistics, sinks, sink_parts, sums, sums_blocks, tokens, num_heads, batch, row_blocks,
-    BLOCK_M: tl.constexpr, HEAD_DIM_V: tl.constexpr, DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, HEAD_DIM_V: tl.constexpr, DV: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (batch * row blocks * query heads), heads of the same rows side by side.
 
@@ -37,6 +38,8 @@ def backward_delta_kernel(
     adds, and which becomes zero here; or None.
     """
     program = tl.program_id(0)
+    if PDL:
+        gdc_launch_dependents()
     if sums is not None:
         zeros = tl.zeros([CLEARED_AT_ONCE], tl.float32)
         for block in tl.range(program, sums_blocks, tl.num_programs(0), num_stages=1):
@@ -92,8 +95,11 @@ def rows_at_once(problem: Problem) -> int:
     return _ELEMENTS // _held_dim(problem)
 
 
-def delta_spec(problem: Problem, *, dlse: bool, dsinks: bool, sums: bool = False) -> Spec:
-    """The delta kernel, for calls with or without a gradient through lse and one of the sinks, and sums to be cleared."""
+def delta_spec(problem: Problem, *, dlse: bool, dsinks: bool, sums: bool = False, dependents: bool = False) -> Spec:
+    """The delta kernel, for calls with or without a gradient through lse and one of the sinks, and sums to be cleared.
+
+    ``dependents``: what is launched next may take its place on the device at once, and waits there.
+    """
     i32 = Arg("i32")
     sink = Arg("*fp32") if dsinks else None
     return Spec(
@@ -113,7 +119,7 @@ def delta_spec(problem: Problem, *, dlse: bool, dsinks: bool, sums: bool = False
             "batch": i32,
             "row_blocks": i32,
         },
-        constants={"BLOCK_M": rows_at_once(problem), "HEAD_DIM_V": problem.head_dim_v, "DV": _held_dim(problem)},
+        constants={"BLOCK_M": rows_at_once(problem), "HEAD_DIM_V": problem.head_dim_v, "DV": _held_dim(problem), "PDL": dependents},
         options={"num_warps": _WARPS, "num_stages": 1},
     )
 

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from flashtile.kernels.gluon.backward_load import blocks_of_queries, load_keys_and_queries, turned
 from flashtile.kernels.gluon.backward_results import clear_gradient, padded_dim, store_gradient
+from flashtile.kernels.gluon.chain import begin_after_last
 from flashtile.kernels.gluon.forward_memory import NOTE, ROWS, allocate_barriers, allocate_tiles
 from flashtile.kernels.gluon.forward_schedule import read_note, whole_blocks
 from flashtile.kernels.gluon.forward_scores import clear_values, operand_layout, products_layout, seen_keys
@@ -23,7 +24,7 @@ from flashtile.kernels.tile.schedule import owned_rows
 def backward_keys_kernel(
     q, k, v, dout, dk_box, dv_box, dk, dv, statistics, tokens, keys, band, counter, num_programs, num_heads_kv, batch, heads_at_once,
     scale, scale_log2, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid: programs, each of which takes tiles of 128 keys; where ``counter`` is None, the one of its number.
 
@@ -50,6 +51,7 @@ def backward_keys_kernel(
     memory = (
         k_tiles, v_tiles, q_ring, dout_ring, lse_ring, delta_ring, notes, k_full, k_empty, v_full, q_full, q_empty, dout_full, dout_empty
     )  # fmt: skip
+    begin_after_last(PDL)
     gl.warp_specialize([
         (sum_over_queries, (dk_box, dv_box, dk, dv, tokens, keys, band, batch, num_heads_kv, scale, scale_log2, memory,
                             0, GROUP, BLOCK_M, HEAD_DIM, HEAD_DIM_V, STAGES)),

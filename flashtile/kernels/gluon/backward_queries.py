@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from flashtile.kernels.gluon.backward_results import clear_gradient, padded_dim, store_gradient
+from flashtile.kernels.gluon.chain import begin_after_last
 from flashtile.kernels.gluon.forward_load import load_tiles
 from flashtile.kernels.gluon.forward_memory import ROWS, allocate_exchange, allocate_tiles
 from flashtile.kernels.gluon.forward_rows import hand_back
@@ -23,7 +24,7 @@ from flashtile.kernels.tile.schedule import owned_rows
 def backward_queries_kernel(
     q, k, v, dout, dq_box, dq, statistics, tokens, pages, scores, band, counter, num_programs, num_heads, batch, heads_at_once,
     scale, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
-    STAGES: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid: programs, each of which takes tiles of 128 queries; where ``counter`` is None, the one of its number."""
     D: gl.constexpr = padded_dim(HEAD_DIM)
@@ -34,6 +35,7 @@ def backward_queries_kernel(
     v_ring = allocate_tiles(v, STAGES, BLOCK_N, BLOCK_N, DV)
     notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty = allocate_exchange(2, STAGES)
     memory = (q_tiles, k_ring, v_ring, notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    begin_after_last(PDL)
     gl.warp_specialize([
         (sum_over_keys, (dq_box, dq, statistics, tokens, scores, band, batch, num_heads, scale, memory, dout_tiles,
                          0, BLOCK_N, HEAD_DIM, HEAD_DIM_V, STAGES, Q_IN_REGISTERS)),

@@ -18,7 +18,7 @@ from flashtile.kernels.backward import CallViews, clear_gradients, delta_pass
 from flashtile.kernels.backward_delta import delta_spec, sinks_spec
 from flashtile.kernels.call import BackwardCall, BackwardRunner
 from flashtile.kernels.gluon.backward_results import padded_dim
-from flashtile.kernels.gluon.backward_specs import NO_PAGES, NO_ROWS, keys_spec, queries_spec, whole_spec
+from flashtile.kernels.gluon.backward_specs import DEPENDENT_LAUNCH, NO_PAGES, NO_ROWS, keys_spec, queries_spec, whole_spec
 from flashtile.kernels.gluon.backward_sums import SUMS_BLOCK, SUMS_SIDE, conversion_spec, sums_blocks
 from flashtile.kernels.gluon.forward_counter import tile_counters
 from flashtile.kernels.launch import Spec, launcher, on_device, workspace
@@ -34,9 +34,9 @@ _L2_BYTES = 8 << 20  # of what a head's tiles read again and again, for heads th
 
 def specs(problem: Problem, plan: BackwardPlan) -> tuple[Spec, ...]:
     """What ``bind`` will launch, where no gradient flows through lse."""
-    delta = delta_spec(problem, dlse=False, dsinks=problem.sinks, sums=plan.one_pass)
+    delta = delta_spec(problem, dlse=False, dsinks=problem.sinks, sums=plan.one_pass, dependents=DEPENDENT_LAUNCH)
     if plan.one_pass:
-        usual = delta, whole_spec(problem, plan), conversion_spec(problem)
+        usual = delta, whole_spec(problem, plan), conversion_spec(problem, dependent=DEPENDENT_LAUNCH)
     else:
         usual = delta, keys_spec(problem, plan), queries_spec(problem, plan)
     return (*usual, sinks_spec()) if problem.sinks else usual
@@ -52,9 +52,9 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
     """What runs calls of ``problem`` as ``plan`` says."""
     pointer, one_pass = torch.Tensor.data_ptr, plan.one_pass
     heads, heads_kv, programs, keys_a_tile = problem.num_heads_q, problem.num_heads_kv, plan.num_programs, plan.block_n
-    write_delta = delta_pass(problem, device, sums=one_pass)
+    write_delta = delta_pass(problem, device, sums=one_pass, dependents=DEPENDENT_LAUNCH)
     over_queries = launcher(whole_spec(problem, plan) if one_pass else keys_spec(problem, plan), device)
-    finish = launcher(conversion_spec(problem) if one_pass else queries_spec(problem, plan), device)
+    finish = launcher(conversion_spec(problem, dependent=DEPENDENT_LAUNCH) if one_pass else queries_spec(problem, plan), device)
     band, transposed = band_view(problem.band), band_view(problem.band.transposed())
     keys_at_once, queries_at_once = heads_at_once(problem)
     counters = tile_counters(device) if programs else None

@@ -19,6 +19,7 @@ from flashtile.problem import Problem
 
 NO_ROWS = RowsView(None, None, None, None)
 NO_PAGES = PagesView(None, None, None)
+DEPENDENT_LAUNCH = True  # a kernel's programs take their places while the last kernel of the call ends
 _ROWS = 64  # of a warpgroup
 _PANEL = 64
 _WIDE_HEAD = 128  # heads wider than this have kernels of their own
@@ -51,8 +52,9 @@ def keys_spec(problem: Problem, plan: BackwardPlan) -> Spec:
             "STAGES": plan.num_stages,
             "REGISTERS": _REGISTERS,
             "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
+            "PDL": DEPENDENT_LAUNCH,
         },
-        options={"num_warps": 4, "num_stages": 1},
+        options={"num_warps": 4, "num_stages": 1, "launch_pdl": DEPENDENT_LAUNCH},
     )
 
 
@@ -103,8 +105,9 @@ def queries_spec(problem: Problem, plan: BackwardPlan) -> Spec:
             **q_in_registers,
             "REGISTERS": _REGISTERS,
             "PRODUCER_REGISTERS": _PRODUCER_REGISTERS,
+            "PDL": DEPENDENT_LAUNCH,
         },
-        options={"num_warps": 4, "num_stages": 1},
+        options={"num_warps": 4, "num_stages": 1, "launch_pdl": DEPENDENT_LAUNCH},
     )
 
 

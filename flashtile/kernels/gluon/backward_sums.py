@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
 
 from flashtile.kernels.gluon.backward_results import padded_dim
 from flashtile.kernels.launch import Arg, Spec
@@ -83,9 +84,11 @@ def add_to_sums(ptr, x):
 
 @triton.jit
 def backward_sums_kernel(
-    sums, dq, tokens, scale, num_heads, batch, row_blocks, HEAD_DIM: tl.constexpr, PANELS: tl.constexpr
+    sums, dq, tokens, scale, num_heads, batch, row_blocks, HEAD_DIM: tl.constexpr, PANELS: tl.constexpr, PDL: tl.constexpr
 ):  # fmt: skip
     """dq from its sums. Grid: (batch * row blocks of 64 * query heads), heads of the same rows side by side."""
+    if PDL:
+        gdc_wait()
     program = tl.program_id(0)
     h = program % num_heads
     b = program // num_heads // row_blocks
@@ -111,8 +114,8 @@ def backward_sums_kernel(
         store_rows(dq.ptr + panel * SUMS_SIDE, rows, row < seqlen_q, x * scale, False, HEAD_DIM - panel * SUMS_SIDE)
 
 
-def conversion_spec(problem: Problem) -> Spec:
-    """The kernel that makes dq of its sums."""
+def conversion_spec(problem: Problem, *, dependent: bool) -> Spec:
+    """The kernel that makes dq of its sums. ``dependent``: it is launched while what adds to them still runs."""
     i32 = Arg("i32")
     return Spec(
         backward_sums_kernel,
@@ -125,6 +128,6 @@ def conversion_spec(problem: Problem) -> Spec:
             "batch": i32,
             "row_blocks": i32,
         },
-        constants={"HEAD_DIM": problem.head_dim, "PANELS": padded_dim(problem.head_dim) // SUMS_SIDE.value},
-        options={"num_warps": _WARPS, "num_stages": 1},
+        constants={"HEAD_DIM": problem.head_dim, "PANELS": padded_dim(problem.head_dim) // SUMS_SIDE.value, "PDL": dependent},
+        options={"num_warps": _WARPS, "num_stages": 1, "launch_pdl": dependent},
     )

@@ -14,6 +14,7 @@ from flashtile.kernels.gluon.backward_keys import add_values, of_seen_keys, star
 from flashtile.kernels.gluon.backward_load import blocks_of_queries, load_keys_and_queries, turned
 from flashtile.kernels.gluon.backward_results import clear_gradient, padded_dim, store_gradient
 from flashtile.kernels.gluon.backward_sums import SUMS_BLOCK, SUMS_SIDE, add_to_sums, sums_of_head
+from flashtile.kernels.gluon.chain import begin_after_last
 from flashtile.kernels.gluon.forward_memory import NOTE, PANEL, ROWS, allocate_barriers, allocate_tiles, tile_layout
 from flashtile.kernels.gluon.forward_schedule import read_note, whole_blocks
 from flashtile.kernels.gluon.forward_scores import clear_values, operand_layout, products_layout
@@ -26,7 +27,7 @@ def backward_whole_kernel(
     q, k, v, dout, dk_box, dv_box, dk, dv, sums, statistics, tokens, keys, band, counter, num_programs, num_heads_kv, batch, heads_at_once,
     scale, scale_log2, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     STAGES: gl.constexpr, ADDERS: gl.constexpr, VALUES_IN_REGISTERS: gl.constexpr, FROM_SHARED: gl.constexpr,
-    REGISTERS: gl.constexpr, ADDER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    REGISTERS: gl.constexpr, ADDER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid: programs, each of which takes tiles of 128 keys; where ``counter`` is None, the one of its number and no other.
 
@@ -63,6 +64,7 @@ def backward_whole_kernel(
         k_tiles, v_tiles, q_ring, dout_ring, lse_ring, delta_ring, notes, k_full, k_empty, v_full, q_full, q_empty, dout_full, dout_empty
     )  # fmt: skip
     exchange = (ds_ring, ds_full, ds_empty, k_read)
+    begin_after_last(PDL)
     # constants are written inside the calls, for a tuple bound to a name makes numbers of them
     if ADDERS:
         gl.warp_specialize([

@@ -16,6 +16,7 @@ from flashtile.kernels.gluon.backward_load import blocks_of_queries, turned
 from flashtile.kernels.gluon.backward_results import clear_gradient
 from flashtile.kernels.gluon.backward_wide_load import load_wide_keys_and_queries
 from flashtile.kernels.gluon.backward_wide_parts import parts_of_tile, products_of, store_parts, wait_for_parts, widest, zero_parts
+from flashtile.kernels.gluon.chain import begin_after_last
 from flashtile.kernels.gluon.forward_memory import NOTE, ROWS, allocate_barriers, allocate_tiles, main_dim, rest_dim
 from flashtile.kernels.gluon.forward_schedule import read_note, whole_blocks
 from flashtile.kernels.gluon.forward_scores import operand_layout, products_layout, seen_keys, start_scores, start_values
@@ -29,7 +30,7 @@ _HANDOVERS = gl.constexpr(2)  # blocks of probabilities in shared memory
 def backward_wide_keys_kernel(
     q, k, v, dout, dk_box, dv_box, dk, dv, statistics, tokens, keys, band, counter, num_programs, num_heads_kv, batch, heads_at_once,
     scale, scale_log2, GROUP: gl.constexpr, BLOCK_M: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid: programs, each of which takes tiles of 64 keys; where ``counter`` is None, the one of its number.
 
@@ -53,6 +54,7 @@ def backward_wide_keys_kernel(
     memory = (k_tile, v_tile, q_ring, dout_ring, lse_ring, delta_ring, notes, of_k, of_v, rings)
     memory_of_dv = (k_tile, q_ring, dout_ring, lse_ring, p_ring, notes, of_k, rings, handed)
     memory_of_dk = (v_tile, q_ring, dout_ring, delta_ring, p_ring, notes, of_v, rings, handed)
+    begin_after_last(PDL)
     gl.warp_specialize([
         (sum_values, (dv_box, dv, tokens, keys, band, batch, num_heads_kv, scale_log2, memory_of_dv,
                       GROUP, BLOCK_M, HEAD_DIM, HEAD_DIM_V, STAGES)),

@@ -11,6 +11,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from flashtile.kernels.gluon.backward_results import clear_gradient
 from flashtile.kernels.gluon.backward_wide_parts import parts_of_tile, products_of, store_parts, wait_for_parts, zero_parts
+from flashtile.kernels.gluon.chain import begin_after_last
 from flashtile.kernels.gluon.forward_load import load_tiles
 from flashtile.kernels.gluon.forward_memory import ROWS, allocate_exchange, allocate_tiles, main_dim, rest_dim
 from flashtile.kernels.gluon.forward_rows import hand_back
@@ -25,7 +26,7 @@ from flashtile.kernels.tile.schedule import owned_rows
 def backward_wide_queries_kernel(
     q, k, v, dout, dq_box, dq, statistics, tokens, pages, scores, band, counter, num_programs, num_heads, batch, heads_at_once,
     scale, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """Grid: programs, each of which takes tiles of 128 queries; where ``counter`` is None, the one of its number."""
     q_tiles = allocate_tiles(q, 2, ROWS, ROWS, HEAD_DIM)
@@ -34,6 +35,7 @@ def backward_wide_queries_kernel(
     v_ring = allocate_tiles(v, STAGES - 1, BLOCK_N, BLOCK_N, HEAD_DIM_V)
     notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty = allocate_exchange(2, STAGES)
     memory = (q_tiles, k_ring, v_ring, notes, known, q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    begin_after_last(PDL)
     gl.warp_specialize([
         (sum_over_keys, (dq_box, dq, statistics, tokens, scores, band, batch, num_heads, scale, memory, dout_tiles,
                          0, BLOCK_N, HEAD_DIM, HEAD_DIM_V, STAGES)),
