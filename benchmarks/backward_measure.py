@@ -52,7 +52,7 @@ def plan_of(shape: BackwardShape, device: Device) -> tuple[Problem, BackwardPlan
 def ours(sets: BackwardSets) -> timing.Contestant:
     """flashtile's gradients for set i, by ``plan_of``: in memory of each call's own, as autograd wants them."""
     problem, plan = plan_of(sets.shape, Device.of(sets.device))
-    run = bound(kernel_module(plan), problem, plan, sets.device)
+    run = bound(kernel_module(plan), problem, plan, sets.q[0].device)
     count = sets.count
 
     def call(i: int) -> Grads:

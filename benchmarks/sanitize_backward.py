@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from flashtile import Device, UnsupportedError
+from flashtile.kernels.call import BackwardCall
 from flashtile.ops.prepared import bound, kernel_module
 from flashtile.planner.backward_rules import choose_backward_plan
 from flashtile.planner.catalog import CPU_BACKWARD, GLUON_BACKWARD_SM90, TRITON_BACKWARD, kernel_named, kernels_of
@@ -15,9 +16,10 @@ from flashtile.planner.choose import plan_backward
 from flashtile.planner.plans import BackwardPlan
 from flashtile.problem import Problem
 from flashtile.testing import poison
-from flashtile.testing.backward_inputs import BACKWARD_CASES, assert_gradients, backward_call, backward_problem
+from flashtile.testing.backward_inputs import BACKWARD_CASES, Gradients, assert_gradients, backward_call, backward_problem, gradients_of
 from flashtile.testing.forward_cases import ForwardCase
 from flashtile.testing.forward_inputs import make_forward_inputs
+from flashtile.testing.tensors import on_device
 
 BASE = "dim_128_group_4"
 ALSO_ALONE = (BASE, "varlen_cross_bf16")  # a program for each tile as well
@@ -45,13 +47,19 @@ class Trial(NamedTuple):
         return " ".join((self.kernel, *_words(self.plan), self.case.name))
 
     def run(self, device: str) -> None:
-        """One checked call; raises UnsupportedError where no such plan fits."""
-        inputs = make_forward_inputs(self.case, device, seed=1)
-        problem, call = backward_problem(inputs), backward_call(inputs)
+        """One checked call; raises UnsupportedError where no such plan fits.
+
+        The reference stays on the CPU: torch's own kernels have names that the tools would take for ours.
+        """
+        inputs, there = (make_forward_inputs(self.case, where, seed=1) for where in ("cpu", device))
+        problem, call = backward_problem(there), backward_call(inputs)
         plan = self.chosen(problem, Device.of(device))
+        fields = {name: on_device(value, device) if isinstance(value, torch.Tensor) else value for name, value in call._asdict().items()}
+        moved = BackwardCall(**fields | {name: there.args[name] for name in ("q", "k", "v")})
         with poison.allocations():
-            bound(kernel_module(plan), problem, plan, torch.device(device))(call)
-        assert_gradients(inputs, call, what=str(self))
+            bound(kernel_module(plan), problem, plan, moved.q.device)(moved)
+        found = (None if gradient is None else gradient.cpu() for gradient in gradients_of(moved))
+        assert_gradients(inputs, call, Gradients(*found), what=str(self))  # type: ignore[arg-type]
 
     def chosen(self, problem: Problem, device: Device) -> BackwardPlan:
         """The plan that runs; raises UnsupportedError, with its reasons, where the planner refuses it."""

@@ -83,7 +83,7 @@ def _ours(x: BackwardInputs, deterministic: bool, device: torch.device) -> tuple
     problem = Problem.forward(forward.q, forward.k, forward.v, causal=forward.causal, lse=True)
     problem = problem.with_(operation="backward", deterministic=deterministic)
     plan = plan_backward(problem, Device.of(device))
-    runner = bound(kernel_module(plan), problem, plan, device)
+    runner = bound(kernel_module(plan), problem, plan, forward.q.device)
 
     def run(x: BackwardInputs) -> Grads:
         grads = torch.empty_like(x.forward.q), torch.empty_like(x.forward.k), torch.empty_like(x.forward.v)
