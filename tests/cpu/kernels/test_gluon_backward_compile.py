@@ -32,6 +32,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "head dim 64, packed, causal": ({"band": CAUSAL, "head_dim": 64} | PACKED, SHORT, 2),
     "head dims 96 and 64, causal": ({"band": CAUSAL, "head_dim": 96, "head_dim_v": 64}, USUAL, 0),
 }
+WIDE: dict[str, Any] = {"block_n": 64, "block_m": 64, "num_stages": 2, "dq_block_n": 64, "dq_num_stages": 2}
+WIDE_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    "head dim 256": ({"band": FULL, "head_dim": 256}, WIDE, 0),
+    "head dim 256, causal": ({"band": CAUSAL, "head_dim": 256, "dtype_q": "float16"}, WIDE | {"num_programs": 0}, 0),
+    "head dim 256, packed, a window, used keys": ({"band": WINDOW, "head_dim": 256, "seqused_k": True} | PACKED, WIDE, 0),
+    "head dims 192 and 128, causal": (
+        {"band": CAUSAL, "head_dim": 192, "head_dim_v": 128}, WIDE | {"num_stages": 3, "dq_num_stages": 4}, 0,
+    ),
+    "head dim 160, packed": ({"band": CAUSAL, "head_dim": 160} | PACKED, WIDE | {"dq_num_stages": 3}, 0),
+}  # fmt: skip
 WHOLE: dict[str, Any] = {"block_m": 64, "num_stages": 2, "num_programs": 0, "one_pass": True}
 IN_ONE_PASS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "head dim 128, causal": ({"band": CAUSAL}, WHOLE, 0),
@@ -105,6 +115,11 @@ def compiled() -> dict[str, list[dict[str, Any]]]:
 
 
 @pytest.fixture(scope="module")
+def wide() -> dict[str, list[dict[str, Any]]]:
+    return compiled_cases(WIDE_CASES)
+
+
+@pytest.fixture(scope="module")
 def whole() -> dict[str, list[dict[str, Any]]]:
     return compiled_cases(IN_ONE_PASS)
 
@@ -139,6 +154,36 @@ def test_main_loops_spill_nothing(name: str, compiled: dict[str, list[dict[str, 
         main = [loop for loop in facts["loops"] if loop["HGMMA"] == products and loop["MUFU.EX2"] == step // 2]
         assert len(main) == 2, facts["loops"]
         assert all(loop["STL"] + loop["LDL"] <= CASES[name][2] for loop in main)
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", WIDE_CASES)
+def test_wide_heads_products_overlap_and_their_main_loops_spill_nothing(name: str, wide: dict[str, list[dict[str, Any]]]) -> None:
+    changes, tile, spilled = WIDE_CASES[name]
+    problem, plan = planned(changes, tile)
+    parts, parts_v = parts_of(problem.head_dim), parts_of(problem.head_dim_v)
+    over, over_v = len(parts), len(parts_v)
+    # of the keys' pass one consumer has scores and dV, the other gradients of probabilities and dK: the first block, two in the loop, the
+    # last one. Of the queries' pass both have the first block's two, three in the loop, the last one
+    groups = 2 * (over + over_v) + 2 * (over + over_v), 2 * ((over + over_v) + (2 * over + over_v) + over)
+    # a product of 64 rows is made in steps of 16, over each part of a dim or, for each part, over the block
+    steps, steps_v = sum(parts) // 16, sum(parts_v) // 16
+    values, keys = steps + over_v * plan.block_m // 16, steps_v + over * plan.block_m // 16
+    queries = steps + steps_v + over * plan.dq_block_n // 16
+    for facts, products, loops in zip(wide[name], groups, ([(keys, 0), (values, 32)], 2 * [(queries, 32)]), strict=True):
+        assert facts["shared"] <= 227 * 1024 and facts["warps"] == 12
+        assert facts["takes"] == facts["passed"]
+        assert facts["groups"] == facts["wgmma.commit_group"] == products
+        assert facts["HGMMA"] == facts["wgmma.mma_async"] and facts["red.global"] == 0
+        main = [loop for loop in facts["loops"] if (loop["HGMMA"], loop["MUFU.EX2"]) in loops]
+        assert sorted((loop["HGMMA"], loop["MUFU.EX2"]) for loop in main) == sorted(loops), facts["loops"]
+        assert all(loop["STL"] + loop["LDL"] <= spilled for loop in main)
+
+
+def parts_of(dim: int) -> tuple[int, ...]:
+    """A head dim as products take it: 192 is 128 + 64, 160 is 128 + 32."""
+    return {128: (128,), 160: (128, 32), 192: (128, 64), 256: (256,)}[dim]
 
 
 @pytest.mark.slow
