@@ -43,3 +43,15 @@ def draw(curves: dict[str, list[float]], path: Path) -> None:
         lower.set(xlabel=f"step (means over {SMOOTHED_OVER})", ylabel="difference", ylim=(0.0, None))
         lower.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
         figure.savefig(path, metadata={"Date": None, "Creator": None} if path.suffix == ".svg" else None)
+
+
+def table(documents: list[dict[str, Any]]) -> str:
+    """Runs of tiny_gpt.py, as its ``--json`` writes them, as a table in Markdown, a run a row."""
+    head = ("device", "products in", "model", "steps", "loss at first", "at last", "flashtile apart", "plain products apart", "cache")
+    rows = [head, ("---",) * len(head)]
+    for run in documents:
+        losses = smoothed(run["losses"]["flashtile"])
+        gaps = [f"{gap['smoothed']:.1g}" for name, gap in run["apart"].items()]
+        ends = f"{losses[0]:.3f}", f"{losses[-1]:.3f}"
+        rows.append((run["device"], run["dtype"], run["size"]["name"], str(run["steps"]), *ends, *gaps, f"{run['cache']:.1g}"))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)

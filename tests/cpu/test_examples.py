@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,3 +77,25 @@ def test_curves_are_smoothed_by_means(tiny_gpt: Any) -> None:
     assert curves.smoothed([float(i) for i in range(12)]) == [4.5, 5.5, 6.5]
     assert curves.smoothed([1.0, 3.0]) == [2.0]
     assert curves.apart([1.0, 2.0, 3.0], [1.5, 2.0, 1.0]) == 2.0
+
+
+def test_the_training_pages_example_trains() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert all(weight.grad.any() for weight in names["layer"].parameters())
+
+
+def test_documents_quote_the_runs_of_tiny_gpt_as_they_went(tiny_gpt: Any) -> None:
+    curves = importlib.import_module("loss_curves")
+    runs = [json.loads(path.read_text()) for path in sorted((ROOT / "docs" / "figures").glob("tiny_gpt_*.json"))]
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    expected = f"<!-- tiny_gpt -->\n{curves.table(runs)}\n<!-- end -->"
+    assert expected in text, f"docs/training.md should read:\n{expected}"
+    assert f"```text\n{runs[0]['written']}\n```" in text
+    for run in runs:
+        assert set(run["losses"]) == {"flashtile", "torch SDPA", "torch SDPA, plain products"}
+        torch_smoothed = curves.smoothed(run["losses"]["torch SDPA"])
+        assert run["apart"]["flashtile"]["smoothed"] == curves.apart(curves.smoothed(run["losses"]["flashtile"]), torch_smoothed)
+        assert run["losses"]["flashtile"][-1] < 0.5 * run["losses"]["flashtile"][0]
