@@ -1,0 +1,213 @@
+"""flash_attn_with_kvcache of both generations, its plans, and the merge of parts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import flashtile.flash_attn_interface as three
+from flashtile.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
+from flashtile.flash_attn import flash_attn_with_kvcache
+from flashtile.flash_attn.cache import DECODE_ROWS, prefers_attention
+from flashtile.planner.plans import DecodePlan, ForwardPlan
+from flashtile.testing.pairwise import pairwise
+from flashtile.testing.parity import Parity, Tensors, assert_lse_near, assert_near
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CAPACITY = 120
+AXES = {
+    "queries": (1, 3, 65, 260),
+    "heads": ((4, 4), (6, 1), (6, 2)),
+    "head_dim": (59, 64, 128, 256),
+    "dtype": ("float16", "bfloat16"),
+    "mask": ({}, {"causal": True}, {"window_size": (19, 5)}, {"causal": True, "window_size": (30, -1)}),
+    "features": ({}, {"alibi": True}, {"softcap": 15.0}),
+    "layout": ("full", "int", "lengths", "batch index", 1, 16, 256),
+    "num_splits": (0, 1, 3),
+}
+ROWS = pairwise(AXES, seed=3)
+
+
+def cache_of(case: Parity, layout: str | int) -> tuple[Tensors, dict[str, Any], dict[str, Any]]:
+    """Tensors, the cache's arguments for FlashAttention-2, and the same for the reference."""
+    tensors = case.tensors()
+    lengths = torch.tensor([CAPACITY - 7, 41], dtype=torch.int32)
+    if layout == "full":
+        return tensors, {}, {}
+    if layout == "int":
+        return tensors, {"cache_seqlens": 77}, {"seqused_k": torch.full((2,), 77)}
+    if layout == "lengths":
+        return tensors, {"cache_seqlens": lengths}, {"seqused_k": lengths}
+    given: dict[str, Any] = {"cache_seqlens": lengths}
+    if layout == "batch index":
+        index = torch.tensor([4, 1])
+        for name in ("k", "v"):
+            cache = torch.full((6, *tensors[name].shape[1:]), math.nan, dtype=tensors[name].dtype)
+            cache[index] = tensors[name]
+            tensors[name] = cache
+        return tensors, given | {"cache_batch_idx": index.to(torch.int32)}, {"seqused_k": lengths, "page_table": index[:, None]}
+    assert isinstance(layout, int)
+    pages = -(-CAPACITY // layout)
+    table = torch.randperm(2 * pages + 1, generator=torch.Generator().manual_seed(1))[: 2 * pages].view(2, pages).to(torch.int32)
+    for name in ("k", "v"):
+        cache = torch.full((2 * pages + 1, layout, *tensors[name].shape[2:]), math.nan, dtype=tensors[name].dtype)
+        padded = torch.full((2, pages * layout, *tensors[name].shape[2:]), math.nan, dtype=tensors[name].dtype)
+        padded[:, :CAPACITY] = tensors[name]
+        cache[table.flatten().long()] = padded.view(2 * pages, layout, *tensors[name].shape[2:])
+        tensors[name] = cache
+    return tensors, given | {"block_table": table}, {"seqused_k": lengths, "page_table": table}
+
+
+def compare(case: Parity, tensors: Tensors, out: torch.Tensor, lse: torch.Tensor, known: dict[str, Any], unseen: float) -> None:
+    expected, expected_lse = no_gradients(case, tensors, torch.float64, known)
+    in_dtype, _ = no_gradients(case, tensors, tensors["q"].dtype, known)
+    assert_near(out, expected, in_dtype, 2.0, "out")
+    assert_lse_near(lse, expected_lse, unseen)
+
+
+def no_gradients(case: Parity, tensors: Tensors, dtype: torch.dtype, known: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        out, lse, _ = case.expected(tensors, dtype, **known)
+    return out, lse
+
+
+@pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
+def test_parity(row: dict[str, Any]) -> None:
+    case = Parity(row["queries"], CAPACITY, row["head_dim"], row["heads"], row["dtype"], **row["mask"], **row["features"])
+    tensors, given, known = cache_of(case, row["layout"])
+    slopes = tensors.get("alibi_slopes")
+    q, k, v = (tensors[name] for name in ("q", "k", "v"))
+    args = case.scores | {"num_splits": row["num_splits"], "return_softmax_lse": True}
+    out, lse = flash_attn_with_kvcache(q, k, v, alibi_slopes=slopes, **given, **args)
+    compare(case, tensors, out, lse, known, math.inf)
+    if slopes is None:
+        renamed = {"page_table" if name == "block_table" else name: value for name, value in given.items()}
+        out, lse, *parts = three.flash_attn_with_kvcache(q, k, v, **renamed, **args)
+        assert parts == [None, None]
+        compare(case, tensors, out, lse, known, -math.inf)
+
+
+@pytest.mark.parametrize("queries", [1, 5, 200])
+@pytest.mark.parametrize("num_splits", [0, 2])
+def test_packed_queries(queries: int, num_splits: int) -> None:
+    case = Parity((queries, 2), CAPACITY, heads=(4, 2), causal=True)
+    tensors, given, known = cache_of(case, "lengths")
+    out, lse, *_ = three.flash_attn_with_kvcache(
+        tensors["q"], tensors["k"], tensors["v"], cu_seqlens_q=tensors["cu_seqlens_q"], max_seqlen_q=max(queries, 2), causal=True,
+        num_splits=num_splits, return_softmax_lse=True, **given,
+    )  # fmt: skip
+    compare(case, tensors, out, lse, known, -math.inf)
+    with pytest.raises(ArgumentError, match="max_seqlen_q"):
+        three.flash_attn_with_kvcache(tensors["q"], tensors["k"], tensors["v"], cu_seqlens_q=tensors["cu_seqlens_q"], **given)
+
+
+def test_a_larger_cache_than_there_are_sequences() -> None:
+    tensors = Parity(1, 30, batch=4).tensors()
+    q, k, v = tensors["q"][:2], tensors["k"], tensors["v"]
+    assert torch.equal(flash_attn_with_kvcache(q, k, v), flash_attn_with_kvcache(q, k[:2], v[:2]))
+
+
+def test_no_gradient_and_no_wait_for_lengths() -> None:
+    tensors = Parity(1, 30).tensors()
+    q = tensors["q"].requires_grad_()
+    for queries in (1, 200):
+        out = flash_attn_with_kvcache(q.expand(-1, queries, -1, -1), tensors["k"], tensors["v"], cache_seqlens=9)
+        assert not out.requires_grad
+
+
+@pytest.mark.parametrize("queries", [1, 200])
+def test_plans_made_ahead_are_obeyed(queries: int) -> None:
+    case = Parity(queries, CAPACITY, heads=(4, 2), causal=True)
+    tensors, given, known = cache_of(case, "lengths")
+    plan = three.get_scheduler_metadata(2, queries, CAPACITY, 4, 2, 64, given["cache_seqlens"], causal=True)
+    assert isinstance(plan, DecodePlan if queries == 1 else (DecodePlan, ForwardPlan))
+    args: dict[str, Any] = {"causal": True, "scheduler_metadata": plan, "return_softmax_lse": True}
+    out, lse, *_ = three.flash_attn_with_kvcache(tensors["q"], tensors["k"], tensors["v"], **given, **args)
+    compare(case, tensors, out, lse, known, -math.inf)
+    odd = DecodePlan(kernel="gluon.decode_sm90", block_m=64)
+    with pytest.raises(UnsupportedError, match=r"gluon\.decode_sm90"):
+        three.flash_attn_with_kvcache(tensors["q"], tensors["k"], tensors["v"], scheduler_metadata=odd)
+    with pytest.raises(ArgumentError, match="scheduler_metadata"):
+        three.flash_attn_with_kvcache(tensors["q"], tensors["k"], tensors["v"], scheduler_metadata=given["cache_seqlens"])
+
+
+def test_plans_know_splits_and_pages() -> None:
+    lengths = torch.ones(1, dtype=torch.int32)
+    plan = three.get_scheduler_metadata(1, 1, 8192, 8, 1, 100, lengths, headdim_v=44, page_size=16, num_splits=5, has_softcap=True)
+    assert isinstance(plan, DecodePlan) and plan.num_splits == 5
+
+
+def test_many_queries_go_where_the_device_has_work_for_them() -> None:
+    sms = 132
+    assert not prefers_attention(1, 128, 64 * 128, sms)
+    assert not prefers_attention(DECODE_ROWS // 8, 8, 10_000, sms)
+    assert prefers_attention(4096, 4, 32, sms)
+    assert not prefers_attention(64, 4, 32, sms), "a program for each of 32 tiles leaves 100 SMs idle: decode splits the keys"
+
+
+@pytest.mark.parametrize("name", ["k", "v", "rotary_cos", "rotary_sin", "cache_leftpad"])
+def test_what_cannot_be_done_yet_is_refused(name: str) -> None:
+    tensors = Parity(1, 9).tensors()
+    q, k, v = (tensors[name] for name in ("q", "k", "v"))
+    for function in (flash_attn_with_kvcache, three.flash_attn_with_kvcache):
+        with pytest.raises(UnsupportedError, match=f"flash_attn_with_kvcache: {name}"):
+            function(q, k, v, **{name: q})
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [{"qv": torch.ones(1)}, {"cu_seqlens_k_new": torch.ones(1)}, {"rotary_seqlens": torch.ones(1)}, {"q_descale": torch.ones(1)},
+     {"k_descale": torch.ones(1)}, {"v_descale": torch.ones(1)}, {"attention_chunk": 16}, {"sm_margin": 4}],
+    ids=lambda argument: next(iter(argument)),
+)  # fmt: skip
+def test_what_the_third_generation_alone_has_is_refused(argument: dict[str, Any]) -> None:
+    tensors = Parity(1, 9).tensors()
+    (name,) = argument
+    with pytest.raises(UnsupportedError, match=name):
+        three.flash_attn_with_kvcache(tensors["q"], tensors["k"], tensors["v"], **argument)
+
+
+@pytest.mark.parametrize("name", ["cu_seqlens_k_new", "max_seqlen_k_new", "cache_leftpad", "attention_chunk", "sm_margin"])
+def test_plans_refuse_what_calls_refuse(name: str) -> None:
+    lengths = torch.ones(1, dtype=torch.int32)
+    value = lengths if name in ("cu_seqlens_k_new", "cache_leftpad") else 7
+    with pytest.raises(UnsupportedError, match=name):
+        three.get_scheduler_metadata(1, 1, 64, 4, 4, 64, lengths, **{name: value})
+
+
+def test_wrong_indices() -> None:
+    tensors = Parity(1, 9).tensors()
+    q, k, v = (tensors[name] for name in ("q", "k", "v"))
+    with pytest.raises(ShapeError, match="cache_batch_idx"):
+        flash_attn_with_kvcache(q, k, v, cache_batch_idx=torch.zeros(3, dtype=torch.int32))
+    indices = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(ArgumentError, match="cache_batch_idx"):
+        flash_attn_with_kvcache(q, k, v, cache_batch_idx=indices, block_table=indices[:, None])
+
+
+@pytest.mark.parametrize("given_out", [False, True])
+def test_combine(given_out: bool) -> None:
+    rng = torch.Generator().manual_seed(0)
+    outs, lses = torch.randn(3, 2, 5, 4, 32, generator=rng), torch.randn(3, 2, 5, 4, generator=rng) * 4
+    lses[1, 0] = -math.inf
+    lses[:, 1, 2] = -math.inf
+    room = torch.empty(2, 5, 4, 32, dtype=torch.bfloat16)
+    out, lse = three.flash_attn_combine(outs, lses, room) if given_out else three.flash_attn_combine(outs, lses, out_dtype=torch.bfloat16)
+    assert (out is room) == given_out and out.dtype == torch.bfloat16
+    shares = torch.softmax(lses.double(), dim=0).nan_to_num(0.0)[..., None]
+    torch.testing.assert_close(out.double(), (outs.double() * shares).sum(0), atol=0.0, rtol=2.0**-8)
+    torch.testing.assert_close(lse, lses.logsumexp(0))
+    assert lse.shape == (2, 5, 4) and lse.transpose(1, 2).is_contiguous()
+    assert three.flash_attn_combine(outs, lses)[0].dtype == torch.float32
+
+
+def test_parts_that_do_not_fit_are_refused() -> None:
+    outs, lses = torch.zeros(3, 2, 5, 4, 32), torch.zeros(3, 2, 5, 4)
+    with pytest.raises(ShapeError, match="lse_partial"):
+        three.flash_attn_combine(outs, lses.transpose(2, 3))
+    with pytest.raises(DtypeError, match="out_dtype"):
+        three.flash_attn_combine(outs, lses, outs[0], torch.bfloat16)
