@@ -1,9 +1,15 @@
-"""Loss curves of one training by several attentions: smoothed, compared and drawn."""
+"""Loss curves of one training by several attentions: smoothed, compared and drawn.
+
+python examples/loss_curves.py docs/figures/tiny_gpt_*.json     # draws each run beside its file, and prints their table
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 SMOOTHED_OVER = 10  # steps
 
@@ -55,3 +61,15 @@ def table(documents: list[dict[str, Any]]) -> str:
         ends = f"{losses[0]:.3f}", f"{losses[-1]:.3f}"
         rows.append((run["device"], run["dtype"], run["size"]["name"], str(run["steps"]), *ends, *gaps, f"{run['cache']:.1g}"))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main(runs: Annotated[list[Path], typer.Argument(help="Files that tiny_gpt.py wrote with --json.")]) -> None:
+    """Draws the curves of each run beside its file, and prints a table of all."""
+    documents = [json.loads(run.read_text(encoding="utf-8")) for run in runs]
+    for run, document in zip(runs, documents):
+        draw(document["losses"], run.with_suffix(".svg"))
+    print(table(documents))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from enum import Enum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -233,6 +234,8 @@ def main(
 ) -> None:
     """Trains a small GPT with flashtile and with torch's attention, compares the losses, and lets it write."""
     say = Console(stderr=as_json, soft_wrap=True, highlight=False, markup=False).print
+    if plot is not None and find_spec("matplotlib") is None:
+        raise typer.BadParameter("needs matplotlib: pip install matplotlib", param_hint="--plot")
     where, shape = torch.device(device), SIZES[size.value]
     text = read_documents()
     characters = sorted(set(text))

@@ -79,6 +79,16 @@ def test_curves_are_smoothed_by_means(tiny_gpt: Any) -> None:
     assert curves.apart([1.0, 2.0, 3.0], [1.5, 2.0, 1.0]) == 2.0
 
 
+def test_runs_are_drawn_beside_their_files(tiny_gpt: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    shipped = ROOT / "docs" / "figures" / "tiny_gpt_cpu.json"
+    run = tmp_path / "run.json"
+    run.write_text(shipped.read_text())
+    importlib.import_module("loss_curves").main([run])
+    assert "| x86_64 CPU | float32 | tiny | 300 |" in capsys.readouterr().out
+    assert run.with_suffix(".svg").read_text().startswith("<?xml")
+
+
 def test_the_training_pages_example_trains() -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
