@@ -2,7 +2,8 @@
 
 The registers of one warpgroup hold 64 rows of 256 dims once. So the first computes scores and probabilities, which are dV's operand as
 they lie in its registers, and leaves the probabilities in shared memory; the second computes their gradients, and from both those of
-the scores, dK's operand. Each needs only the keys or only the values, whose memory its results take. The first asks for a block's
+the scores, dK's operand. Each needs only the keys or only the values, of which it holds up to 128 dims in registers, since products read
+shared memory about as fast as it can be read; its results take their memory. The first asks for a block's
 scores before the last block's dV, so that exponentials are computed beside products; the second for the last block's dK before the
 next block's gradients of probabilities, so that queries are given back early.
 """
@@ -15,11 +16,12 @@ from flashtile.kernels.gluon.backward_keys import clear_foreign, of_seen_keys
 from flashtile.kernels.gluon.backward_load import blocks_of_queries, turned
 from flashtile.kernels.gluon.backward_results import clear_gradient
 from flashtile.kernels.gluon.backward_wide_load import load_wide_keys_and_queries
-from flashtile.kernels.gluon.backward_wide_parts import parts_of_tile, products_of, store_parts, wait_for_parts, widest, zero_parts
+from flashtile.kernels.gluon.backward_wide_operands import load_operand, products_over, start_products
+from flashtile.kernels.gluon.backward_wide_parts import products_of, store_parts, wait_for_parts, widest, zero_parts
 from flashtile.kernels.gluon.chain import begin_after_last
 from flashtile.kernels.gluon.forward_memory import NOTE, ROWS, allocate_barriers, allocate_tiles, main_dim, rest_dim
 from flashtile.kernels.gluon.forward_schedule import read_note, whole_blocks
-from flashtile.kernels.gluon.forward_scores import operand_layout, products_layout, seen_keys, start_scores, start_values
+from flashtile.kernels.gluon.forward_scores import operand_layout, products_layout, seen_keys, start_values
 from flashtile.kernels.gluon.names import barrier
 from flashtile.kernels.tile.schedule import owned_rows
 
@@ -74,7 +76,6 @@ def sum_values(
     k_tile, q_ring, dout_ring, lse_ring, p_ring, notes, of_k, rings, handed = memory
     k_full, k_empty = of_k
     q_full, q_empty, dout_full, dout_empty = rings
-    k = parts_of_tile(k_tile, 0, HEAD_DIM)
     of_queries = (q_ring, q_full)
     of_lse = (lse_ring, q_empty)
     tiles_done = gl.program_id(0) * 0
@@ -88,6 +89,7 @@ def sum_values(
         whole_low, whole_high = whole_blocks(band, key, seqlen_k, seqlen_q, BLOCK_M)
         place = (band, whole_low, whole_high, notes, tiles_done)
         dv = zero_parts(HEAD_DIM_V)
+        k = load_operand(k_tile, BLOCK_M, HEAD_DIM)
         block = low
         s = _start_scores(k, of_queries, tokens, stage, phase, block, place, BLOCK_M, HEAD_DIM)
         p = _probabilities(s, of_lse, stage, block, place, scale_log2, 0, BLOCK_M)
@@ -141,7 +143,6 @@ def sum_keys(
     v_tile, q_ring, dout_ring, delta_ring, p_ring, notes, of_v, rings, handed = memory
     v_full, v_empty = of_v
     q_full, q_empty, dout_full, dout_empty = rings
-    v = parts_of_tile(v_tile, 0, HEAD_DIM_V)
     of_dout = (delta_ring, dout_empty, p_ring, handed)
     tiles_done = gl.program_id(0) * 0
     stage = tiles_done
@@ -154,10 +155,11 @@ def sum_keys(
         whole_low, whole_high = whole_blocks(band, key, seqlen_k, seqlen_q, BLOCK_M)
         place = (band, whole_low, whole_high, notes, tiles_done)
         dk = zero_parts(HEAD_DIM)
+        v = load_operand(v_tile, BLOCK_M, HEAD_DIM_V)
         block = low
         mbarrier.wait(dout_full.index(stage), phase)
         clear_foreign(dout_ring, tokens, stage, block, place, 0, BLOCK_M, HEAD_DIM_V)
-        dp = start_scores(v, dout_ring, stage, BLOCK_M, HEAD_DIM_V)
+        dp = start_products(v, dout_ring, stage, BLOCK_M, HEAD_DIM_V)
         ds = _gradients_of_scores(dp, of_dout, stage, turn, BLOCK_M)
         turn += 1
         operand = gl.convert_layout(ds.to(dk_box.dtype), operand_layout(main_dim(HEAD_DIM)))
@@ -170,8 +172,8 @@ def sum_keys(
                 block = low
             mbarrier.wait(dout_full.index(next_stage), next_phase)
             clear_foreign(dout_ring, tokens, next_stage, block, place, 0, BLOCK_M, HEAD_DIM_V)
-            dp = start_scores(v, dout_ring, next_stage, BLOCK_M, HEAD_DIM_V)
-            dk = wait_for_parts(dk_coming, products_of(HEAD_DIM_V), HEAD_DIM)
+            dp = start_products(v, dout_ring, next_stage, BLOCK_M, HEAD_DIM_V)
+            dk = wait_for_parts(dk_coming, products_over(HEAD_DIM_V), HEAD_DIM)
             barrier()
             mbarrier.arrive(q_empty.index(stage), count=1)
             stage = next_stage
@@ -206,7 +208,7 @@ def _start_scores(k, of_queries, tokens, stage, phase, block, place, BLOCK_M: gl
     q_ring, q_full = of_queries
     mbarrier.wait(q_full.index(stage), phase)
     clear_foreign(q_ring, tokens, stage, block, place, 0, BLOCK_M, DIM)
-    return start_scores(k, q_ring, stage, BLOCK_M, DIM)
+    return start_products(k, q_ring, stage, BLOCK_M, DIM)
 
 
 @gluon.jit
