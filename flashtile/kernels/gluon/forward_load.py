@@ -120,8 +120,8 @@ def _load_block(
     key_start, _, _ = sequence
     BOXES: gl.constexpr = BLOCK_N // box_rows(BLOCK_N, PAGE_SIZE)
     stage = turn % STAGES
-    # a number that the compiler does not know keeps loops over boxes rolled up: the producer has few registers
-    boxes = gl.where(turn >= 0, BOXES, 0)
+    # a number that only the assembler knows leaves it to unroll loops over boxes: it counts the producer's few registers
+    boxes = gl.inline_asm_elementwise("mov.u32 $0, $1;", "=r,r", [turn * 0 + BOXES], dtype=gl.int32, is_pure=True, pack=1)
     mbarrier.wait(empty.index(stage), ((turn // STAGES) & 1) ^ 1)
     if PAGE_SIZE > 0 and OF_KEYS:
         bits = gl.sum(is_page(pages, page_of_box).to(gl.int32) << gl.arange(0, 32, _BY_LANE), 0)

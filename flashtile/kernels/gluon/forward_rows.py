@@ -191,7 +191,8 @@ def first_block(
     mbarrier.arrive(k_empty.index(stage), count=1)
     s = shaped(s, scores, scale, slope, position, key, BLOCK_N)
     if PAGE_SIZE > 0:
-        s = on_pages(s, bits, BLOCK_N, BOX_ROWS)
+        if bits != (1 << (BLOCK_N // BOX_ROWS)) - 1:
+            s = on_pages(s, bits, BLOCK_N, BOX_ROWS)
     if at_edge:
         s = masked(s, band, position, key, seqlen_k, BLOCK_N)
     m, l, p = first_softmax(s, factor, BLOCK_N)
@@ -235,7 +236,8 @@ def next_block(
     mbarrier.arrive(k_empty.index(stage), count=1)
     s = shaped(s, scores, scale, slope, position, key, BLOCK_N)
     if PAGE_SIZE > 0:
-        s = on_pages(s, bits, BLOCK_N, BOX_ROWS)
+        if bits != (1 << (BLOCK_N // BOX_ROWS)) - 1:
+            s = on_pages(s, bits, BLOCK_N, BOX_ROWS)
     if at_edge:
         s = masked(s, band, position, key, seqlen_k, BLOCK_N)
     # an error far below that of rounding probabilities to their dtype
