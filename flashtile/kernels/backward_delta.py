@@ -43,7 +43,7 @@ def backward_delta_kernel(
     if sums is not None:
         zeros = tl.zeros([CLEARED_AT_ONCE], tl.float32)
         for block in tl.range(program, sums_blocks, tl.num_programs(0), num_stages=1):
-            tl.store(sums + block.to(tl.int64) * CLEARED_AT_ONCE + tl.arange(0, CLEARED_AT_ONCE), zeros)
+            tl.store(sums + block * CLEARED_AT_ONCE + tl.arange(0, CLEARED_AT_ONCE), zeros)
     h = program % num_heads
     b = program // num_heads // row_blocks
     row_block = program // num_heads % row_blocks
@@ -113,7 +113,7 @@ def delta_spec(problem: Problem, *, dlse: bool, dsinks: bool, sums: bool = False
             "sinks": sink,
             "sink_parts": sink,
             "sums": Arg("*fp32", 16) if sums else None,
-            "sums_blocks": i32 if sums else None,
+            "sums_blocks": Arg("i64") if sums else None,  # so that what is counted in numbers has 64 bits too
             "tokens": tokens_spec(problem),
             "num_heads": i32,
             "batch": i32,

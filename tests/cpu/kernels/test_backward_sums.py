@@ -1,4 +1,4 @@
-"""dQ's sums in one pass: a block's order is a bijection, is that of the matrix unit's registers, and the conversion undoes it."""
+"""dQ's sums in one pass: a block's order is that of the matrix unit's registers, the conversion undoes it, and all are cleared."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from flashtile.problem import Problem
 
 pytest.importorskip("triton")
 
+from flashtile.kernels.backward import CallViews, delta_pass
+from flashtile.kernels.call import BackwardCall
 from flashtile.kernels.gluon.backward_sums import SUMS_BLOCK, conversion_spec, place_in_block, sums_blocks
 from flashtile.kernels.launch import launcher
 from flashtile.kernels.operands import rows_view
@@ -73,3 +75,19 @@ def test_the_conversion_finds_every_sum(packed: bool, head_dim: int) -> None:
         batch * row_blocks * heads, 1, 0, (torch.from_numpy(sums), blocks), view, tokens, scale, heads, batch, row_blocks, *launch.constants
     )
     assert torch.equal(dq.reshape(total, heads, head_dim), scale * torch.from_numpy(wanted))
+
+
+@pytest.mark.parametrize("blocks", [1, 7, 64])
+def test_sums_are_cleared_beside_delta(blocks: int) -> None:
+    """All of them and nothing behind, by however many programs there are."""
+    q = torch.ones(2, 40, 2, 64)
+    lse = torch.zeros(2, 2, 40)
+    problem = Problem(operation="backward", batch=2, seqlen_q=40, num_heads_q=2, num_heads_kv=2, head_dim=64)
+    call = BackwardCall(q, q, q, q, lse, q, None, q, q, q, None, None, None, None, 40, 40, None, None, 1.0, 0.0)
+    sums = torch.full(((blocks + 1) * SUMS_BLOCK.value,), torch.nan)
+    lse_log2, delta = torch.full((2, 160), torch.nan)
+    views = CallViews(2, rows_view(q, lambda tensor: tensor), (lse_log2, delta, 80, 40), (None, None, None, 40, 40, 80, 80), (sums, blocks))
+    delta_pass(problem, q.device, sums=True)(0, call, views)
+    assert (sums[: blocks * SUMS_BLOCK.value] == 0).all()
+    assert sums[blocks * SUMS_BLOCK.value :].isnan().all()
+    assert (delta == 64).all()

@@ -46,7 +46,7 @@ WHOLE: dict[str, Any] = {"block_m": 64, "num_stages": 2, "num_programs": 0, "one
 IN_ONE_PASS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "head dim 128, causal": ({"band": CAUSAL}, WHOLE, 0),
     "head dim 128, packed, a window, used keys": ({"band": WINDOW, "seqused_k": True} | PACKED, WHOLE | {"num_programs": 132}, 8),
-    "head dim 64": ({"band": FULL, "head_dim": 64}, WHOLE | {"block_m": 128}, 0),
+    "head dim 64": ({"band": FULL, "head_dim": 64}, WHOLE | {"block_m": 128}, 2),
     "head dim 64, packed, causal, a third warpgroup": ({"band": CAUSAL, "head_dim": 64} | PACKED, WHOLE | {"num_stages": 3}, 8),
 }
 
