@@ -13,7 +13,7 @@ forms, confines a spec to problems whose name contains it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields
 from itertools import product
 from math import ceil
@@ -42,14 +42,14 @@ class Variants:
     problems: str = ""
 
     @classmethod
-    def of(cls, spec: str | dict[str, Any]) -> Variants:
+    def of(cls, spec: str | dict[str, Any], known: Collection[str] = FIELDS) -> Variants:
         if isinstance(spec, str):
             pairs = _pairs(spec)
         else:
             pairs = {name: value if isinstance(value, list) else [value] for name, value in spec.items()}
         problems = "".join(pairs.pop("problems", ()))
-        if unknown := sorted(set(pairs) - FIELDS):
-            raise BadSpec(f"{', '.join(unknown)}: no field of a plan; there are {', '.join(sorted(FIELDS))}, problems")
+        if unknown := sorted(set(pairs) - set(known)):
+            raise BadSpec(f"{', '.join(unknown)}: no field of a plan; there are {', '.join(sorted(known))}, problems")
         return cls({name: tuple(values) for name, values in pairs.items()}, problems)
 
     def plans(self, base: DecodePlan, problem: Problem, device: Device) -> Iterator[DecodePlan]:
@@ -74,18 +74,18 @@ class Variants:
             yield Share(tile.num_splits, tile.num_programs)
 
 
-def read(specs: list[str]) -> list[Variants]:
-    """Each spec is a text, or the path of a JSON list of them; raises BadSpec."""
+def read(specs: list[str], known: Collection[str] = FIELDS) -> list[Variants]:
+    """Each spec is a text, or the path of a JSON list of them; ``known`` are the fields of a plan. Raises BadSpec."""
     found = []
     for spec in specs:
         if "=" in spec:
-            found.append(Variants.of(spec))
+            found.append(Variants.of(spec, known))
             continue
         try:
             listed = json.loads(Path(spec).read_text())
         except (OSError, ValueError) as error:
             raise BadSpec(f"{spec}: neither field=value pairs nor a JSON file ({error})") from error
-        found += [Variants.of(one) for one in listed]
+        found += [Variants.of(one, known) for one in listed]
     return found
 
 

@@ -49,9 +49,11 @@ def plan_of(shape: BackwardShape, device: Device) -> tuple[Problem, BackwardPlan
     return problem, plan_backward(problem, device, plan=plan.with_(source="explicit"))
 
 
-def ours(sets: BackwardSets) -> timing.Contestant:
-    """flashtile's gradients for set i, by ``plan_of``: in memory of each call's own, as autograd wants them."""
-    problem, plan = plan_of(sets.shape, Device.of(sets.device))
+def ours(sets: BackwardSets, plan: BackwardPlan | None = None) -> timing.Contestant:
+    """flashtile's gradients for set i, by ``plan_of`` unless a plan is given: in memory of each call's own, as autograd wants them."""
+    device = Device.of(sets.device)
+    problem, chosen = plan_of(sets.shape, device)
+    plan = chosen if plan is None else plan_backward(problem, device, plan=plan)
     run = bound(kernel_module(plan), problem, plan, sets.q[0].device)
     count = sets.count
 
@@ -72,13 +74,13 @@ def measure(shape: BackwardShape, options: Options, step: Callable[[str], None])
     oracle = GradientOracle(sets)
     trials = Trials(options.device, step)
     judges: dict[str, Callable[[Any], float]] = {OURS: oracle.exact}
-    _enter_ours(trials, OURS, sets, oracle)
+    enter_ours(trials, OURS, sets, oracle)
     if isinstance(shape.beside, BackwardShape):
         facts["beside"] = shape.beside.facts()
         beside = BackwardSets(shape.beside, options.device, num_sets(shape.beside, options.device), seed=1)
         other = GradientOracle(beside)
         judges[BESIDE] = other.exact
-        _enter_ours(trials, BESIDE, beside, other)
+        enter_ours(trials, BESIDE, beside, other)
     for name in options.peers:
         judges[name] = oracle.error
         trials.enter(name, lambda make=PEERS[name]: make(sets), oracle)  # type: ignore[misc]
@@ -96,11 +98,11 @@ def time_all(trials: Trials, judges: dict[str, Callable[[Any], float]], sets: Ba
         trials.results[name] |= clocked.to_json()
 
 
-def _enter_ours(trials: Trials, name: str, sets: BackwardSets, oracle: GradientOracle) -> None:
+def enter_ours(trials: Trials, name: str, sets: BackwardSets, oracle: GradientOracle, plan: BackwardPlan | None = None) -> None:
     """Enters flashtile once its gradients are right, written into memory that was NaN before."""
 
     def checked() -> timing.Contestant:
-        fn = ours(sets)
+        fn = ours(sets, plan)
         with poison.allocations():
             grads = fn(0)
         trials.results[name]["error"] = round(oracle.exact(grads), 6)

@@ -13,18 +13,20 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import backward as script
 from benchmarks import (
+    axes,
     backward_block,
     backward_grids,
     backward_measure,
     backward_peers,
     backward_step,
+    backward_sweep,
     backward_targets,
     report,
     timed_trials,
     timing,
 )
+from benchmarks import backward as script
 from benchmarks.backward_check import GradientOracle
 from benchmarks.backward_grids import EVERY_NAME, GRID_NAMES, BackwardShape, backward_of
 from benchmarks.backward_sets import BackwardSets, backward_problem_of
@@ -32,7 +34,7 @@ from benchmarks.forward_grids import Shape, shrunk, square
 from benchmarks.forward_sets import num_sets
 from benchmarks.refusals import Refused, WrongResult
 from benchmarks.trials import Trials
-from flashtile import reference
+from flashtile import UnsupportedError, reference
 from flashtile.planner.device import Device
 from flashtile.problem import Problem
 from flashtile.testing.head_gradients import head_gradients
@@ -142,7 +144,7 @@ def test_a_gradient_that_nobody_wrote_is_seen(monkeypatch: pytest.MonkeyPatch) -
     sets = BackwardSets(one_of("dense"), CPU)
     monkeypatch.setattr(backward_measure, "bound", lambda *args: lambda call: (call.dq.zero_(), call.dv.zero_()))
     trials = Trials(CPU)
-    backward_measure._enter_ours(trials, "flashtile", sets, GradientOracle(sets))
+    backward_measure.enter_ours(trials, "flashtile", sets, GradientOracle(sets))
     assert "dk has" in trials.results["flashtile"]["wrong"]
     assert not trials.fns
 
@@ -193,7 +195,7 @@ def test_on_a_gpu_what_the_timed_graph_wrote_is_checked(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
     monkeypatch.setattr(timing, "replay_in_turn", lambda issued, rounds, seconds: {name: timing.Timing((2.0,)) for name in issued})
     trials = Trials(CPU)
-    backward_measure._enter_ours(trials, "flashtile", sets, oracle)
+    backward_measure.enter_ours(trials, "flashtile", sets, oracle)
     trials.enter("sdpa", lambda: backward_peers.sdpa(sets), oracle)
     timed_trials.time_on_gpu(trials, {"flashtile": oracle.exact, "sdpa": oracle.error}, sets, timed_trials.Options(CPU))
     assert all(result["gpu_us"] == 2.0 and result["error_after"] < 1e-2 for result in trials.results.values())
@@ -340,3 +342,29 @@ def test_a_problem_keeps_its_kind_when_it_is_shrunk() -> None:
     assert isinstance(small, BackwardShape)
     assert isinstance(small.beside, BackwardShape)
     assert (small.deterministic, small.num_heads_q // small.num_heads_kv) == (True, 4)
+
+
+def test_a_sweep_times_variants_around_the_planners_choice(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(backward_sweep.main)
+    usual = ["--device", "cpu", "--dry-run", "--rounds", "1", "--out", str(tmp_path), "--problems", "64 causal 1x16384"]
+    outcome = CliRunner().invoke(app, [*usual, "--plans", "block_m=16,96", "--plans", "block_m=7 problems=128 full", "--peer", "sdpa"])
+    assert outcome.exit_code == 0, outcome.output
+    (entry,) = json.loads((tmp_path / "backward_sweep.json").read_text())["entries"]
+    assert entry["plans"].keys() == {"block_m=16", "block_m=96"}
+    assert entry["results"].keys() == {"flashtile", "block_m=16", "block_m=96", "sdpa"}
+    assert all(result["gpu_us"] > 0 and result["error"] < 1e-2 for result in entry["results"].values())
+    assert "block_m=16" in backward_sweep.table(entry, 9)
+    wrong = CliRunner().invoke(app, [*usual, "--plans", "keys_per_split=1"])
+    assert wrong.exit_code == 2
+
+
+def test_a_refused_plan_of_a_sweep_says_why() -> None:
+    shape = backward_grids.grid("dense")[0]
+    choice = backward_measure.plan_of(shape, H200)[1]
+    (plan,) = backward_sweep.variants(shape, axes.read(["num_stages=9"], backward_sweep.FIELDS), choice).values()
+    with pytest.raises(UnsupportedError, match="num_stages"):
+        backward_measure.plan_backward(backward_problem_of(shape), H200, plan=plan)
+    assert backward_sweep.named("dense") == backward_grids.grid("dense")
+    with pytest.raises(ValueError, match="no problem"):
+        backward_sweep.named("128 causal 3x5")
