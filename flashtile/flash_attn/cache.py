@@ -87,7 +87,12 @@ def _is_prefill(
         batch, seqlen_q = q.shape[0], q.shape[1]
     else:
         batch, seqlen_q = cu_seqlens_q.shape[0] - 1, max_seqlen_q or 0
-    return seqlen_q * group > DECODE_ROWS and prefers_attention(seqlen_q, group, batch * heads, Device.of(q).num_sms)
+    return seqlen_q * group > DECODE_ROWS and prefers_attention(seqlen_q, group, batch * heads, _num_sms(q.device))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _num_sms(device: torch.device) -> int:
+    return Device.of(device).num_sms
 
 
 def _prefill(

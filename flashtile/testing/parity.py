@@ -67,7 +67,9 @@ class Parity:
         leaves = [tensors[name].detach().to(dtype).requires_grad_() for name in ("q", "k", "v")]
         left, right = (None if side < 0 else side for side in self.window_size)
         more = {name: tensors[name] for name in ("cu_seqlens_q", "cu_seqlens_k", "alibi_slopes") if name in tensors} | more
-        out, lse = reference.forward(*leaves, causal=self.causal, window=(left, right), softcap=self.softcap, dtype=dtype, **more)
+        out, lse = reference.forward(
+            leaves[0], leaves[1], leaves[2], causal=self.causal, window=(left, right), softcap=self.softcap, dtype=dtype, **more
+        )
         grads = torch.autograd.grad(out, leaves, tensors["dout"].to(dtype), materialize_grads=True) if out.requires_grad else leaves
         return out.detach(), lse.detach(), tuple(grads)
 

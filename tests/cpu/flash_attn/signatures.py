@@ -77,14 +77,15 @@ def plain(signature: inspect.Signature) -> str:
     return str(inspect.Signature(bare))[1:-1]
 
 
-def arguments(text: str) -> list[str]:
-    """The names in a signature of the list above."""
-    names, depth, current = [], 0, ""
+def arguments(text: str) -> dict[str, str]:
+    """Each name in a signature of the list above with its default, which is empty where it has none."""
+    found, depth, current = {}, 0, ""
     for char in text + ",":
         depth += (char == "(") - (char == ")")
         if char == "," and depth == 0:
-            names.append(current.partition("=")[0].strip())
+            name, _, default = current.partition("=")
+            found[name.strip()] = default
             current = ""
         else:
             current += char
-    return names
+    return found

@@ -190,6 +190,12 @@ def test_what_has_no_counterpart_is_refused(argument: dict[str, Any]) -> None:
             three.flash_attn_qkvpacked_func(torch.stack([tensors["q"]] * 3, dim=2), **argument)
 
 
+@pytest.mark.parametrize("window_size", [(None, 3), (-5, 3)])
+def test_sides_without_a_bound(window_size: tuple[Any, int]) -> None:
+    q, k, v = (Parity(9, 9).tensors()[name] for name in ("q", "k", "v"))
+    assert torch.equal(flash_attn_func(q, k, v, window_size=window_size), flash_attn_func(q, k, v, window_size=(-1, 3)))
+
+
 @pytest.mark.parametrize("hint", [{"num_splits": 0}, {"num_splits": 1}, {"pack_gqa": True}, {"pack_gqa": False}])
 def test_hints_change_no_result(hint: dict[str, Any]) -> None:
     tensors = Parity(4, 4).tensors()

@@ -120,6 +120,17 @@ def test_no_gradient_and_no_wait_for_lengths() -> None:
 
 
 @pytest.mark.parametrize("queries", [1, 200])
+@pytest.mark.parametrize("layout", ["lengths", 16])
+def test_compilers_see_one_graph(queries: int, layout: str | int) -> None:
+    tensors, given, _ = cache_of(Parity(queries, CAPACITY, heads=(4, 2)), layout)
+    q, k, v = (tensors[name] for name in ("q", "k", "v"))
+    compiled = torch.compile(flash_attn_with_kvcache, fullgraph=True, backend="aot_eager")
+    out, lse = compiled(q, k, v, causal=True, return_softmax_lse=True, **given)
+    expected, expected_lse = flash_attn_with_kvcache(q, k, v, causal=True, return_softmax_lse=True, **given)
+    assert torch.equal(out, expected) and torch.equal(lse, expected_lse)
+
+
+@pytest.mark.parametrize("queries", [1, 200])
 def test_plans_made_ahead_are_obeyed(queries: int) -> None:
     case = Parity(queries, CAPACITY, heads=(4, 2), causal=True)
     tensors, given, known = cache_of(case, "lengths")

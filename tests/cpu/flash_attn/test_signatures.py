@@ -50,13 +50,15 @@ def test_public_functions_are_at_the_top_as_well() -> None:
 def test_shadow_modules_are_the_same_functions() -> None:
     """In a process of its own, where compat/ is on PYTHONPATH."""
     code = """
-import flash_attn, flash_attn_interface, flashtile.flash_attn_interface, flashtile.flash_attn.flash_attn_interface as two
+import flash_attn, flash_attn_3.flash_attn_interface as newer, flash_attn_interface
+import flashtile.flash_attn_interface, flashtile.flash_attn.flash_attn_interface as two
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, __version__
 from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
 from flash_attn.flash_attn_interface import _flash_attn_forward, _flash_attn_varlen_backward, _get_block_size_n
 from flash_attn.layers.rotary import apply_rotary_emb, apply_rotary_emb_torch
 assert flash_attn_func is two.flash_attn_func and _flash_attn_forward is two._flash_attn_forward
 assert flash_attn_interface.flash_attn_func is flashtile.flash_attn_interface.flash_attn_func is not flash_attn_func
+assert newer.flash_attn_with_kvcache is flash_attn_interface.flash_attn_with_kvcache
 assert int(__version__.split('.')[0]) == 2
 """
     paths = os.pathsep.join([str(ROOT / "compat"), str(ROOT)])
