@@ -88,7 +88,7 @@ def main(
 
     def measured(entry: Entry, name: str, seconds: float, step: Callable[[str], None]) -> dict[str, Any]:
         peers = tuple(one for one in wanted if not on_gpu or one in PEERS_OF.get(name, wanted))
-        options = Options(where, peers, rounds, host_times=name == "host")
+        options = Options(where, peers, rounds)
         if isinstance(entry, Block):
             return backward_block.measure(entry, options, step)
         kinds = {"host": backward_step.measure_step, "memory": backward_step.measure_memory}

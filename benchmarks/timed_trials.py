@@ -57,7 +57,7 @@ def time_on_gpu(trials: Trials, judges: dict[str, Callable[[Any], float]], sets:
         trials.attempt(name, lambda name=name, graph=graph: _check_after(trials, name, graph, judges[name]))  # type: ignore[misc]
     if options.host_times:
         for name, fn in list(trials.fns.items()):
-            host = lambda name=name, fn=fn: trials.results[name].update(host_us=_host_us(fn, sets.count))  # noqa: E731
+            host = lambda name=name, fn=fn: trials.results[name].update(host_us=host_us_of(fn, sets.count))  # noqa: E731
             trials.attempt(name, host)
 
 
@@ -96,5 +96,6 @@ def floats_of(output: Any) -> list[torch.Tensor]:
     return [tensor for tensor in several if isinstance(tensor, torch.Tensor) and tensor.is_floating_point()]
 
 
-def _host_us(fn: timing.Contestant, sets: int) -> float:
+def host_us_of(fn: timing.Contestant, sets: int) -> float:
+    """The host's time to issue a call, in microseconds."""
     return round(timing.host_time(fn, sets).median_us, 2)

@@ -149,6 +149,20 @@ def test_a_gradient_that_nobody_wrote_is_seen(monkeypatch: pytest.MonkeyPatch) -
     assert not trials.fns
 
 
+def test_bits_that_differ_from_call_to_call_are_seen_where_they_must_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound, noise = backward_measure.bound, iter(range(1, 9))
+
+    def shaken(*args: Any) -> Callable[[Any], None]:
+        run = bound(*args)
+        return lambda call: (run(call), call.dq.view(-1)[0].add_(1e-3 * next(noise)))  # type: ignore[return-value]
+
+    monkeypatch.setattr(backward_measure, "bound", shaken)
+    for name in ("dense", "deterministic"):
+        sets, trials = BackwardSets(one_of(name), CPU), Trials(CPU)
+        backward_measure.enter_ours(trials, "flashtile", sets, GradientOracle(sets))
+        assert ("other bits" in trials.results["flashtile"].get("wrong", "")) == (name == "deterministic")
+
+
 @pytest.mark.parametrize("peer", ["cudnn", "torch_flash", "sdpa"])
 def test_torchs_operators_refuse_packed_sequences(peer: str) -> None:
     with pytest.raises(Refused, match="packed"):
