@@ -20,6 +20,7 @@ import torch
 
 _WORD = 0xFFFFFFFF
 _ROUNDS = 10
+_COUNTERS_AT_ONCE = 1 << 15  # which stay in a core's caches, and keep memory small
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
@@ -39,17 +40,22 @@ def scale_of(dropout_p: float) -> float:
     return 1.0 / (1.0 - dropout_p)
 
 
-def philox(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def philox(counter: Sequence[torch.Tensor], key: tuple[int, int]) -> list[torch.Tensor]:
     """The four words of each counter: int64 tensors that broadcast to one shape, each element below 2^32, as ``key`` is."""
-    c0, c1, c2, c3 = counter
+    # Written in place: fresh memory for each of a hundred steps would take longer than the arithmetic.
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in counter))  # type: ignore[no-untyped-call]
+    c0, c1, c2, c3 = (tensor.expand(shape).clone(memory_format=torch.contiguous_format) for tensor in counter)
+    first, second = torch.empty_like(c0), torch.empty_like(c0)
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # products of 64 bits wrap around as int64, which keeps their bits
-        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1 = (second >> 32 & _WORD) ^ c1 ^ k0, second & _WORD
-        c2, c3 = (first >> 32 & _WORD) ^ c3 ^ k1, first & _WORD
+        # Products of 64 bits wrap around as int64, which keeps their bits. Of c1 and c3 the low words alone count.
+        torch.mul(c0, _MULTIPLIERS[0], out=first)
+        torch.mul(c2, _MULTIPLIERS[1], out=second)
+        torch.bitwise_right_shift(second, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+        torch.bitwise_right_shift(first, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
+        c1, second, c3, first = second, c1, first, c3
         k0, k1 = k0 + _WEYL[0] & _WORD, k1 + _WEYL[1] & _WORD
-    return c0, c1, c2, c3
+    return [c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)]
 
 
 def keep_mask(dropout_p: float, seed: torch.Tensor, streams: torch.Tensor, queries: range, keys: range) -> torch.Tensor:
@@ -59,15 +65,25 @@ def keep_mask(dropout_p: float, seed: torch.Tensor, streams: torch.Tensor, queri
     of step 1 within their sequence.
     """
     first, offset = (int(number) for number in seed.tolist())
-    streams, device = streams[..., None, None] & _WORD, streams.device
+    device, shape = streams.device, streams.shape
     # whole blocks of 16, of which eight counters serve one
-    rows = torch.arange(queries.start // 16 * 8, -(-queries.stop // 16) * 8, device=device)[:, None]
-    columns = torch.arange(keys.start // 16 * 8, -(-keys.stop // 16) * 8, device=device)
-    nothing = torch.zeros((), dtype=torch.int64, device=device)
-    words = philox((rows, columns, streams, nothing + (offset & _WORD)), (first & _WORD, first >> 32 & _WORD))
-    kept = torch.stack([word >= threshold_of(dropout_p) for word in words])
-    # (bit 3 of query, of key, *streams, query // 16, query % 8, key // 16, key % 8)
-    kept = kept.view(2, 2, *streams.shape[:-2], rows.shape[0] // 8, 8, columns.shape[0] // 8, 8)
-    kept = kept.movedim((0, 1), (-5, -2)).flatten(-6, -4).flatten(-3, -1)
+    row_blocks, column_blocks = _blocks_of(queries), _blocks_of(keys)
+    columns = torch.arange(8 * column_blocks.start, 8 * column_blocks.stop, device=device)
+    streams, offset_word = streams[..., None, None] & _WORD, torch.full((), offset & _WORD, dtype=torch.int64, device=device)
+    kept = torch.empty((*shape, len(row_blocks), 2, 8, len(column_blocks), 2, 8), dtype=torch.bool, device=device)
+    step = max(1, _COUNTERS_AT_ONCE // max(1, 64 * streams.numel() * len(column_blocks)))
+    for start in range(0, len(row_blocks), step):
+        blocks = row_blocks[start : start + step]
+        rows = torch.arange(8 * blocks.start, 8 * blocks.stop, device=device)[:, None]
+        words = philox((rows, columns, streams, offset_word), (first & _WORD, first >> 32 & _WORD))
+        for i, word in enumerate(words):
+            part = kept[..., start : start + len(blocks), i // 2, :, :, i % 2, :]
+            part.copy_(word.view(part.shape) >= threshold_of(dropout_p))
+    kept = kept.view(*shape, 16 * len(row_blocks), 16 * len(column_blocks))
     skipped_rows, skipped_columns = queries.start % 16, keys.start % 16
     return kept[..., skipped_rows : skipped_rows + len(queries), skipped_columns : skipped_columns + len(keys)]
+
+
+def _blocks_of(positions: range) -> range:
+    """Blocks of 16 that hold them."""
+    return range(positions.start // 16, -(-positions.stop // 16))

@@ -31,7 +31,8 @@ PAGE_ID_BYTES = 8  # of a key that is looked up by itself,
 GATHERED_SCRATCH = 1024  # and for them together
 SHARED_SCRATCH = 1024  # row statistics where warps share rows
 REGISTERS_BASE = {"cuda": 75, "hip": 60}  # addresses, loop counters, row statistics, fragments on their way into an instruction
-DROPOUT_REGISTERS = {"cuda": 10, "hip": 30}  # words of Philox
+DROPOUT_REGISTERS = {"cuda": 22, "hip": 30}  # words of Philox, of which the scores of FMA dots, fewer a step, need less
+FMA_DROPOUT_REGISTERS = 8
 REGISTERS_PER_SCORE = 1.5  # a score and its packed probability
 REGISTERS_PER_FEATURE = {"cuda": 5, "hip": 12}  # each of softcap, ALiBi, paging and packed queries
 # Where the matrix instruction reads shared memory:
@@ -134,7 +135,8 @@ def forward_registers(problem: Problem, tile: ForwardTileShape, device: Device) 
     threads = tile.num_warps * device.warp_size
     dims, mma = held_dim(problem.head_dim) + held_dim(problem.head_dim_v), forward_mma(problem, tile, device)
     need: float = REGISTERS_BASE[device.backend] + REGISTERS_PER_FEATURE[device.backend] * features_of(problem)
-    need += DROPOUT_REGISTERS[device.backend] * problem.dropout
+    if problem.dropout:
+        need += FMA_DROPOUT_REGISTERS if mma is None else DROPOUT_REGISTERS[device.backend]
     need += tile.block_m * held_dim(problem.head_dim_v) / threads
     scores = REGISTERS_PER_SCORE * tile.block_m * tile.block_n / threads
     loaded = 0.0
