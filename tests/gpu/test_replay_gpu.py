@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import flashtile
-from flashtile.kernels.call import DecodeCall
+from flashtile.kernels.call import DecodeCall, ForwardCall
 from flashtile.testing.cases import SMALL_CASES, Case
+from flashtile.testing.forward_cases import FORWARD_CASES, ForwardCase
+from flashtile.testing.forward_inputs import make_forward_inputs
 from flashtile.testing.inputs import make_inputs
 
 replay = pytest.importorskip("flashtile.kernels.replay", reason="needs Triton")
@@ -131,3 +133,63 @@ def test_two_devices_have_records_of_their_own(device: torch.device) -> None:
     # called from the other device, which is not current
     results.append(flashtile.decode(**arguments(STEP, other, num_splits=4)).cpu())
     assert all(same_bits(result, results[0]) for result in results)
+
+
+PROMPT = ForwardCase("prompt", 300, 417, batch=2, num_heads_q=8, num_heads_kv=2, head_dim=128, dtype="bfloat16", causal=True)
+FORWARD = [case for case in FORWARD_CASES if case.dtype != "float32"]
+
+
+def attend(case: ForwardCase, args: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    return (flashtile.attention_varlen_with_lse if case.varlen else flashtile.attention_with_lse)(**args)
+
+
+def forward_arguments(case: ForwardCase, device: torch.device, seed: int = 0) -> dict[str, Any]:
+    return {name: value for name, value in make_forward_inputs(case, device, seed=seed).args.items() if value is not None}
+
+
+@pytest.mark.parametrize("case", FORWARD, ids=lambda case: case.name)
+def test_repeated_forward_calls_give_the_same_bits(case: ForwardCase, device: torch.device) -> None:
+    first, second = (forward_arguments(case, device, seed) for seed in (0, 1))
+    expected = [attend(case, second), attend(case, first)]
+    for _ in range(replay.RECORDED_CALL):
+        attend(case, first)
+    for args, (out, lse) in ((second, expected[0]), (first, expected[1])):
+        again, lse_again = attend(case, args)
+        assert same_bits(again, out)
+        assert same_bits(lse_again, lse)
+
+
+def test_forward_calls_are_repeated_on_every_stream_and_in_graphs(device: torch.device) -> None:
+    """Their programs take tiles by a counter: each stream has one of its own, and so has each graph."""
+    replays = replay.cuda_replays(ForwardCall)
+    assert replays is not None, "the C module was not built"
+    before = len(replays)
+    args = forward_arguments(PROMPT, device) | {"scale": 0.1 + before * 2.0**-20}
+    expected, *_ = [attend(PROMPT, args) for _ in range(replay.RECORDED_CALL)]
+    assert len(replays) == before + 1
+    torch.cuda.synchronize()
+    results = []
+    for stream in [torch.cuda.Stream(device) for _ in range(4)]:
+        with torch.cuda.stream(stream):
+            results += [attend(PROMPT, args) for _ in range(20)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attend(PROMPT, args)
+    for _ in range(3):
+        graph.replay()
+        results += [attend(PROMPT, args), tuple(tensor.clone() for tensor in captured)]
+    torch.cuda.synchronize()
+    assert all(same_bits(out, expected[0]) and same_bits(lse, expected[1]) for out, lse in results)
+
+
+def test_a_repeated_call_within_autograd_has_the_same_gradients(device: torch.device) -> None:
+    args = forward_arguments(PROMPT, device)
+    leaves = [args[name] for name in "qkv"]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    results = []
+    for _ in range(replay.RECORDED_CALL + 2):
+        out = flashtile.attention(**args)
+        results.append((out.detach(), *torch.autograd.grad(out.float().square().sum(), leaves)))
+    assert all(same_bits(mine, first) for result in results for mine, first in zip(result, results[0], strict=True))
