@@ -95,7 +95,14 @@ for problem, plan in json.load(sys.stdin):
 
 
 def planned(changes: dict[str, Any], tile: dict[str, Any]) -> tuple[Problem, BackwardPlan]:
-    defaults = {"operation": "backward", "seqlen_q": 4096, "seqlen_k": 4096, "num_heads_q": 8, "num_heads_kv": 2, "lse": True}
+    defaults: dict[str, Any] = {
+        "operation": "backward",
+        "seqlen_q": 4096,
+        "seqlen_k": 4096,
+        "num_heads_q": 8,
+        "num_heads_kv": 2,
+        "lse": True,
+    }
     return Problem(**(defaults | changes)), BackwardPlan(**({"kernel": "gluon.backward_sm90", "num_programs": 132} | tile))
 
 
