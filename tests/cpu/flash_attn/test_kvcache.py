@@ -14,13 +14,14 @@ from flashtile.flash_attn import flash_attn_with_kvcache
 from flashtile.flash_attn.cache import DECODE_ROWS, prefers_attention
 from flashtile.planner.plans import DecodePlan, ForwardPlan
 from flashtile.testing.pairwise import pairwise
-from flashtile.testing.parity import Parity, Tensors, assert_lse_near, assert_near
+from flashtile.testing.parity import Parity
+from flashtile.testing.parity_cache import Layout, assert_cache_parity, placed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CAPACITY = 120
 AXES = {
-    "queries": (1, 3, 65, 260),
+    "lengths": tuple((queries, CAPACITY) for queries in (1, 3, 65, 260)),
     "heads": ((4, 4), (6, 1), (6, 2)),
     "head_dim": (59, 64, 128, 256),
     "dtype": ("float16", "bfloat16"),
@@ -32,75 +33,31 @@ AXES = {
 ROWS = pairwise(AXES, seed=3)
 
 
-def cache_of(case: Parity, layout: str | int) -> tuple[Tensors, dict[str, Any], dict[str, Any]]:
-    """Tensors, the cache's arguments for FlashAttention-2, and the same for the reference."""
-    tensors = case.tensors()
-    lengths = torch.tensor([CAPACITY - 7, 41], dtype=torch.int32)
-    if layout == "full":
-        return tensors, {}, {}
-    if layout == "int":
-        return tensors, {"cache_seqlens": 77}, {"seqused_k": torch.full((2,), 77)}
-    if layout == "lengths":
-        return tensors, {"cache_seqlens": lengths}, {"seqused_k": lengths}
-    given: dict[str, Any] = {"cache_seqlens": lengths}
-    if layout == "batch index":
-        index = torch.tensor([4, 1])
-        for name in ("k", "v"):
-            cache = torch.full((6, *tensors[name].shape[1:]), math.nan, dtype=tensors[name].dtype)
-            cache[index] = tensors[name]
-            tensors[name] = cache
-        return tensors, given | {"cache_batch_idx": index.to(torch.int32)}, {"seqused_k": lengths, "page_table": index[:, None]}
-    assert isinstance(layout, int)
-    pages = -(-CAPACITY // layout)
-    table = torch.randperm(2 * pages + 1, generator=torch.Generator().manual_seed(1))[: 2 * pages].view(2, pages).to(torch.int32)
-    for name in ("k", "v"):
-        cache = torch.full((2 * pages + 1, layout, *tensors[name].shape[2:]), math.nan, dtype=tensors[name].dtype)
-        padded = torch.full((2, pages * layout, *tensors[name].shape[2:]), math.nan, dtype=tensors[name].dtype)
-        padded[:, :CAPACITY] = tensors[name]
-        cache[table.flatten().long()] = padded.view(2 * pages, layout, *tensors[name].shape[2:])
-        tensors[name] = cache
-    return tensors, given | {"block_table": table}, {"seqused_k": lengths, "page_table": table}
-
-
-def compare(case: Parity, tensors: Tensors, out: torch.Tensor, lse: torch.Tensor, known: dict[str, Any], unseen: float) -> None:
-    expected, expected_lse = no_gradients(case, tensors, torch.float64, known)
-    in_dtype, _ = no_gradients(case, tensors, tensors["q"].dtype, known)
-    assert_near(out, expected, in_dtype, 2.0, "out")
-    assert_lse_near(lse, expected_lse, unseen)
-
-
-def no_gradients(case: Parity, tensors: Tensors, dtype: torch.dtype, known: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    with torch.no_grad():
-        out, lse, _ = case.expected(tensors, dtype, **known)
-    return out, lse
-
-
 @pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
 def test_parity(row: dict[str, Any]) -> None:
-    case = Parity(row["queries"], CAPACITY, row["head_dim"], row["heads"], row["dtype"], **row["mask"], **row["features"])
-    tensors, given, known = cache_of(case, row["layout"])
-    slopes = tensors.get("alibi_slopes")
-    q, k, v = (tensors[name] for name in ("q", "k", "v"))
+    case = Parity.of({name: value for name, value in row.items() if name not in ("layout", "num_splits")})
+    cache = placed(case, row["layout"])
+    q, k, v, slopes = (cache.tensors.get(name) for name in ("q", "k", "v", "alibi_slopes"))
     args = case.scores | {"num_splits": row["num_splits"], "return_softmax_lse": True}
-    out, lse = flash_attn_with_kvcache(q, k, v, alibi_slopes=slopes, **given, **args)
-    compare(case, tensors, out, lse, known, math.inf)
+    out, lse = flash_attn_with_kvcache(q, k, v, alibi_slopes=slopes, **cache.given, **args)
+    assert_cache_parity(case, cache, out, lse, math.inf)
     if slopes is None:
-        renamed = {"page_table" if name == "block_table" else name: value for name, value in given.items()}
-        out, lse, *parts = three.flash_attn_with_kvcache(q, k, v, **renamed, **args)
+        out, lse, *parts = three.flash_attn_with_kvcache(q, k, v, **cache.given_to_three(), **args)
         assert parts == [None, None]
-        compare(case, tensors, out, lse, known, -math.inf)
+        assert_cache_parity(case, cache, out, lse, -math.inf)
 
 
 @pytest.mark.parametrize("queries", [1, 5, 200])
 @pytest.mark.parametrize("num_splits", [0, 2])
 def test_packed_queries(queries: int, num_splits: int) -> None:
     case = Parity((queries, 2), CAPACITY, heads=(4, 2), causal=True)
-    tensors, given, known = cache_of(case, "lengths")
+    cache = placed(case, "lengths")
+    tensors, given, _ = cache
     out, lse, *_ = three.flash_attn_with_kvcache(
         tensors["q"], tensors["k"], tensors["v"], cu_seqlens_q=tensors["cu_seqlens_q"], max_seqlen_q=max(queries, 2), causal=True,
         num_splits=num_splits, return_softmax_lse=True, **given,
     )  # fmt: skip
-    compare(case, tensors, out, lse, known, -math.inf)
+    assert_cache_parity(case, cache, out, lse, -math.inf)
     with pytest.raises(ArgumentError, match="max_seqlen_q"):
         three.flash_attn_with_kvcache(tensors["q"], tensors["k"], tensors["v"], cu_seqlens_q=tensors["cu_seqlens_q"], **given)
 
@@ -121,8 +78,8 @@ def test_no_gradient_and_no_wait_for_lengths() -> None:
 
 @pytest.mark.parametrize("queries", [1, 200])
 @pytest.mark.parametrize("layout", ["lengths", 16])
-def test_compilers_see_one_graph(queries: int, layout: str | int) -> None:
-    tensors, given, _ = cache_of(Parity(queries, CAPACITY, heads=(4, 2)), layout)
+def test_compilers_see_one_graph(queries: int, layout: Layout) -> None:
+    tensors, given, _ = placed(Parity(queries, CAPACITY, heads=(4, 2)), layout)
     q, k, v = (tensors[name] for name in ("q", "k", "v"))
     compiled = torch.compile(flash_attn_with_kvcache, fullgraph=True, backend="aot_eager")
     out, lse = compiled(q, k, v, causal=True, return_softmax_lse=True, **given)
@@ -133,12 +90,13 @@ def test_compilers_see_one_graph(queries: int, layout: str | int) -> None:
 @pytest.mark.parametrize("queries", [1, 200])
 def test_plans_made_ahead_are_obeyed(queries: int) -> None:
     case = Parity(queries, CAPACITY, heads=(4, 2), causal=True)
-    tensors, given, known = cache_of(case, "lengths")
+    cache = placed(case, "lengths")
+    tensors, given, _ = cache
     plan = three.get_scheduler_metadata(2, queries, CAPACITY, 4, 2, 64, given["cache_seqlens"], causal=True)
     assert isinstance(plan, DecodePlan if queries == 1 else (DecodePlan, ForwardPlan))
     args: dict[str, Any] = {"causal": True, "scheduler_metadata": plan, "return_softmax_lse": True}
     out, lse, *_ = three.flash_attn_with_kvcache(tensors["q"], tensors["k"], tensors["v"], **given, **args)
-    compare(case, tensors, out, lse, known, -math.inf)
+    assert_cache_parity(case, cache, out, lse, -math.inf)
     odd = DecodePlan(kernel="gluon.decode_sm90", block_m=64)
     with pytest.raises(UnsupportedError, match=r"gluon\.decode_sm90"):
         three.flash_attn_with_kvcache(tensors["q"], tensors["k"], tensors["v"], scheduler_metadata=odd)

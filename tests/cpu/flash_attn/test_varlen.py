@@ -27,11 +27,6 @@ AXES = {
 ROWS = pairwise(AXES, seed=2)
 
 
-def named(row: dict[str, Any]) -> Parity:
-    queries, keys = row["lengths"]
-    return Parity(queries, keys, row["head_dim"], row["heads"], row["dtype"], **row["mask"], **row["features"])
-
-
 def starts(tensors: Tensors, case: Parity) -> tuple[Any, ...]:
     assert isinstance(case.lengths_q, tuple) and isinstance(case.lengths_k, tuple)
     return tensors["cu_seqlens_q"], tensors["cu_seqlens_k"], max(case.lengths_q), max(case.lengths_k)
@@ -43,7 +38,7 @@ def leaves_of(tensors: Tensors) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("row", ROWS, ids=range(len(ROWS)))
 def test_parity(row: dict[str, Any]) -> None:
-    case = named(row)
+    case = Parity.of(row)
     tensors = case.tensors()
     leaves = leaves_of(tensors)
     slopes = tensors.get("alibi_slopes")
