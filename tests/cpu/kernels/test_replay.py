@@ -130,8 +130,9 @@ class FakeGpu:
             monkeypatch.setattr(operation, "_repeat", None)
             monkeypatch.setattr(operation, "_PREPARED", {})
             monkeypatch.setattr(operation, "kernel_module", lambda plan, kernel=kernel: kernel)
+            # a GPU's runner is not wrapped
+            monkeypatch.setattr(operation, "bound", lambda module, problem, plan, device: module.bind(problem, plan, device))
         monkeypatch.setattr(ops.Device, "of", lambda device: Device.named("h200"))
-        monkeypatch.setattr(torch, "no_grad", lambda: lambda run: run)  # a GPU's runner is not wrapped
         for module in [m for name, m in sys.modules.items() if name.startswith("flashtile.kernels.")]:
             if module is not launch and hasattr(module, "launcher"):
                 monkeypatch.setattr(module, "launcher", self._launcher)
@@ -342,7 +343,7 @@ def test_a_call_that_needs_a_gradient_is_repeated_within_autograd(gpu: FakeGpu) 
     out, _ = gpu.forward(**call)
     assert gpu.driver.launched and not gpu.longer
     assert out.requires_grad
-    with torch.set_grad_enabled(False):
+    with torch.no_grad():
         assert not gpu.forward(**call)[0].requires_grad
 
 
