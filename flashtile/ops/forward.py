@@ -83,7 +83,8 @@ def forward(
         sinks, alibi_slopes, out, block_m, plan, allow_tf32, deterministic, want_lse,
     )  # fmt: skip
     checking = CHECKING.get()
-    if _repeat is not None and not checking and not dropout_p and taken_as_they_come(q, k, v, sinks, alibi_slopes, out):
+    drops_none = dropout_p.__class__ in (float, int) and not dropout_p
+    if _repeat is not None and drops_none and not checking and taken_as_they_come(q, k, v, sinks, alibi_slopes, out):
         repeated = _repeat(*args)
         if repeated is not None:
             return repeated
@@ -135,7 +136,7 @@ def forward(
     if checking:
         check_forward_values(call, None if window is None else window[0])
     run(call)
-    if note is not None and not dropout_p:
+    if note is not None and drops_none:
         _repeat = note(args, call) or _repeat
     return out, lse
 

@@ -170,7 +170,7 @@ class FakeGpu:
 
     def forward(self, want_lse: bool = False, **given: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One call of ops.forward by names."""
-        return self._call(forward_ops.forward, want_lse, {"causal": False} | given)
+        return self._call(forward_ops.forward, want_lse, {"causal": False, "dropout_p": 0.0} | given)
 
     @staticmethod
     def _call(function: Any, want_lse: bool, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -373,7 +373,9 @@ def test_the_longest_keys_of_a_forward_call_may_grow_and_wrong_ones_are_still_re
 def test_wrong_forward_calls_stay_wrong_though_a_right_one_was_recorded(gpu: FakeGpu) -> None:
     call = forward_args(PLAIN)
     gpu.settle(gpu.forward, **call)
-    for wrong in ({"softcap": -1.0}, {"scale": float("nan")}, {"causal": 1}, {"max_seqlen_q": 2}, {"q": None}, {"plan": "fast"}):
+    for wrong in (
+        {"softcap": -1.0}, {"scale": float("nan")}, {"causal": 1}, {"max_seqlen_q": 2}, {"q": None}, {"plan": "fast"}, {"dropout_p": None},
+    ):  # fmt: skip
         with pytest.raises((ValueError, TypeError)):
             gpu.forward(**(call | wrong))
     assert not gpu.driver.launched
