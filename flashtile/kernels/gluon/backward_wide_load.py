@@ -40,11 +40,6 @@ def load_wide_keys_and_queries(
         low, high = blocks_of_queries(band, key, seqlen_q, seqlen_k, BLOCK_M, ROWS)
         b_rows = b * 0 if tokens.cu_seqlens_q is not None else b
         b_keys = b * 0 if tokens.cu_seqlens_k is not None else b
-        # the next tile's number comes while this one's queries do
-        if counter is not None:
-            t = num_programs + gl.atomic_add(counter, 1, sem="relaxed")
-        else:
-            t += num_programs
         h_q = h * GROUP
         row = low * BLOCK_M
         for i in range(GROUP * (high - low)):
@@ -75,6 +70,11 @@ def load_wide_keys_and_queries(
             if row == high * BLOCK_M:
                 row = low * BLOCK_M
                 h_q += 1
+        # asked for while the consumers still walk the last blocks, and no earlier: whoever comes first takes the next tile
+        if counter is not None:
+            t = num_programs + gl.atomic_add(counter, 1, sem="relaxed")
+        else:
+            t += num_programs
         tiles_done += 1
         b, h, block, walk = tile_numbered(t, keys, batch, num_heads_kv, heads_at_once, walk, ROWS, LAST_FIRST)
     mbarrier.wait(k_empty.index(0), (tiles_done & 1) ^ 1)
