@@ -100,7 +100,7 @@ def _in_one_pass(problem: Problem, device: Device, plan: BackwardPlan, cost: Bac
     elif seen < ONE_PASS_KEYS:
         why = f"dQ's sums in memory pay from {ONE_PASS_KEYS} keys a query on, and there are {seen:.0f}"
     else:
-        why = f"{its.total_us:.1f} us against {cost.total_us:.1f}, but one pass has to be asked for by a plan"
+        why = f"{its.total_us:.1f} us against {cost.total_us:.1f}: {plan.kernel} comes first wherever it can run"
     return _whole(problem, tile, 1, its, why)
 
 

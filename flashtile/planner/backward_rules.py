@@ -23,6 +23,7 @@ from flashtile.planner.backward_footprint import (
 from flashtile.planner.backward_tiles import (
     BACKWARD_LIMITS,
     OWNERS,
+    WIDE_HEAD,
     Owner,
     PassTile,
     hopper_whole_tile,
@@ -41,9 +42,9 @@ from flashtile.problem import Problem
 
 OWNED_GAIN_PERCENT = 8  # what a tile that owns less must gain: less is within the model's error
 # On an H200, 16384 tokens in sequences of one length, 2048 / head dim heads, by the keys that a query sees on average:
-UNEVEN_WALK = 4096  # under a mask, programs that stay lost from here on: 0.91x at 16384 keys, causal; 1.15x at 1024, 1.00x at 4096
+UNEVEN_WALK = 4096  # under a mask, programs that stay lost from here on: 0.91x at 16384 keys, causal; 1.15x at 1024, 1.00x at 4096 (of
+# wide heads 0.92x at 4096 already)
 ONE_PASS_KEYS = 2048  # one pass won from here on, by 4 to 13%; with fewer keys what it needs beside the pass ate that up
-ONE_PASS_BY_RULE: bool = False  # until one pass has run on a GPU as these kernels have it, only a plan asks for it
 MAX_ONE_PASS_DIM = 128  # beyond it, registers hold no part of dQ beside dK and dV
 
 Fit = tuple[PassTile, Footprint]
@@ -125,7 +126,7 @@ def choose_backward_plan(problem: Problem, device: Device, kernel: str) -> Backw
     if not device.is_gpu:
         rows = max(1, problem.seqlen_q)
         return BackwardPlan(kernel, rows, 1, 1, 1, rows, 1, 1, 1)
-    if ONE_PASS_BY_RULE and typical_keys(problem) >= ONE_PASS_KEYS:
+    if typical_keys(problem) >= ONE_PASS_KEYS:
         plan = one_pass_plan(problem, kernel)
         if not backward_infeasible(problem, plan, device):
             return plan
@@ -146,9 +147,10 @@ def one_pass_plan(problem: Problem, kernel: str) -> BackwardPlan:
 def _programs(problem: Problem, device: Device, tiles: tuple[PassTile, PassTile]) -> int:
     """How many programs stay and take tiles until none is left: one for each SM. 0 where each tile has a program of its own.
 
-    So it is with the portable kernel, and where walks are long and unlike.
+    So it is with the portable kernel, and where walks are unlike and long, or those of wide heads.
     """
-    if tiles[0].kernel != GLUON_BACKWARD_SM90 or (not problem.band.is_full and typical_keys(problem) >= UNEVEN_WALK):
+    wide = max(problem.head_dim, problem.head_dim_v) > WIDE_HEAD
+    if tiles[0].kernel != GLUON_BACKWARD_SM90 or (not problem.band.is_full and (wide or typical_keys(problem) >= UNEVEN_WALK)):
         return 0
     return max(1, min(max(owned_tiles(problem, tile) for tile in tiles), device.num_sms))
 

@@ -103,7 +103,7 @@ def plan_of_passes(keys: PassTile, queries: PassTile | None, num_programs: int =
 # Hopper's kernel: rows a step and ring stages of both passes.
 _HOPPER_SHORT: dict[Owner, tuple[int, int]] = {"keys": (128, 3), "queries": (128, 3)}
 _HOPPER_USUAL: dict[Owner, tuple[int, int]] = {"keys": (64, 3), "queries": (64, 4)}
-_HOPPER_WHOLE = {"short": (128, 2), "usual": (64, 2)}  # of one pass, which keeps gradients of scores in shared memory beside the ring
+_HOPPER_WHOLE = {"short": (64, 3), "usual": (64, 2)}  # of one pass, which keeps gradients of scores in shared memory beside the ring
 
 
 _HOPPER_WIDE: dict[Owner, tuple[int, tuple[int, ...]]] = {"keys": (64, (3, 2)), "queries": (128, (4, 3, 2))}  # owned rows, stages

@@ -171,7 +171,7 @@ def test_one_pass_is_explained_without_a_second_and_with_its_workspace() -> None
     assert explanation.workspace == 4 * 4096 * 16 * (8 + 64 * 4)
     assert explanation.keys.spilled_bytes == 128
     text = "\n".join(explanation.lines())
-    assert "One pass, over keys (dK, dV and dQ): 128 keys a program, 128 queries a step, 8 warps, 2 stages" in text
+    assert "One pass, over keys (dK, dV and dQ): 128 keys a program, 64 queries a step, 8 warps, 3 stages" in text
     assert "Workspace: 69.2 MB, most of it dQ's sums in float32, which come in no fixed order." in text
     assert "Pass over" not in text
     assert json.loads(explanation.to_json())["queries"] is None
