@@ -13,7 +13,8 @@ def cast_by_autocast(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple
     Within ``torch.autocast`` for q's device, q, k and v are cast to its dtype where one is float32 or their dtypes differ; 16-bit
     tensors of one dtype, and float64 ones, which are an error, stay. Sinks and slopes are float32 whatever autocast says.
     """
-    if not all(isinstance(tensor, torch.Tensor) for tensor in (q, k, v)) or not _autocasts(q.device):
+    tensors = isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)
+    if not tensors or not _autocasts(q.device):
         return None
     wanted = torch.get_autocast_dtype(q.device.type)
     dtypes = {q.dtype, k.dtype, v.dtype}
