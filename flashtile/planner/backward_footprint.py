@@ -9,7 +9,7 @@ spill nor exceed the device. The constants are named here and calibrated against
 from __future__ import annotations
 
 from flashtile.planner.backward_footprint_gluon import CONSUMER_REGISTERS, gluon_pass_registers, gluon_pass_shared_memory
-from flashtile.planner.backward_shapes import FMA, UNALIGNED, WIDE, WIDE_FMA, shapes_of
+from flashtile.planner.backward_shapes import DROPPED, FMA, SHAPES, UNALIGNED, WIDE, WIDE_FMA, shapes_of
 from flashtile.planner.backward_tiles import PassTile
 from flashtile.planner.catalog import GLUON_BACKWARD_SM90
 from flashtile.planner.device import Device
@@ -110,7 +110,11 @@ def pass_registers(problem: Problem, tile: PassTile, device: Device) -> int:
 
 def _has_features(problem: Problem) -> bool:
     """Whether kernels carry more than full and causal masks over whole sequences."""
-    return problem.softcap or problem.alibi or problem.dropout or problem.ragged_q or problem.band.left is not None
+    return problem.dropout or _has_features_but_dropout(problem)
+
+
+def _has_features_but_dropout(problem: Problem) -> bool:
+    return problem.softcap or problem.alibi or problem.ragged_q or problem.band.left is not None
 
 
 def family_of(problem: Problem, device: Device) -> str:
@@ -122,7 +126,9 @@ def family_of(problem: Problem, device: Device) -> str:
     copies = device.architecture.async_copies and not _has_features(problem)
     if problem.alignment < (MIN_COPY_BYTES if copies else COPY_BYTES):
         return UNALIGNED
-    return f"{WIDE} {mma.name}" if wide else mma.name
+    family = f"{WIDE} {mma.name}" if wide else mma.name
+    beside = f"{DROPPED} {family}"
+    return beside if problem.dropout and _has_features_but_dropout(problem) and beside in SHAPES else family
 
 
 def _estimated_registers(problem: Problem, tile: PassTile, mma: Mma | None, device: Device) -> int:

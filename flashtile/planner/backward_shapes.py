@@ -13,6 +13,7 @@ from typing import NamedTuple
 FMA = "fma"
 WIDE_FMA = "wide fma"  # operands of four bytes, by asynchronous copies
 WIDE = "wide"  # before an instruction's name: operands of four bytes
+DROPPED = "dropped"  # before an instruction's name: dropout beside softcap, ALiBi, a window or packed rows
 UNALIGNED = "unaligned"  # no asynchronous copy can bring operands, so that threads load them one by one
 SPILLS = 999
 
@@ -150,9 +151,28 @@ _UNALIGNED: dict[str, Shapes] = {
         256: _of((16, 16, 8, 1, 178, 255)),
     },
 }
+# Where dropout comes beside other features: those of the shapes above that then spill have made room for smaller ones.
+_DROPPED_WGMMA: dict[str, Shapes] = {
+    "keys": {
+        64: _of((128, 64, 8, 2, 255, 255)),
+        96: _of((128, 32, 8, 2, 255, 255)),
+        128: _of((64, 32, 8, 2, 254, 254)),
+        256: _of((32, 32, 8, 2, 208, 208)),
+    },
+    "queries": {
+        64: _of((128, 64, 8, 2, 205, 205)),
+        128: _of((128, 64, 8, 2, 245, 245)),
+        256: _of((128, 32, 8, 2, 254, 254)),
+    },
+}
+_DROPPED_TCGEN05: dict[str, Shapes] = {
+    "keys": {128: _of((128, 32, 8, 2, 239, 239)), 256: _TCGEN05["keys"][256]},
+    "queries": {128: _of((128, 32, 8, 2, 201, 201)), 256: _TCGEN05["queries"][256]},
+}
 SHAPES: dict[str, dict[str, Shapes]] = {
     "wgmma": _WGMMA, "tcgen05.mma": _TCGEN05, "mma.sync": _MMA_SYNC, "mfma": _MFMA, "wmma": _MMA_SYNC,
     "wide wgmma": _WIDE, "wide tcgen05.mma": _WIDE, "wide mma.sync": _WIDE, "wide mfma": _WIDE_MFMA, "wide wmma": _WIDE,
+    f"{DROPPED} wgmma": _DROPPED_WGMMA, f"{DROPPED} tcgen05.mma": _DROPPED_TCGEN05,
     FMA: _FMA, WIDE_FMA: _WIDE_FMA, UNALIGNED: _UNALIGNED,
 }  # fmt: skip
 

@@ -31,8 +31,7 @@ PAGE_ID_BYTES = 8  # of a key that is looked up by itself,
 GATHERED_SCRATCH = 1024  # and for them together
 SHARED_SCRATCH = 1024  # row statistics where warps share rows
 REGISTERS_BASE = {"cuda": 75, "hip": 60}  # addresses, loop counters, row statistics, fragments on their way into an instruction
-DROPOUT_REGISTERS = {"cuda": 22, "hip": 30}  # words of Philox, of which the scores of FMA dots, fewer a step, need less
-FMA_DROPOUT_REGISTERS = 8
+DROPOUT_REGISTERS = {"cuda": 22, "hip": 30}  # words of Philox
 REGISTERS_PER_SCORE = 1.5  # a score and its packed probability
 REGISTERS_PER_FEATURE = {"cuda": 5, "hip": 12}  # each of softcap, ALiBi, paging and packed queries
 # Where the matrix instruction reads shared memory:
@@ -62,6 +61,7 @@ MIN_COPY_BYTES = 4  # the least that one brings
 FMA_OPERANDS_LIVE = 0.12  # share of both FMA dots' operand elements that live in registers at a time
 FMA_TWO_PARTS_REGISTERS = 30
 FMA_FEATURE_PER_ROW = 10 / 64  # what a feature takes beside dots that fill the registers by themselves
+FMA_DROPOUT_PER_ROW = 30 / 64
 FMA_LOADED_SHARE = 0.4  # operands pass through registers anyway
 FMA_BYTES = 4  # of an operand, whatever it was in memory
 
@@ -136,7 +136,7 @@ def forward_registers(problem: Problem, tile: ForwardTileShape, device: Device) 
     dims, mma = held_dim(problem.head_dim) + held_dim(problem.head_dim_v), forward_mma(problem, tile, device)
     need: float = REGISTERS_BASE[device.backend] + REGISTERS_PER_FEATURE[device.backend] * features_of(problem)
     if problem.dropout:
-        need += FMA_DROPOUT_REGISTERS if mma is None else DROPOUT_REGISTERS[device.backend]
+        need += FMA_DROPOUT_PER_ROW * tile.block_m if mma is None else DROPOUT_REGISTERS[device.backend]
     need += tile.block_m * held_dim(problem.head_dim_v) / threads
     scores = REGISTERS_PER_SCORE * tile.block_m * tile.block_n / threads
     loaded = 0.0

@@ -236,8 +236,8 @@ def test_opcheck() -> None:
     forward_operands = (q, k, v, None, None, None, None, None, None, *rest)
     torch.library.opcheck(torch.ops.flashtile.forward.default, forward_operands)
     out, lse = torch.ops.flashtile.forward(*forward_operands)
-    rest = (None, None, None, None, None, None, True, None, None, 0.0, None, None, None, False, None, False, 0.3, seed)
-    operands = (*(tensor.detach() for tensor in (q, k, v, out, lse)), torch.randn_like(out), *rest)
+    flows = (torch.randn_like(out), None, None, None, None, None, None)
+    operands = (*(tensor.detach() for tensor in (q, k, v, out, lse)), *flows, *rest[:6], None, False, None, False, 0.3, seed)
     torch.library.opcheck(torch.ops.flashtile.backward.default, operands)
     with pytest.raises(ArgumentError, match="seed: "):
         torch.ops.flashtile.forward(*forward_operands[:-1], None)
@@ -274,7 +274,7 @@ def test_hoppers_kernels_leave_it_to_the_portable_ones() -> None:
         (plan_backward, GLUON_BACKWARD_SM90, TRITON_BACKWARD),
     ):
         problem = problem.with_(operation=kernel_named(hopper).operation)
-        assert planned(problem, device).kernel == hopper  # type: ignore[operator]
-        assert planned(problem.with_(dropout=True), device).kernel == portable  # type: ignore[operator]
+        assert planned(problem, device).kernel == hopper
+        assert planned(problem.with_(dropout=True), device).kernel == portable
         [reason] = kernel_named(hopper).reasons_against(problem.with_(dropout=True), device)
         assert "dropout" in reason

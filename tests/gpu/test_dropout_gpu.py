@@ -102,8 +102,8 @@ def test_the_api_draws_its_seed_and_gradients_know_it(device: torch.device) -> N
     leaves = [inputs.args[name].detach().requires_grad_() for name in ("q", "k", "v")]
     args = inputs.args | dict(zip(("q", "k", "v"), leaves))
     torch.manual_seed(GENERATOR_SEED)
-    found = torch.autograd.grad(flashtile.attention_with_lse(**args), leaves, [call.dout, call.dlse])
-    assert_gradients(inputs, call, Gradients(*found, None))
+    dq, dk, dv = torch.autograd.grad(flashtile.attention_with_lse(**args), leaves, [call.dout, call.dlse])
+    assert_gradients(inputs, call, Gradients(dq, dk, dv, None))
 
 
 def test_each_replay_of_a_graph_draws_another_seed(device: torch.device) -> None:
@@ -116,7 +116,7 @@ def test_each_replay_of_a_graph_draws_another_seed(device: torch.device) -> None
         out = flashtile.attention(**args)
         return (out, *torch.autograd.grad(out, leaves, dout))
 
-    side = torch.cuda.Stream(device)
+    side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side):
         for _ in range(4):
