@@ -46,21 +46,21 @@ def attend_cache(
     seqlens_k, hint = _lengths(cache_seqlens, capacity, batch, q.device)
     scale, head_dim_v = scale_for(q, scores.softmax_scale), v_cache.shape[-1]
     rows, k_cache, v_cache = readable(q), readable(k_cache), readable(v_cache)
-    with torch.no_grad():
-        if _is_prefill(q, k_cache.shape[2], cu_seqlens_q, max_seqlen_q, num_splits, plan):
-            forward_plan = plan if isinstance(plan, ForwardPlan) else None
+    if _is_prefill(q, k_cache.shape[2], cu_seqlens_q, max_seqlen_q, num_splits, plan):
+        forward_plan = plan if isinstance(plan, ForwardPlan) else None
+        with torch.no_grad():
             out, lse = _prefill(
                 rows, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, hint, scores, scale, forward_plan, want_lse
             )
-        else:
-            decode_plan = plan if isinstance(plan, DecodePlan) else None
-            run = decode_with_lse if want_lse else decode
-            result = run(
-                rows, k_cache, v_cache, seqlens_k, page_table=page_table, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
-                max_seqlen_k=hint, causal=scores.causal, window=window_of(scores.window_size), softcap=scores.softcap, scale=scale,
-                alibi_slopes=scores.alibi_slopes, num_splits=num_splits or None, plan=decode_plan,
-            )  # fmt: skip
-            out, lse = result if isinstance(result, tuple) else (result, None)
+    else:
+        decode_plan = plan if isinstance(plan, DecodePlan) else None
+        run = decode_with_lse if want_lse else decode
+        result = run(
+            rows, k_cache, v_cache, seqlens_k, page_table=page_table, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=hint, causal=scores.causal, window=window_of(scores.window_size), softcap=scores.softcap, scale=scale,
+            alibi_slopes=scores.alibi_slopes, num_splits=num_splits or None, plan=decode_plan,
+        )  # fmt: skip
+        out, lse = result if isinstance(result, tuple) else (result, None)
     return cut(out, head_dim_v), lse
 
 

@@ -18,6 +18,11 @@ def _side(count: int | None) -> int | None:
     return None if count is None or count < 0 else count
 
 
+def count_of(length: int | torch.Tensor) -> int:
+    """A longest length as the planner needs it. FlashAttention takes one in a tensor too, and waits for the device to read it."""
+    return int(length) if isinstance(length, torch.Tensor) else length
+
+
 def scale_for(q: torch.Tensor, softmax_scale: float | None) -> float:
     """The scale that was asked for, or that of q's own head dim, before it is padded."""
     return q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale

@@ -32,7 +32,6 @@ def _get_block_size_n(device: torch.device, head_dim: int, is_dropout: bool, is_
     return plan_forward(facts.with_(band=type(facts.band)(*window)), Device.of(device)).block_n
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _flash_attn_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -48,10 +47,10 @@ def _flash_attn_forward(
 ) -> Forwarded:
     """out and softmax_lse of `flash_attn_func`, and rng_state."""
     window = window_of((window_size_left, window_size_right))
-    return _forward(q, k, v, None, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    result: Forwarded = _forward(q, k, v, None, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    return result
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _flash_attn_varlen_forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -79,10 +78,10 @@ def _flash_attn_varlen_forward(
     check_splits("_flash_attn_varlen_forward", num_splits)
     window = window_of((window_size_left, window_size_right))
     packed = lengths_of_two(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, seqused_k)
-    return _forward(q, k, v, packed, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    result: Forwarded = _forward(q, k, v, packed, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes)
+    return result
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _flash_attn_backward(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -111,7 +110,6 @@ def _flash_attn_backward(
     )  # fmt: skip
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _flash_attn_varlen_backward(
     dout: torch.Tensor,
     q: torch.Tensor,
@@ -139,13 +137,14 @@ def _flash_attn_varlen_backward(
 ) -> None:
     """`_flash_attn_backward` of packed sequences. Every row is written, so ``zero_tensors`` changes nothing."""
     window = window_of((window_size_left, window_size_right))
-    packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    packed = lengths_of_two(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     _backward(
         dout, q, k, v, out, softmax_lse, (dq, dk, dv), packed, dropout_p, softmax_scale, causal, window, softcap, alibi_slopes,
         deterministic, rng_state,
     )  # fmt: skip
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -168,6 +167,7 @@ def _forward(
         return out, lse_of_two(lse), None, seed  # type: ignore[arg-type]  # it was asked for
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _backward(
     dout: torch.Tensor,
     q: torch.Tensor,

@@ -29,7 +29,7 @@ _WHY = {
 def check_supported(function: str, **given: object) -> None:
     """Raises UnsupportedError for the first argument that is given: that is neither None, False nor 0, by which each is left out."""
     for name, value in given.items():
-        if value is None or (isinstance(value, (bool, int)) and not value):
+        if value is None or value is False or (value.__class__ is int and value == 0):
             continue
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else repr(value)
         raise UnsupportedError(message(f"{function}: {name}", "it left out", got, _WHY[name]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flashtile.flash_attn.attend import Packed, Scores, attend
+from flashtile.flash_attn.conventions import count_of
 from flashtile.flash_attn.dense import WithProbs, as_returned
 
 
@@ -43,7 +44,7 @@ def flash_attn_varlen_func(
         softmax_lse: (nheads, total_q) float32, natural logarithm; +inf for a query that sees no key.
     """
     scores = Scores(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, deterministic)
-    packed = lengths_of_two(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table, None)
+    packed = lengths_of_two(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, block_table)
     return as_returned(attend(q, k, v, packed, scores, return_attn_probs))
 
 
@@ -66,7 +67,7 @@ def flash_attn_varlen_kvpacked_func(
     """`flash_attn_varlen_func` with k and v in one tensor: kv (total_k, 2, nheads_k, head_dim)."""
     k, v = kv.unbind(dim=-3)
     scores = Scores(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, deterministic)
-    packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    packed = lengths_of_two(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     return as_returned(attend(q, k, v, packed, scores, return_attn_probs))
 
 
@@ -86,7 +87,7 @@ def flash_attn_varlen_qkvpacked_func(
     """`flash_attn_varlen_func` with all three in one tensor: qkv (total, 3, nheads, head_dim)."""
     q, k, v = qkv.unbind(dim=-3)
     scores = Scores(softmax_scale, causal, window_size, softcap, alibi_slopes, dropout_p, deterministic)
-    packed = Packed(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    packed = lengths_of_two(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     return as_returned(attend(q, k, v, packed, scores, return_attn_probs))
 
 
@@ -95,10 +96,11 @@ def lengths_of_two(
     cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
-    block_table: torch.Tensor | None,
-    seqused_k: torch.Tensor | None,
+    block_table: torch.Tensor | None = None,
+    seqused_k: torch.Tensor | None = None,
 ) -> Packed:
     """FlashAttention-2's arguments of packed sequences: with pages, cu_seqlens_k says how many keys each has, unless seqused_k does."""
+    max_seqlen_q, max_seqlen_k = count_of(max_seqlen_q), count_of(max_seqlen_k)
     if block_table is None:
         return Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, seqused_k)
     lengths = cu_seqlens_k[1:] - cu_seqlens_k[:-1] if seqused_k is None else seqused_k

@@ -6,7 +6,7 @@ import torch
 
 from flashtile.errors import ShapeError, message
 from flashtile.flash_attn.attend import Packed, Scores, attend
-from flashtile.flash_attn.conventions import lse_of_three
+from flashtile.flash_attn.conventions import count_of, lse_of_three
 from flashtile.flash_attn.refusals import check_splits, check_supported
 
 
@@ -143,7 +143,7 @@ def flash_attn_varlen_func(
         sm_margin=sm_margin,
     )
     check_splits("flash_attn_varlen_func", num_splits)
-    packed = Packed(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, None, seqused_k)
+    packed = Packed(cu_seqlens_q, cu_seqlens_k, count_of(max_seqlen_q), count_of(max_seqlen_k), None, seqused_k)
     if seqused_q is not None:
         packed = _with_unused_queries(packed, seqused_q)
     scores = Scores(softmax_scale, causal, window_size, softcap, deterministic=deterministic)

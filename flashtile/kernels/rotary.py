@@ -52,7 +52,7 @@ class RotaryCall(NamedTuple):
     max_seqlen: int
 
 
-class _Kind(NamedTuple):
+class Kind(NamedTuple):
     """What a call's kernel is compiled for."""
 
     dtype: torch.dtype
@@ -165,7 +165,7 @@ def rotate(
     if x.numel() == 0 or (sequences == 0 and out is x):
         return
     pairs = cos.shape[1]
-    kind = _Kind(
+    kind = Kind(
         x.dtype, alignment_of(x, x, x, out), cos.dtype, (cos.data_ptr() | sin.data_ptr()) % 16 == 0,
         None if offsets is None else offsets.dtype, cu_seqlens is not None, x.shape[-1], pairs, _block_m(pairs, max_seqlen),
         interleaved, conjugate, out is x,
@@ -173,7 +173,7 @@ def rotate(
     _runner(kind, x.device)(RotaryCall(x, out, cos, sin, offsets, offset, cu_seqlens, max_seqlen))
 
 
-def rotary_spec(kind: _Kind) -> Spec:
+def rotary_spec(kind: Kind) -> Spec:
     """The kernel for calls of a kind."""
     i32, stride = Arg("i32"), Arg("i64", max(1, kind.alignment // kind.dtype.itemsize))
     rows = RowsView(Arg("*" + _name_of(kind.dtype), kind.alignment), stride, stride, stride)
@@ -196,7 +196,7 @@ def rotary_spec(kind: _Kind) -> Spec:
 
 
 @functools.lru_cache(maxsize=256)
-def _runner(kind: _Kind, device: torch.device) -> Any:
+def _runner(kind: Kind, device: torch.device) -> Any:
     """What runs calls of a kind on a device's current stream."""
     launch: Launch = launcher(rotary_spec(kind), device)
     pointer = pointer_of(rotary_kernel)

@@ -89,8 +89,11 @@ LEFT = "Refused: keys begin where the cache, or the sequence, does."
 STARTS = {
     "cu_seqlens_q": yes(f"{VARLEN}::test_parity"),
     "cu_seqlens_k": yes(f"{VARLEN}::test_parity", "With `block_table` its differences are lengths, as there."),
-    "max_seqlen_q": yes(f"{VARLEN}::test_parity", "Has to be right, as there; what `seqused_q` leaves out counts."),
-    "max_seqlen_k": yes(f"{VARLEN}::test_parity", "A hint without gradients; has to be right with them."),
+    "max_seqlen_q": yes(
+        f"{VARLEN}::test_parity",
+        "Has to be right, as there; what `seqused_q` leaves out counts. A tensor is read, which waits for the device.",
+    ),
+    "max_seqlen_k": yes(f"{VARLEN}::test_parity", "A hint without gradients; has to be right with them. A tensor is read."),
 }
 SCORES = {
     "softmax_scale": yes(f"{DENSE}::test_packed_tensors_are_the_same_call"),

@@ -134,6 +134,16 @@ def test_used_lengths(use_queries: bool, use_keys: bool) -> None:
         at_q, at_k = at_q + length_q, at_k + length_k
 
 
+def test_longest_lengths_in_tensors_are_read() -> None:
+    case = Parity((4, 9), (4, 9), causal=True)
+    tensors = case.tensors()
+    leaves, (starts_q, starts_k, *_) = leaves_of(tensors), starts(tensors, case)
+    expected = flash_attn_varlen_func(*leaves, starts_q, starts_k, 9, 9, causal=True)
+    longest = (starts_q.diff().max(), starts_k.diff().max())
+    for function in (flash_attn_varlen_func, three.flash_attn_varlen_func):
+        assert torch.equal(function(*leaves, starts_q, starts_k, *longest, causal=True), expected)
+
+
 def test_arguments_that_do_not_fit() -> None:
     case = Parity((4, 4), (4, 4))
     tensors = case.tensors()
