@@ -53,6 +53,8 @@ class Point:
 
 
 POINTS = {
+    "sm_80, dropout": Point("sm_80", (128, 32, 8, 3), (128, 128), "mma.sync m16n8k16", {"dropout": True}),
+    "sm_90, dropout": Point("sm_90", (64, 64, 4, 3), (128, 128), "wgmma m64n64k16", ALL | {"dropout": True}),
     "sm_75": Point("sm_75", (64, 32, 8, 1), (64, 64), "", {"dtype_q": "float16"}, copies=False),
     "sm_80, head dim 64": Point("sm_80", (128, 64, 8, 3), (64, 64), "mma.sync m16n8k16", FULL),
     "sm_80, head dim 128": Point("sm_80", (128, 64, 8, 2), (128, 128), "mma.sync m16n8k16"),
@@ -128,11 +130,11 @@ def test_a_tile_compiles_to_what_the_architecture_has(name: str, compiled: dict[
 @pytest.mark.compiles
 @pytest.mark.parametrize("name", POINTS)
 def test_only_the_loop_over_edges_has_masks(name: str, compiled: dict[str, dict[str, Any]]) -> None:
-    """Two loops, each with its products; the second masks neither scores nor loads, but for pages and dims that do not exist."""
+    """Two loops, each with its products; the second masks neither scores nor loads, but for pages, dims that do not exist and dropout."""
     point, facts = POINTS[name], compiled[name]
     edges, whole = facts["selects"]
     assert edges > 0
-    assert whole == bool(point.problem.page_size)
+    assert whole == bool(point.problem.page_size) + point.problem.dropout
     masked_at_edges, masked = facts["masked_loads"]
     assert masked_at_edges > 0
     assert masked == 0 or point.problem.page_size or point.head_dims == (40, 40)
