@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashtile.errors import ShapeError, message
 from flashtile.ops.rotary import rotary
 
 
@@ -51,3 +52,41 @@ def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: boo
     turned = first * cos - second * sin, first * sin + second * cos
     joined = torch.stack(turned, dim=-1).flatten(-2) if interleaved else torch.cat(turned, dim=-1)
     return torch.cat([joined, rest], dim=-1)
+
+
+def apply_rotary_emb_qkv_(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    cos_k: Tensor | None = None,
+    sin_k: Tensor | None = None,
+    interleaved: bool = False,
+    seqlen_offsets: int | Tensor = 0,
+    num_heads_q: int | None = None,
+) -> Tensor:
+    """`apply_rotary_emb` of the queries and keys within one tensor, in place; differentiable in it.
+
+    Args:
+        qkv: (batch, seqlen, 3, heads, dim), or with ``num_heads_q`` (batch, seqlen, num_heads_q + 2 * heads_k, dim).
+        cos_k, sin_k: tables of the keys; those of the queries where None.
+        The rest are those of `apply_rotary_emb`.
+
+    Returns:
+        qkv itself.
+    """
+    if qkv.ndim == 5:
+        q, k = qkv[:, :, 0], qkv[:, :, 1]
+    elif qkv.ndim == 4 and num_heads_q is not None:
+        q, k = qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : (qkv.shape[2] + num_heads_q) // 2]
+    else:
+        wanted = "(batch, seqlen, 3, heads, dim), or (batch, seqlen, heads, dim) beside num_heads_q"
+        raise ShapeError(message("qkv", wanted, f"shape {tuple(qkv.shape)}", "num_heads_q says how many heads are q's."))
+    apply_rotary_emb(q, cos, sin, interleaved, True, seqlen_offsets)
+    apply_rotary_emb(k, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, interleaved, True, seqlen_offsets)
+    return qkv
+
+
+def apply_rotary_emb_kv_(kv: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, seqlen_offsets: int | Tensor = 0) -> Tensor:
+    """`apply_rotary_emb` of the keys within kv (batch, seqlen, 2, heads, dim), in place; differentiable in it. Returns kv itself."""
+    apply_rotary_emb(kv[:, :, 0], cos, sin, interleaved, True, seqlen_offsets)
+    return kv

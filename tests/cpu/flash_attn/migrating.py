@@ -280,10 +280,13 @@ GROUPS = (
     Group(
         "Rotary embeddings",
         ROTARY,
-        ("apply_rotary_emb",),
-        "Like x. Twice differentiable in x; there once. `apply_rotary_emb_func` and `apply_rotary_emb_torch` are here as well.",
+        tuple(signatures.SIGNATURES[ROTARY]),
+        "A tensor like x, or the packed one itself. Twice differentiable; there once. `apply_rotary_emb_func` and `apply_rotary_emb_torch` "
+        "are here as well.",
         {
             "x": yes("test_rotary.py::test_dense"),
+            **{name: yes("test_rotary.py::test_within_packed_tensors", "Written in place.") for name in ("qkv", "kv")},
+            **{name: yes("test_rotary.py::test_within_packed_tensors") for name in ("cos_k", "sin_k", "num_heads_q")},
             **{
                 name: yes("test_rotary.py::test_dense", "float32 beside 16-bit x too. A gradient is refused; there it is None.")
                 for name in ("cos", "sin")

@@ -67,6 +67,8 @@ SIGNATURES: dict[str, dict[str, str]] = {
     },
     "flashtile.flash_attn.layers.rotary": {
         "apply_rotary_emb": "x, cos, sin, interleaved=False, inplace=False, seqlen_offsets=0, cu_seqlens=None, max_seqlen=None",
+        "apply_rotary_emb_qkv_": ("qkv, cos, sin, cos_k=None, sin_k=None, interleaved=False, seqlen_offsets=0, num_heads_q=None"),
+        "apply_rotary_emb_kv_": "kv, cos, sin, interleaved=False, seqlen_offsets=0",
     },
 }
 

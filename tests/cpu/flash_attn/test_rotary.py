@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from flashtile.errors import ArgumentError, AttentionError, DtypeError, ShapeError, UnsupportedError
-from flashtile.flash_attn.layers.rotary import apply_rotary_emb, apply_rotary_emb_func, apply_rotary_emb_torch
+from flashtile.flash_attn.layers.rotary import (
+    apply_rotary_emb,
+    apply_rotary_emb_func,
+    apply_rotary_emb_kv_,
+    apply_rotary_emb_qkv_,
+    apply_rotary_emb_torch,
+)
 from flashtile.kernels import cpu_rotary
 from flashtile.testing.pairwise import pairwise
 from flashtile.testing.poison import nan_like
@@ -170,3 +176,28 @@ def test_wrong_arguments(change: dict[str, Any], error: type[AttentionError], ma
     args: dict[str, Any] = {"x": torch.zeros(1, 4, 2, 16), "cos": torch.zeros(4, 8), "sin": torch.zeros(4, 8)}
     with pytest.raises(error, match=match):
         apply_rotary_emb(**args | change)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("form", ["three", "grouped", "kv"])
+def test_within_packed_tensors(form: str, interleaved: bool) -> None:
+    (cos, sin), (cos_k, sin_k) = tables(8), (-tables(8)[0], tables(8)[1])
+    shape = {"three": (2, 7, 3, 4, 24), "grouped": (2, 7, 8, 24), "kv": (2, 7, 2, 4, 24)}[form]
+    leaf, dout = torch.randn(shape, requires_grad=True), torch.randn(shape)
+    given = leaf * 1.0
+    if form == "kv":
+        out = apply_rotary_emb_kv_(given, cos, sin, interleaved)
+        k, v = leaf.unbind(2)
+        expected = torch.stack([apply_rotary_emb_torch(k, cos[:7], sin[:7], interleaved), v], dim=2)
+    else:
+        heads = {} if form == "three" else {"num_heads_q": 4}
+        out = apply_rotary_emb_qkv_(given, cos, sin, cos_k, sin_k, interleaved, **heads)
+        q, k, v = leaf.unbind(2) if form == "three" else leaf.split([4, 2, 2], dim=2)
+        q, k = apply_rotary_emb_torch(q, cos[:7], sin[:7], interleaved), apply_rotary_emb_torch(k, cos_k[:7], sin_k[:7], interleaved)
+        expected = torch.stack([q, k, v], dim=2) if form == "three" else torch.cat([q, k, v], dim=2)
+    assert out is given
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+    (grad,), (expected_grad,) = (torch.autograd.grad(result, leaf, dout) for result in (out, expected))
+    torch.testing.assert_close(grad, expected_grad, atol=1e-6, rtol=1e-6)
+    with pytest.raises(ShapeError, match="num_heads_q"):
+        apply_rotary_emb_qkv_(torch.zeros(2, 7, 8, 24), cos, sin)
