@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,10 @@ import flashtile.flash_attn_interface as three
 from flashtile.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
 from flashtile.flash_attn import flash_attn_with_kvcache
 from flashtile.flash_attn.cache import DECODE_ROWS, prefers_attention
+from flashtile.planner.choose import plan_decode, plan_forward
+from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan, ForwardPlan
+from flashtile.problem import Problem
 from flashtile.testing.pairwise import pairwise
 from flashtile.testing.parity import Parity
 from flashtile.testing.parity_cache import Layout, assert_cache_parity, placed
@@ -102,6 +106,33 @@ def test_plans_made_ahead_are_obeyed(queries: int) -> None:
         three.flash_attn_with_kvcache(tensors["q"], tensors["k"], tensors["v"], scheduler_metadata=odd)
     with pytest.raises(ArgumentError, match="scheduler_metadata"):
         three.flash_attn_with_kvcache(tensors["q"], tensors["k"], tensors["v"], scheduler_metadata=given["cache_seqlens"])
+
+
+@pytest.mark.parametrize("queries", [1, 4, 700])
+@pytest.mark.parametrize("layout", ["lengths", 16])
+def test_plans_made_ahead_are_those_of_the_call(queries: int, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an H200, where plans differ more than on a CPU."""
+    h200 = Device.named("h200")
+    monkeypatch.setattr("flashtile.flash_attn_interface.caches.Device", SimpleNamespace(of=lambda tensor: h200))
+    q, k, v = torch.zeros(8, queries, 32, 128), torch.zeros(8, 1024, 8, 128), torch.zeros(8, 1024, 8, 72)
+    lengths, table = torch.ones(8, dtype=torch.int32), None
+    if layout == 16:
+        k, v = (x.view(512, 16, 8, x.shape[-1]) for x in (k, v))
+        table = torch.zeros(8, 64, dtype=torch.int32)
+    q, k, v = (x.to(torch.float16) for x in (q, k, v))
+    args: dict[str, Any] = {"causal": True, "softcap": 20.0}
+    if queries < 700:
+        expected: Any = plan_decode(Problem.decode(q, k, v, lengths, page_table=table, window=(300, 0), **args), h200)
+    else:
+        table = torch.zeros(8, 1, dtype=torch.int32) if table is None else table
+        starts = torch.zeros(9, dtype=torch.int32)
+        paged = {"page_table": table, "seqused_k": lengths, "window": (300, 0), "lse": True}
+        expected = plan_forward(Problem.forward(q.flatten(0, 1), k, v, starts, None, queries, **paged, **args), h200)
+    page_size = 16 if layout == 16 else None
+    plan = three.get_scheduler_metadata(
+        8, queries, 1024, 32, 8, 128, lengths, torch.float16, 72, page_size=page_size, causal=True, window_size=(300, 0), has_softcap=True
+    )
+    assert plan == expected
 
 
 def test_plans_know_splits_and_pages() -> None:
