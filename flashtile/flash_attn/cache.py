@@ -1,7 +1,7 @@
 """Attention over a key-value cache for both generations of ``flash_attn_with_kvcache``, by `decode` or by attention over pages.
 
-Queries that fit one tile of `decode` go there. Longer ones go where more of the GPU has work: attention has a program for each
-tile of one head's queries and reads keys once for each; `decode` can also split the keys.
+`decode` packs the heads that share keys and can split the keys; attention has a program for each tile of one head's queries, which it
+computes faster. So many queries are attention's, once its tiles give half of the GPU work.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan, ForwardPlan
 
 DECODE_ROWS = 128  # packed rows (query, head of the group) of decode's tallest tile
-_FORWARD_ROWS = 128  # queries of one head that a program of attention holds
+FORWARD_ROWS = 128  # queries of one head that a program of attention holds
+_BUSY_SHARE = 2  # attention's tiles for one of so many SMs are enough: on an H200 the two predicted times cross there, give or take 20%
 
 
 def attend_cache(
@@ -46,7 +47,7 @@ def attend_cache(
     seqlens_k, hint = _lengths(cache_seqlens, capacity, batch, q.device)
     scale, head_dim_v = scale_for(q, scores.softmax_scale), v_cache.shape[-1]
     rows, k_cache, v_cache = readable(q), readable(k_cache), readable(v_cache)
-    if _is_prefill(q, k_cache.shape[2], cu_seqlens_q, max_seqlen_q, num_splits, plan):
+    if _is_prefill(q, cu_seqlens_q, max_seqlen_q, num_splits, plan):
         forward_plan = plan if isinstance(plan, ForwardPlan) else None
         with torch.no_grad():
             out, lse = _prefill(
@@ -64,17 +65,13 @@ def attend_cache(
     return cut(out, head_dim_v), lse
 
 
-def prefers_attention(seqlen_q: int, group: int, units: int, num_sms: int) -> bool:
-    """Whether so many queries of a sequence are better served by attention than by decode.
-
-    ``units`` is sequences x query heads. Attention is given what decode would need several tiles for, if it has a program for each SM.
-    """
-    return seqlen_q * group > DECODE_ROWS and units * -(-seqlen_q // _FORWARD_ROWS) >= num_sms
+def prefers_attention(seqlen_q: int, units: int, num_sms: int) -> bool:
+    """Whether so many queries a sequence are better served by attention than by decode; ``units`` is sequences x query heads."""
+    return seqlen_q >= FORWARD_ROWS and _BUSY_SHARE * units * -(-seqlen_q // FORWARD_ROWS) >= num_sms
 
 
 def _is_prefill(
     q: torch.Tensor,
-    heads_kv: int,
     cu_seqlens_q: torch.Tensor | None,
     max_seqlen_q: int | None,
     num_splits: int,
@@ -82,12 +79,11 @@ def _is_prefill(
 ) -> bool:
     if plan is not None or num_splits > 1:
         return isinstance(plan, ForwardPlan)
-    heads, group = q.shape[-2], q.shape[-2] // max(1, heads_kv)
     if cu_seqlens_q is None:
         batch, seqlen_q = q.shape[0], q.shape[1]
     else:
         batch, seqlen_q = cu_seqlens_q.shape[0] - 1, max_seqlen_q or 0
-    return seqlen_q * group > DECODE_ROWS and prefers_attention(seqlen_q, group, batch * heads, _num_sms(q.device))
+    return seqlen_q >= FORWARD_ROWS and prefers_attention(seqlen_q, batch * q.shape[-2], _num_sms(q.device))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -123,9 +123,9 @@ def get_scheduler_metadata(
         attention_chunk=attention_chunk, sm_margin=sm_margin,
     )  # fmt: skip
     device = Device.of(cache_seqlens)
-    packed, group = cu_seqlens_q is not None, num_heads_q // max(1, num_heads_kv)
+    packed = cu_seqlens_q is not None
     dim, dim_v = headdim + -headdim % 8, headdim if headdim_v is None else headdim_v
-    whole = num_splits <= 1 and prefers_attention(max_seqlen_q, group, batch_size * num_heads_q, device.num_sms)
+    whole = num_splits <= 1 and prefers_attention(max_seqlen_q, batch_size * num_heads_q, device.num_sms)
     queries = query_bucket(max_seqlen_q) if packed or whole else max_seqlen_q
     facts = Problem(
         batch=batch_size, seqlen_q=queries, total_q=batch_size * queries, seqlen_k=length_bucket(max_seqlen_k), num_heads_q=num_heads_q,

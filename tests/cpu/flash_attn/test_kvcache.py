@@ -12,7 +12,7 @@ import torch
 import flashtile.flash_attn_interface as three
 from flashtile.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
 from flashtile.flash_attn import flash_attn_with_kvcache
-from flashtile.flash_attn.cache import DECODE_ROWS, prefers_attention
+from flashtile.flash_attn.cache import FORWARD_ROWS, prefers_attention
 from flashtile.planner.choose import plan_decode, plan_forward
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan, ForwardPlan
@@ -143,10 +143,10 @@ def test_plans_know_splits_and_pages() -> None:
 
 def test_many_queries_go_where_the_device_has_work_for_them() -> None:
     sms = 132
-    assert not prefers_attention(1, 128, 64 * 128, sms)
-    assert not prefers_attention(DECODE_ROWS // 8, 8, 10_000, sms)
-    assert prefers_attention(4096, 4, 32, sms)
-    assert not prefers_attention(64, 4, 32, sms), "a program for each of 32 tiles leaves 100 SMs idle: decode splits the keys"
+    assert not prefers_attention(1, 64 * 128, sms)
+    assert not prefers_attention(FORWARD_ROWS - 1, 10_000, sms)
+    assert prefers_attention(4096, 32, sms)
+    assert not prefers_attention(128, 32, sms), "a program for each of 32 tiles leaves 100 SMs idle: decode splits the keys"
 
 
 @pytest.mark.parametrize("name", ["k", "v", "rotary_cos", "rotary_sin", "cache_leftpad"])
