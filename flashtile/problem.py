@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from flashtile.arguments import (
     check_cache,
+    check_cache_dtype,
     check_dropout,
     check_heads,
     check_hint,
     check_keys,
+    check_kv_scales,
     check_lengths,
     check_out,
     check_out_dtype,
@@ -31,7 +33,8 @@ from flashtile.rounding import alignment_of, length_bucket, query_bucket
 if TYPE_CHECKING:
     import torch
 
-DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float8_e4m3fn": 1, "int8": 1}
+QUANTISED = ("float8_e4m3fn", "int8")  # of keys and values alone: what is stored times a scale
 MAX_HEAD_DIM = 256
 
 
@@ -44,6 +47,8 @@ class Problem:
 
     ``seqlen_k`` is the most keys that a sequence may have; ``page_size`` is 0 for a contiguous cache; ``alignment`` is
     the largest power of two, at most 16, that divides every pointer and stride of q, k, v and a given out, in bytes.
+    ``k_scales`` says what quantised keys have a scale for each of, "tensor", "head" or "sequence" (and head), or "none"; ``v_scales``
+    says it of values.
     ``deterministic`` asks for the same bits each time, of the gradients of a backward problem; other results never vary.
     ``Problem.decode`` rounds ``seqlen_k`` up, and with ``ragged_q`` also ``seqlen_q`` and ``total_q``; ``Problem.forward``
     rounds all three. So neighbouring calls share one plan: kernels take the real sizes from the call's tensors.
@@ -73,7 +78,8 @@ class Problem:
     ragged_k: bool = False
     seqused_k: bool = False
     alignment: int = 16
-    kv_scales: str = "none"
+    k_scales: str = "none"
+    v_scales: str = "none"
     allow_tf32: bool = False
     deterministic: bool = False
 
@@ -118,6 +124,11 @@ class Problem:
         return self.units * self.keys_read * per_key
 
     @property
+    def quantised(self) -> bool:
+        """Whether keys and values are stored in one byte an element."""
+        return self.dtype_k in QUANTISED
+
+    @property
     def flops(self) -> int:
         """Multiplications and additions of both matrix products, over visible keys at most."""
         return 2 * self.total_q * self.num_heads_q * self.keys_read * (self.head_dim + self.head_dim_v)
@@ -152,6 +163,8 @@ class Problem:
         scale: float | None = None,
         sinks: torch.Tensor | None = None,
         alibi_slopes: torch.Tensor | None = None,
+        k_scale: torch.Tensor | None = None,
+        v_scale: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
         lse: bool = False,
@@ -161,13 +174,15 @@ class Problem:
         import torch
 
         check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, seqlens_k=seqlens_k, page_table=page_table,
-                       cu_seqlens_q=cu_seqlens_q, sinks=sinks, alibi_slopes=alibi_slopes, out=out)  # fmt: skip
+                       cu_seqlens_q=cu_seqlens_q, sinks=sinks, alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale,
+                       out=out)  # fmt: skip
         ragged = cu_seqlens_q is not None
         batch = check_lengths(seqlens_k)
         _, total_q, seqlen_q, heads_q, head_dim = check_queries(q, cu_seqlens_q, max_seqlen_q, batch)
         heads_kv, head_dim_v, page_size, capacity = check_cache(k_cache, v_cache, page_table, batch)
         check_heads(heads_q, heads_kv, head_dim, k_cache=k_cache)
-        check_same_dtype(q, k_cache=k_cache, v_cache=v_cache)
+        check_cache_dtype(q, k_cache, v_cache)
+        k_scales, v_scales = check_kv_scales(k_cache, heads_kv, batch, k_scale=k_scale, v_scale=v_scale)
         dtype_out = check_out_dtype(q, out, out_dtype)
         check_out(out, (*q.shape[:-1], head_dim_v), dtype_out)
         check_scores(heads_q, batch, causal, softcap, scale, sinks, alibi_slopes, allow_tf32)
@@ -177,7 +192,8 @@ class Problem:
             seqlen_q=query_bucket(seqlen_q) if ragged else seqlen_q, total_q=query_bucket(total_q) if ragged else total_q,
             seqlen_k=length_bucket(planned),
             num_heads_q=heads_q, num_heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v,
-            dtype_q=_name_of(q.dtype), dtype_out=_name_of(dtype_out),
+            dtype_q=_name_of(q.dtype), dtype_k=_name_of(k_cache.dtype), dtype_out=_name_of(dtype_out),
+            k_scales=k_scales, v_scales=v_scales,
             band=Band.of(causal, window), softcap=softcap != 0.0, alibi=alibi_slopes is not None,
             sinks=sinks is not None, lse=lse, page_size=page_size, ragged_q=ragged,
             alignment=alignment_of(q, k_cache, v_cache, out), allow_tf32=allow_tf32 and q.dtype == torch.float32,
@@ -264,7 +280,8 @@ def _check_numbers(p: Problem) -> None:
             fix = longer if value > MAX_HEAD_DIM else "Pad the heads with zeros to a multiple of 8."
             raise ShapeError(message(name, f"a multiple of 8 from 8 to {MAX_HEAD_DIM}", value, fix))
     for name in ("dtype_q", "dtype_k", "dtype_v", "dtype_out"):
-        if getattr(p, name) not in DTYPE_BYTES:
-            raise DtypeError(message(name, f"one of {sorted(DTYPE_BYTES)}", getattr(p, name), "Cast the tensor first."))
+        able = [dtype for dtype in DTYPE_BYTES if name in ("dtype_k", "dtype_v") or dtype not in QUANTISED]
+        if getattr(p, name) not in able:
+            raise DtypeError(message(name, f"one of {sorted(able)}", getattr(p, name), "Cast the tensor first."))
     if p.alignment not in (1, 2, 4, 8, 16):
         raise ArgumentError(message("alignment", "1, 2, 4, 8 or 16 bytes", p.alignment, "Use 16 for tensors as torch allocates them."))

@@ -90,6 +90,8 @@ def forward(
     scale: float | None = None,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
@@ -98,7 +100,8 @@ def forward(
 
     Takes the arguments of either, and any mixture: q is packed where ``cu_seqlens_q`` is given, k and v where
     ``cu_seqlens_k`` is, and they are pages where ``page_table`` is. ``max_seqlen_q`` and ``max_seqlen_k`` are what a planner
-    needs to know; they change no result here or there. ``seed`` (2,) int64 says which entries ``dropout_p`` drops: it is what
+    needs to know; they change no result here or there. ``k_scale`` and ``v_scale``, of one element, (hk,) or (b, hk), multiply what
+    k and v hold. ``seed`` (2,) int64 says which entries ``dropout_p`` drops: it is what
     ``flashtile.attention`` draws from torch's generator.
     Returns out (like q, with the value's head_dim) and lse (b, hq, seqlen_q) or (hq, total_q), both in ``dtype``.
     """
@@ -117,6 +120,7 @@ def forward(
     for i in range(batch):
         here = slice(starts[i], max(starts[i], starts[i + 1]))
         k_i, v_i, key_mask = _keys_of(i, k, v, cu_seqlens_k, page_table, seqused_k)
+        k_i, v_i = _scaled(k_i, k_scale, i, batch, dtype), _scaled(v_i, v_scale, i, batch, dtype)
         slopes = alibi_slopes[i] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes
         for kv_heads, q_heads in _head_slices(heads_q, k_i, here.stop - here.start):
             keep: torch.Tensor | None = None
@@ -193,11 +197,20 @@ def _keys_of(
     key_mask = exists.repeat_interleave(page_size)[:seqlen_k]
 
     def gather(pages: torch.Tensor) -> torch.Tensor:
+        pages = pages.double() if pages.itemsize == 1 else pages  # torch gathers no float8
         found = pages.new_zeros((len(ids), *pages.shape[1:]))
         found[exists] = pages[ids[exists]]
         return found.flatten(0, 1)[None, :seqlen_k]
 
     return gather(k), gather(v), key_mask[None]
+
+
+def _scaled(keys: torch.Tensor, scale: torch.Tensor | None, i: int, batch: int, dtype: torch.dtype) -> torch.Tensor:
+    """Sequence i's keys or values (1, seqlen_k, hk, d), times their scale."""
+    if scale is None:
+        return keys
+    by_head = scale.to(dtype).expand(batch, keys.shape[2])
+    return keys.to(dtype) * by_head[i, :, None]
 
 
 def _clamped(value: int, least: int, most: int) -> int:

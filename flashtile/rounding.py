@@ -27,18 +27,19 @@ def query_bucket(length: int) -> int:
 def alignment_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None) -> int:
     """The largest power of two, at most 16, that divides every address and outer stride in bytes.
 
-    0 where a last dimension is not contiguous: such tensors have no kernel. All have rank 3 or 4, k and v the same one, and
-    q, k and v one dtype.
+    0 where a last dimension is not contiguous: such tensors have no kernel. All have rank 3 or 4, k and v the same one; k and v
+    have one dtype.
     """
     strides_q, strides_k, strides_v = q.stride(), k.stride(), v.stride()
     if not strides_q[-1] == strides_k[-1] == strides_v[-1] == 1:
         return 0
-    strides = strides_k[0] | strides_k[1] | strides_v[0] | strides_v[1] | strides_q[0] | strides_q[1]
+    strides = strides_k[0] | strides_k[1] | strides_v[0] | strides_v[1]
     if len(strides_k) == 4:
         strides |= strides_k[2] | strides_v[2]
+    own_strides = strides_q[0] | strides_q[1]
     if len(strides_q) == 4:
-        strides |= strides_q[2]
-    bits = strides * q.element_size() | q.data_ptr() | k.data_ptr() | v.data_ptr() | 16
+        own_strides |= strides_q[2]
+    bits = strides * k.element_size() | own_strides * q.element_size() | q.data_ptr() | k.data_ptr() | v.data_ptr() | 16
     if out is not None:
         *outer, last = out.stride()
         if last != 1:

@@ -30,6 +30,8 @@ def decode(
     scale: float | None = None,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     block_m: int | None = None,
@@ -48,9 +50,10 @@ def decode(
         q: (batch, seqlen_q, num_heads_q, head_dim), or with ``cu_seqlens_q`` packed (total_q, num_heads_q, head_dim);
             float16, bfloat16 or float32; head_dim a multiple of 8 up to 256. Any strides with a contiguous last dimension.
         k_cache: (batch, capacity, num_heads_kv, head_dim), or with ``page_table`` (num_pages, page_size, num_heads_kv,
-            head_dim); q's dtype and device. num_heads_q is a multiple of num_heads_kv. A cache in
+            head_dim); q's device, and q's dtype, or beside a 16-bit q float8_e4m3fn or int8. num_heads_q is a multiple of
+            num_heads_kv. A cache in
             (batch, num_heads_kv, capacity, head_dim) order is passed as ``cache.transpose(1, 2)``; nothing is copied.
-        v_cache: like k_cache, with a last dimension (head_dim_v) of its own.
+        v_cache: like k_cache, dtype included, with a last dimension (head_dim_v) of its own.
         seqlens_k: (batch,) int32: the keys of each sequence, the new ones included. Clamped on the device to what the
             cache holds: ``capacity``, or ``max_pages * page_size``.
         page_table: (batch, max_pages) int32: the pages of each sequence in order. Entries past a sequence's end are
@@ -65,6 +68,9 @@ def decode(
         scale: by default ``head_dim ** -0.5``.
         sinks: (num_heads_q,) float32: a logit per head, in natural-log units, that joins the softmax's denominator once.
         alibi_slopes: (num_heads_q,) or (batch, num_heads_q) float32.
+        k_scale: what a key of a quantised cache is, over what is stored: float32 of one element, (num_heads_kv,), or
+            (batch, num_heads_kv), on the device. Any number; 1 where None.
+        v_scale: the same for values.
         out: where to write, (*q.shape[:-1], head_dim_v); allocated where None. Returned.
         out_dtype: q's dtype (default, or out's) or float32 for partial results that `merge` folds.
         block_m: the query tile, 1, 8, 16, 32, 64 or 128 rows of (query, head of a group); the planner's choice where None.
@@ -86,7 +92,7 @@ def decode(
     run = _decode_traced if torch.compiler.is_compiling() else ops.decode.decode
     return run(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale,
-        sinks, alibi_slopes, out, out_dtype, block_m, num_splits, plan, allow_tf32, False,
+        sinks, alibi_slopes, k_scale, v_scale, out, out_dtype, block_m, num_splits, plan, allow_tf32, False,
     )[0]  # fmt: skip
 
 
@@ -106,6 +112,8 @@ def decode_with_lse(
     scale: float | None = None,
     sinks: torch.Tensor | None = None,
     alibi_slopes: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     block_m: int | None = None,
@@ -125,7 +133,7 @@ def decode_with_lse(
     run = _decode_traced if torch.compiler.is_compiling() else ops.decode.decode
     return run(  # type: ignore[return-value]
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale,
-        sinks, alibi_slopes, out, out_dtype, block_m, num_splits, plan, allow_tf32, True,
+        sinks, alibi_slopes, k_scale, v_scale, out, out_dtype, block_m, num_splits, plan, allow_tf32, True,
     )  # fmt: skip
 
 
@@ -144,6 +152,8 @@ def _decode_traced(
     scale: float | None,
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
     out: torch.Tensor | None,
     out_dtype: torch.dtype | None,
     block_m: int | None,
@@ -158,6 +168,6 @@ def _decode_traced(
         out_dtype = out.dtype
     result, lse = torch.ops.flashtile.decode(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, left, right, softcap, scale,
-        sinks, alibi_slopes, out_dtype, block_m, num_splits, text_of(plan, DecodePlan), allow_tf32, want_lse,
+        sinks, alibi_slopes, k_scale, v_scale, out_dtype, block_m, num_splits, text_of(plan, DecodePlan), allow_tf32, want_lse,
     )  # fmt: skip
     return (result if out is None else copied(result, out)), lse

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from flashtile.arguments.gradients import check_differentiable, check_no_out, needs_gradient
 from flashtile.arguments.keys import check_cache, check_heads, check_hint, check_keys, check_lengths
+from flashtile.arguments.quantised import check_cache_dtype, check_kv_scales
 from flashtile.arguments.queries import check_queries, check_varlen
 from flashtile.arguments.tensors import check_out, check_out_dtype, check_same_dtype, check_tensors
 from flashtile.arguments.values import check_bool, check_dropout, check_number, check_scores, is_int
@@ -14,11 +15,13 @@ from flashtile.arguments.values import check_bool, check_dropout, check_number, 
 __all__ = [
     "check_bool",
     "check_cache",
+    "check_cache_dtype",
     "check_differentiable",
     "check_dropout",
     "check_heads",
     "check_hint",
     "check_keys",
+    "check_kv_scales",
     "check_lengths",
     "check_no_out",
     "check_number",

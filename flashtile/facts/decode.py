@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flashtile.facts.features import Key, out_has_a_key, vector_facts, window_facts
+from flashtile.facts.features import Key, out_has_a_key, scale_facts, vector_facts, window_facts
 from flashtile.planner.plans import DecodePlan
 from flashtile.rounding import alignment_of, length_bucket, query_bucket
 
@@ -23,6 +23,8 @@ def decode_key(
     softcap: float,
     sinks: torch.Tensor | None,
     alibi_slopes: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
     out: torch.Tensor | None,
     out_dtype: torch.dtype | None,
     block_m: int | None,
@@ -33,12 +35,12 @@ def decode_key(
 ) -> Key | None:
     """The key of one call, in about 2 us of host time; None where the call is wrong or so rare that it is checked each time."""
     try:
-        shape_q, dtype, device = q.shape, q.dtype, q.device
+        shape_q, dtype, device, dtype_kv = q.shape, q.dtype, q.device, k_cache.dtype
         stored, size, heads_kv, head_dim = k_cache.shape
         stored_v, size_v, heads_v, head_dim_v = v_cache.shape
         if (
             stored_v != stored or size_v != size or heads_v != heads_kv
-            or k_cache.dtype is not dtype or v_cache.dtype is not dtype or seqlens_k.dtype is not torch.int32
+            or v_cache.dtype is not dtype_kv or seqlens_k.dtype is not torch.int32
             or k_cache.device != device or v_cache.device != device or seqlens_k.device != device
             or causal.__class__ is not bool or allow_tf32.__class__ is not bool
             or not seqlens_k.is_contiguous()
@@ -90,6 +92,8 @@ def decode_key(
         if sinks is not None or alibi_slopes is not None:
             per_head = (vector_facts(sinks, device), vector_facts(alibi_slopes, device))
 
+        scales = scale_facts(k_scale, v_scale, device)
+
         dtype_out = out_dtype
         if out is not None:
             if not out_has_a_key(out, shape_q, head_dim_v, device):
@@ -105,8 +109,8 @@ def decode_key(
         # Not tensors, ranks that cannot be, layouts without strides: the checks of Problem.decode say what is wrong.
         return None
     return (
-        queries, dtype, device, stored, page_size, length_bucket(seqlen_k), heads_kv, head_dim, head_dim_v, alignment,
-        seqlens_k.shape, table_rows, packed, causal, window, softcap != 0.0, per_head, dtype_out, chosen, allow_tf32, lse,
+        queries, dtype, dtype_kv, device, stored, page_size, length_bucket(seqlen_k), heads_kv, head_dim, head_dim_v, alignment,
+        seqlens_k.shape, table_rows, packed, causal, window, softcap != 0.0, per_head, scales, dtype_out, chosen, allow_tf32, lse,
     )  # fmt: skip
 
 

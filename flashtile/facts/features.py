@@ -16,6 +16,18 @@ def vector_facts(vector: torch.Tensor | None, device: torch.device) -> Key | Non
     return (vector.shape, vector.dtype, vector.stride(-1))
 
 
+def scale_facts(k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, device: torch.device) -> Key | None:
+    """What is known of a quantised cache's scales, None without any; raises ValueError where they can have no key."""
+    if k_scale is None and v_scale is None:
+        return None
+    facts: Key = ()
+    for scale in (k_scale, v_scale):
+        if scale is not None and scale.device != device:
+            raise ValueError("a scale on another device has no key")
+        facts += (None,) if scale is None else (scale.shape, scale.dtype)
+    return facts
+
+
 def window_facts(window: tuple[int | None, int | None]) -> tuple[int | None, int | None]:
     """The two sides; raises ValueError or TypeError unless each is an int or None."""
     left, right = window

@@ -23,6 +23,8 @@ class DecodeCall(NamedTuple):
     lse          float32 (b, hq, seqlen_q), or (hq, total_q) where packed; written; None if not wanted
     scale        multiplies q.k
     softcap      0.0 where off
+    k_scale      (), (1,), (1, 1), (hk,) or (b, hk) float32, any strides: a quantised key over what is stored; None for 1
+    v_scale      the same for values
     """
 
     q: torch.Tensor
@@ -37,6 +39,8 @@ class DecodeCall(NamedTuple):
     lse: torch.Tensor | None
     scale: float
     softcap: float
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
 
 DecodeRunner = Callable[[DecodeCall], None]
@@ -130,3 +134,51 @@ class BackwardCall(NamedTuple):
 
 
 BackwardRunner = Callable[[BackwardCall], None]
+
+
+class AppendCall(NamedTuple):
+    """Tensors of one append (``b`` sequences, ``hq`` query heads, ``hk`` key heads).
+
+    k                (b, seqlen_new, hk, d), or (total_new, hk, d) where cu_seqlens_k_new is given
+    v                the same with dv
+    k_cache          (b, capacity, hk, d), or (pages, page_size, hk, d) where page_table is given; written
+    v_cache          the same with dv; written
+    seqlens          (b,) int32: the keys of each sequence so far, clamped on the device to [0, capacity]
+    page_table       (b, max_pages) int32 or None; keys on pages outside [0, pages) are not written
+    cu_seqlens_k_new (b + 1,) int32 or None
+    q                (b, seqlen_q, hq, d), or (total_q, hq, d) where cu_seqlens_q is given; None where it is not turned
+    cu_seqlens_q     (b + 1,) int32 or None
+    cos, sin         (positions, pairs), contiguous; None where nothing is turned
+    positions        (b,) int32: where each sequence's first new token stands; None for seqlens
+    new_seqlens      (b,) int32, written: the keys of each sequence from now on
+    turned_q         like q, written; None where q is not turned
+    interleaved      pairs are neighbours, elements 2 i and 2 i + 1; else i and i + pairs
+    queries_advance  query i stands at position i from the first; else all at the first
+    """
+
+    k: torch.Tensor
+    v: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    seqlens: torch.Tensor
+    page_table: torch.Tensor | None
+    cu_seqlens_k_new: torch.Tensor | None
+    q: torch.Tensor | None
+    cu_seqlens_q: torch.Tensor | None
+    cos: torch.Tensor | None
+    sin: torch.Tensor | None
+    positions: torch.Tensor | None
+    new_seqlens: torch.Tensor
+    turned_q: torch.Tensor | None
+    interleaved: bool
+    queries_advance: bool
+
+    @property
+    def out(self) -> torch.Tensor:
+        """The first result, as calls of every operation have one."""
+        return self.new_seqlens
+
+    @property
+    def lse(self) -> torch.Tensor | None:
+        """The second result, where there is one."""
+        return self.turned_q

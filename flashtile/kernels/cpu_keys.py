@@ -96,13 +96,14 @@ class KeyReader:
         first_page = start // self._page_size
         ids = self._ids[:, first_page : -(-stop // self._page_size)]
         block = self._buffer(name, (ids.numel(), *cache.shape[1:]), cache.dtype)
-        torch.index_select(cache, 0, ids.reshape(-1), out=block)
+        bits = torch.uint8 if cache.itemsize == 1 else cache.dtype  # torch gathers no float8
+        torch.index_select(cache.view(bits), 0, ids.reshape(-1), out=block.view(bits))
         keys = block.view(ids.shape[0], -1, *cache.shape[2:])
         first_key = start - first_page * self._page_size
         keys = keys[:, first_key : first_key + stop - start]
         if self.key_mask is not None:
             # A page that does not exist was read as some other: its keys are masked, and its NaN must not count.
-            keys.masked_fill_(~self.key_mask[:, start:stop, None, None], 0.0)
+            keys.view(bits).masked_fill_(~self.key_mask[:, start:stop, None, None], 0)
         return keys
 
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

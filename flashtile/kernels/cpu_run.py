@@ -149,6 +149,8 @@ def _attend_rows(
     batch, num_positions, heads_kv, group, head_dim = q.shape
     rows = q.transpose(1, 2).reshape(batch, heads_kv, num_positions * group, head_dim)
     rows = rows.float() if reader.through_float32 else rows
+    k_scale, v_scale = (_scale_of(scale, run, heads_kv) for scale in _scales_of(call))
+    rows = rows if k_scale is None else rows * k_scale
     offset = run.seqlen_k - run.seqlen_q
     slopes = call.alibi_slopes
     slopes = slopes[run.first : run.stop] if slopes is not None and slopes.ndim == 2 else slopes
@@ -166,8 +168,21 @@ def _attend_rows(
             factors = None if dropout is None else dropout.factors(start, stop)
             attend(rows, k, v, mask.block(start, stop) if segment.masked else None, call.scale, call.softcap, partials, factors)
     out, lse = partials.merged((batch, heads_kv, num_positions * group, call.out.shape[-1]))
+    out = out if v_scale is None else out * v_scale
     # (hk, rows): rows are (position, head of the group)
     return (out, lse) if call.sinks is None else join_sinks(out, lse, call.sinks.view(-1, group).repeat(1, num_positions))
+
+
+def _scales_of(call: DecodeCall | ForwardCall) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    return (call.k_scale, call.v_scale) if isinstance(call, DecodeCall) else (None, None)
+
+
+def _scale_of(scale: torch.Tensor | None, run: Run, heads_kv: int) -> torch.Tensor | None:
+    """What keys or values of a run's sequences are multiplied by, (1 or batch, hk, 1, 1)."""
+    if scale is None:
+        return None
+    by_sequence = scale.expand(run.stop, heads_kv) if scale.ndim < 2 or scale.shape[0] == 1 else scale
+    return by_sequence[run.first : run.stop, :, None, None].expand(-1, heads_kv, 1, 1)
 
 
 def join_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

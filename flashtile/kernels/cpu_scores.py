@@ -26,6 +26,8 @@ def computes_natively(problem: Problem, rows: int) -> bool:
     """
     if problem.dtype_q == "float32":
         return True
+    if problem.quantised:
+        return False
     fast = problem.dtype_q == "bfloat16" and rows >= 2 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return fast and problem.dtype_out != "float32"
 

@@ -25,6 +25,7 @@ from flashtile.kernels.operands import Layout, keys_specs, pipeline_stages, usua
 from flashtile.kernels.run import bind_split, split_args, split_constants
 from flashtile.kernels.tile.band import keys_of, visible_keys
 from flashtile.kernels.tile.cache import load_tile, locate
+from flashtile.kernels.tile.quantised import as_half, is_quantised, key_scale, rows_as_half, value_scale
 from flashtile.kernels.tile.results import clear_unowned, store_lse, store_rows
 from flashtile.kernels.tile.schedule import (
     line_length,
@@ -48,7 +49,7 @@ _REGISTERS_OF_HALF_AN_SM = 32_768
 
 @triton.jit
 def decode_kernel(
-    q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, min_keys_per_split,
+    q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, kv_scales, num_heads_kv, batch, row_blocks, min_keys_per_split,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOW: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, SEQUENCES: tl.constexpr, ONE_STEP: tl.constexpr, UNIT_COST: tl.constexpr,
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -62,19 +63,19 @@ def decode_kernel(
         gdc_launch_dependents()
     if SEQUENCES > 0:
         _walk_line(
-            q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch,
+            q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, kv_scales, num_heads_kv, batch,
             GROUP, BLOCK_M, BLOCK_N, HOW, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SEQUENCES, ONE_STEP, UNIT_COST, STAGES, PRECISION,
         )  # fmt: skip
     else:
         _do_one_split(
-            q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, min_keys_per_split,
-            GROUP, BLOCK_M, BLOCK_N, HOW, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SPLIT, STAGES, PRECISION,
+            q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, kv_scales, num_heads_kv, batch, row_blocks,
+            min_keys_per_split, GROUP, BLOCK_M, BLOCK_N, HOW, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SPLIT, STAGES, PRECISION,
         )  # fmt: skip
 
 
 @triton.jit
 def _do_one_split(
-    q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, min_keys_per_split,
+    q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, kv_scales, num_heads_kv, batch, row_blocks, min_keys_per_split,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOW: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -107,7 +108,7 @@ def _do_one_split(
             tl.store(partials.ptr + partials.lse_start + partial, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=real)
             return
     m, l, acc = _attend(
-        q, k, v, pages, scores, band, b, h_kv, row_block, b_rows, row_start, seqlen_q, seqlen_k, first, start, end,
+        q, k, v, pages, scores, band, kv_scales, b, h_kv, row_block, b_rows, row_start, seqlen_q, seqlen_k, first, start, end,
         GROUP, BLOCK_M, BLOCK_N, HOW, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES, PRECISION,
     )  # fmt: skip
     if SPLIT:
@@ -118,7 +119,7 @@ def _do_one_split(
 
 @triton.jit
 def _walk_line(
-    q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch,
+    q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, kv_scales, num_heads_kv, batch,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOW: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     PAGE_SIZE: tl.constexpr, SEQUENCES: tl.constexpr, ONE_STEP: tl.constexpr, UNIT_COST: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -145,7 +146,7 @@ def _walk_line(
         start = tl.maximum(first_tile + at - unit_start, first // BLOCK_N) * BLOCK_N
         end = tl.minimum((first_tile + until - unit_start) * BLOCK_N, last)
         m, l, acc = _attend(
-            q, k, v, pages, scores, band, b, h_kv, row_block, b_rows, row_start, seqlen_q, seqlen_k, first, start, end,
+            q, k, v, pages, scores, band, kv_scales, b, h_kv, row_block, b_rows, row_start, seqlen_q, seqlen_k, first, start, end,
             GROUP, BLOCK_M, BLOCK_N, HOW, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES, PRECISION,
         )  # fmt: skip
         position, head, real = _rows_of(row_block, h_kv, seqlen_q, GROUP, BLOCK_M)
@@ -186,7 +187,7 @@ def _keys_of_rows(band, row_block, seqlen_q, seqlen_k, GROUP: tl.constexpr, BLOC
 
 @triton.jit
 def _attend(
-    q, k, v, pages, scores, band, b, h_kv, row_block, b_rows, row_start, seqlen_q, seqlen_k, first, start, end,
+    q, k, v, pages, scores, band, kv_scales, b, h_kv, row_block, b_rows, row_start, seqlen_q, seqlen_k, first, start, end,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOW: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     PAGE_SIZE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -196,6 +197,8 @@ def _attend(
     """
     KEYS_FIRST: tl.constexpr = HOW != "rows"
     SHAPED: tl.constexpr = scores.softcap is not None or scores.slopes is not None
+    QUANTISED: tl.constexpr = is_quantised(k.ptr.dtype.element_ty)
+    MOVED: tl.constexpr = QUANTISED and HOW != "vector" and q.ptr.dtype.element_ty == tl.bfloat16
     D: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM))
     DV: tl.constexpr = max(16, triton.next_power_of_2(HEAD_DIM_V))
     # (BLOCK_M,)
@@ -209,9 +212,12 @@ def _attend(
     # [BLOCK_M, D]
     q_ptrs = q.ptr + row_offsets(q, b_rows, row_start + position, head)[:, None] + d[None, :]
     q_tile = tl.load(q_ptrs, mask=real[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
+    if MOVED:
+        q_tile, row_factor = rows_as_half(q_tile)
     # a negative scale becomes a negated q, which is exact: online_step wants a factor that keeps the order of scores
-    q_tile = tl.where(scores.scale_log2 < 0.0, -q_tile, q_tile)
-    factor = tl.maximum(tl.abs(scores.scale_log2), 1e-30)
+    scale_log2 = scores.scale_log2 * key_scale(kv_scales, b, h_kv)
+    q_tile = tl.where(scale_log2 < 0.0, -q_tile, q_tile)
+    factor = tl.maximum(tl.abs(scale_log2), 1e-30)
     if HOW == "vector":
         q_tile = q_tile.to(tl.float32)
     elif HOW == "keys":
@@ -232,6 +238,8 @@ def _attend(
         block, slot, inside = locate(pages, b, tile, n, first, end, BLOCK_N, PAGE_SIZE)
         # [BLOCK_N, D]
         k_tile = load_tile(k.ptr, k, h_kv, block, slot, inside, n, d, HEAD_DIM, BLOCK_N, PAGE_SIZE)
+        if QUANTISED:
+            k_tile = as_half(k_tile)
         # [BLOCK_N, BLOCK_M] where KEYS_FIRST, else [BLOCK_M, BLOCK_N]
         if HOW == "vector":
             s = tl.sum(k_tile.to(tl.float32) * q_tile, 1, keep_dims=True)
@@ -240,6 +248,8 @@ def _attend(
         else:
             s = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION)
         key = by_key(tile + n, KEYS_FIRST)
+        if MOVED:
+            s = s * by_row(row_factor, KEYS_FIRST)
         if SHAPED:
             s = s * factor
             if scores.softcap is not None:
@@ -253,6 +263,8 @@ def _attend(
         m, l, p, alpha = online_step(m, l, s, 1.0 if SHAPED else factor, 0 if KEYS_FIRST else 1)
         # [BLOCK_N, DV]
         v_tile = load_tile(v.ptr, k if v.stride_n is None else v, h_kv, block, slot, inside, n, dv, HEAD_DIM_V, BLOCK_N, PAGE_SIZE)
+        if QUANTISED:
+            v_tile = as_half(v_tile)
         acc = acc * by_row(alpha, KEYS_FIRST)
         if HOW == "vector":
             acc += tl.sum(v_tile.to(tl.float32) * p, 0)[:, None]
@@ -260,6 +272,8 @@ def _attend(
             acc = tl.dot(tl.trans(v_tile), p.to(v_tile.dtype), acc, input_precision=PRECISION)
         else:
             acc = tl.dot(p.to(v_tile.dtype), v_tile, acc, input_precision=PRECISION)
+    if kv_scales.v is not None:
+        acc = acc * value_scale(kv_scales, b, h_kv)
     return m, l, acc
 
 

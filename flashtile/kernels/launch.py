@@ -36,9 +36,10 @@ from flashtile.kernels.replay import DeviceRunner, Recorder, cuda_replays
 _MAX_REGISTERS = 255  # a thread of NVIDIA's
 _REGISTERS_A_BLOCK = 65536
 
-GLUON_DTYPES = {"fp16": "float16", "bf16": "bfloat16"}
+GLUON_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "u16": "uint16", "i16": "int16"}
 _CACHED_MAPS = 4096  # tensor maps of 128 bytes: an engine has two for each layer's cache
-TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float8_e4m3fn": "u8", "int8": "i8"}
+"""Codes of float8 are bytes to a kernel, which says itself what they mean: Triton would not let old GPUs hold them."""
 
 
 class Launch(NamedTuple):
@@ -180,7 +181,12 @@ def launcher(spec: Spec, device: torch.device) -> Launch:
 
 def pointer_of(kernel: Any) -> Callable[[torch.Tensor], Any]:
     """How a tensor is passed: by address, or as itself to the interpreter."""
-    return (lambda tensor: tensor) if interpreted(kernel) else torch.Tensor.data_ptr
+    return _as_bytes if interpreted(kernel) else torch.Tensor.data_ptr
+
+
+def _as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as the interpreter is given it: codes of float8 as bytes, as TRITON_DTYPES has them."""
+    return tensor.view(torch.uint8) if tensor.dtype == torch.float8_e4m3fn else tensor
 
 
 def on_device(run: Callable[[int, Any], None], device: torch.device) -> Callable[[Any], None]:

@@ -19,6 +19,7 @@ from flashtile.kernels.tile.views import (
     BandView,
     DropoutView,
     KeysView,
+    KvScalesView,
     LseView,
     PagesView,
     RowsView,
@@ -95,6 +96,12 @@ def scores_spec(problem: Problem) -> ScoresView:
     )
 
 
+def kv_scales_spec(problem: Problem) -> KvScalesView:
+    """The scales of quantised keys and values."""
+    given, absent = (Arg("*fp32"), Arg("i64"), Arg("i64")), (None, None, None)
+    return KvScalesView(*(absent if problem.k_scales == "none" else given), *(absent if problem.v_scales == "none" else given))
+
+
 def dropout_spec(problem: Problem) -> DropoutView:
     """Which entries of the softmax are dropped, None where nothing is."""
     return DropoutView(Arg("*i64"), Arg("u32"), Arg("fp32")) if problem.dropout else DropoutView(None, None, None)
@@ -164,6 +171,19 @@ def scores_view(scale: float, softcap: float, slopes: torch.Tensor | None, point
     if slopes is None:
         return scale * _LOG2E, softcap or None, None, None
     return scale * _LOG2E, softcap or None, pointer(slopes), slopes.stride(0) if slopes.ndim == 2 else 0
+
+
+def kv_scales_view(k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, pointer: Pointer) -> tuple[Any, ...]:
+    """``kv_scales`` of a launch: each of one element, (hk,) or (b, hk), or None for 1."""
+    return *_scale_view(k_scale, pointer), *_scale_view(v_scale, pointer)
+
+
+def _scale_view(scale: torch.Tensor | None, pointer: Pointer) -> tuple[Any, ...]:
+    if scale is None:
+        return None, None, None
+    if scale.numel() == 1:
+        return pointer(scale), 0, 0
+    return (pointer(scale), 0, scale.stride(0)) if scale.ndim == 1 else (pointer(scale), *scale.stride())
 
 
 def dropout_view(dropout: Dropout | None, pointer: Pointer) -> tuple[Any, ...]:

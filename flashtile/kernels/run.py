@@ -15,7 +15,7 @@ from flashtile.errors import UnsupportedError
 from flashtile.kernels.call import DecodeCall, DecodeRunner
 from flashtile.kernels.combine import bind_combine, combines, partials_spec, unit_cost
 from flashtile.kernels.launch import Arg, Launch, on_device, workspace
-from flashtile.kernels.operands import rows_spec, shared_specs
+from flashtile.kernels.operands import kv_scales_spec, kv_scales_view, rows_spec, shared_specs
 from flashtile.kernels.tile.schedule import sequences_at_once
 from flashtile.kernels.tile.softmax import LOG2E
 from flashtile.kernels.tile.views import LengthsView, band_view
@@ -35,6 +35,7 @@ def split_args(problem: Problem, plan: DecodePlan) -> dict[str, Any]:
     return {
         "q": rows_spec(problem, problem.dtype_q),
         "out": rows_spec(problem, problem.dtype_out),
+        "kv_scales": kv_scales_spec(problem),
         **shared_specs(problem if finishes else problem.with_(lse=False, sinks=False)),
         "partials": partials_spec(plan),
         "lengths": LengthsView(Arg("*i32"), Arg("*i32") if problem.ragged_q else None, i32, i32, i32),
@@ -99,10 +100,10 @@ def bind_split(
     floats_of_flags = 4 * plan.num_programs if merges_parts else 0
     units = max(1, problem.batch * heads_kv * row_blocks)
     longest = (_MAX_LINE // units - unit_cost(plan)) * plan.block_n if plan.num_programs else math.inf
-    no_lse, no_partials, no_pages = (None,) * 4, (None,) * 3, (None,) * 3
+    no_lse, no_partials, no_pages, no_scales = (None,) * 4, (None,) * 3, (None,) * 3, (None,) * 6
 
     def run(stream: int, call: DecodeCall) -> None:
-        q, k, v, seqlens_k, page_table, cu_seqlens_q, sinks, slopes, out, lse, scale, softcap = call
+        q, k, v, seqlens_k, page_table, cu_seqlens_q, sinks, slopes, out, lse, scale, softcap, k_scale, v_scale = call
         launch, k_view, v_view = launch_with_keys(k, v)
         pages: tuple[Any, ...] = no_pages
         if page_table is None:
@@ -130,6 +131,7 @@ def bind_split(
         scores = (scale * _LOG2E, softcap or None, *slopes_view)
         q_view, out_view = (pointer(q), *q_strides), (pointer(out), *out_strides)
         sink = None if sinks is None else pointer(sinks)
+        kv_scales = no_scales if k_scale is None and v_scale is None else kv_scales_view(k_scale, v_scale, pointer)
         rows = total_q * heads_kv * group
         partials: tuple[Any, ...] = no_partials
         if leaves_parts:
@@ -141,7 +143,7 @@ def bind_split(
         lse_now, sink_now = (no_lse, None) if split else (lse_view, sink)
         launch.run(
             *grid, stream, q_view, k_view, v_view, out_view, lse_now, partials, lengths, pages, scores, band, sink_now,
-            *numbers, *launch.constants,
+            kv_scales, *numbers, *launch.constants,
         )  # fmt: skip
         if combine is not None:
             combine(stream, rows, partials, out_view, lse_view, lengths, sink)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flashtile.errors import ArgumentError, message
 from flashtile.planner.device import Device
-from flashtile.problem import MAX_HEAD_DIM, Problem
+from flashtile.problem import MAX_HEAD_DIM, QUANTISED, Problem
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,13 @@ class Kernel:
     module: str
     operation: str
     backends: tuple[str, ...]
-    dtypes: tuple[str, ...]  # of q, k and v
+    dtypes: tuple[str, ...]  # of q, and of k and v
     dtypes_out: tuple[str, ...]
     architectures: tuple[str, ...] = ()  # empty: every architecture of its backends
     min_alignment: int = 1  # bytes, of every address and stride
     max_head_dim: int = MAX_HEAD_DIM
     head_dim_multiple: int = 8
-    kv_scales: tuple[str, ...] = ("none",)
+    quantised: bool = False  # whether k and v beside a 16-bit q may be stored in one byte, with scales
     pages: bool = True  # whether keys may lie on pages,
     shaped_scores: bool = True  # and scores pass through a softcap or get ALiBi biases
     dropout: bool = False  # and entries of the softmax may be dropped
@@ -39,9 +39,12 @@ class Kernel:
             reasons.append(f"it is made for {' and '.join(self.architectures)}, and {device.name} is {device.arch}")
         for name in ("dtype_q", "dtype_k", "dtype_v", "dtype_out"):
             able = self.dtypes_out if name == "dtype_out" else self.dtypes
+            if self.quantised and name in ("dtype_k", "dtype_v"):
+                able = (*able, *QUANTISED)
             if getattr(problem, name) not in able:
                 reasons.append(f"{name} {getattr(problem, name)} is none of {', '.join(able)}")
-        if not problem.dtype_q == problem.dtype_k == problem.dtype_v:
+        dequantises = self.quantised and problem.quantised and problem.dtype_q in _HALVES and problem.dtype_k == problem.dtype_v
+        if not problem.dtype_q == problem.dtype_k == problem.dtype_v and not dequantises:
             reasons.append(f"q, k and v have different dtypes: {problem.dtype_q}, {problem.dtype_k} and {problem.dtype_v}")
         for name in ("head_dim", "head_dim_v"):
             dim = getattr(problem, name)
@@ -52,8 +55,9 @@ class Kernel:
                 f"addresses and strides of q, k, v or out are multiples of {problem.alignment} bytes, "
                 f"and it needs multiples of {self.min_alignment}"
             )
-        if problem.kv_scales not in self.kv_scales:
-            reasons.append(f"scales a {problem.kv_scales} are none of {', '.join(self.kv_scales)}")
+        scales = {problem.k_scales, problem.v_scales} - {"none"}
+        if scales and not dequantises:
+            reasons.append(f"scales a {' and a '.join(sorted(scales))} are for quantised keys and values")
         if problem.page_size and not self.pages:
             reasons.append(f"keys lie on pages of {problem.page_size}, which have no gradient")
         if not self.shaped_scores:
@@ -82,8 +86,8 @@ CATALOG: tuple[Kernel, ...] = (
         architectures=("sm_90",),
         min_alignment=16,  # what tensor maps take
     ),
-    Kernel(TRITON, "flashtile.kernels.decode", "decode", ("cuda", "hip"), _FLOATS, _FLOATS),
-    Kernel(CPU, "flashtile.kernels.cpu", "decode", ("cpu",), _FLOATS, _FLOATS),
+    Kernel(TRITON, "flashtile.kernels.decode", "decode", ("cuda", "hip"), _FLOATS, _FLOATS, quantised=True),
+    Kernel(CPU, "flashtile.kernels.cpu", "decode", ("cpu",), _FLOATS, _FLOATS, quantised=True),
     Kernel(
         GLUON_FORWARD_SM90, "flashtile.kernels.gluon.forward_sm90", "forward", ("cuda",), _HALVES, _HALVES,
         architectures=("sm_90",),

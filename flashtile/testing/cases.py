@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from flashtile.problem import QUANTISED
 
 
 @dataclass(frozen=True)
@@ -14,7 +16,8 @@ class Case:
     sequence has room for (by default a few more than the longest). ``window`` is (left, right). ``offset_elements``
     makes q and the caches views that start so many elements into a larger buffer. ``logit_scale`` multiplies q, so
     that the running maximum moves and old partial sums really are rescaled. ``spare_rows`` are rows of a packed q
-    that belong to no sequence. ``missing_pages`` replaces that many table entries inside each sequence by absurd ids.
+    that belong to no sequence. ``dtype_kv`` is that of a quantised cache, whose scales are of ``k_scales`` and ``v_scales`` each ("none",
+    "tensor", "head" or "sequence"). ``missing_pages`` replaces that many table entries inside each sequence by absurd ids.
     """
 
     name: str
@@ -25,6 +28,9 @@ class Case:
     head_dim: int = 64
     head_dim_v: int = 0
     dtype: str = "float16"
+    dtype_kv: str = ""
+    k_scales: str = "none"
+    v_scales: str = "none"
     page_size: int = 0
     capacity: int | None = None
     layout: str = "NHD"
@@ -161,3 +167,19 @@ def _features() -> list[Case]:
 
 
 SMALL_CASES: list[Case] = [*_lengths(), *_queries(), *_shapes(), *_pages(), *_features()]
+
+
+def quantised(case: Case, turn: int) -> Case:
+    """The case with a quantised cache: by ``turn``, which dtype, and what its keys and values have scales for each of."""
+    granularities = ("none", "tensor", "head", "sequence")
+    return replace(
+        case,
+        name=f"{case.name}-{QUANTISED[turn % 2]}",
+        dtype=case.dtype if case.dtype != "float32" else "bfloat16",
+        dtype_kv=QUANTISED[turn % 2],
+        k_scales=granularities[turn // 2 % 4],
+        v_scales=granularities[(turn // 2 + turn // 8 + 1) % 4],
+    )
+
+
+QUANTISED_CASES: list[Case] = [quantised(case, turn) for turn, case in enumerate(SMALL_CASES)]

@@ -9,7 +9,9 @@ import torch
 
 from flashtile.band import Band
 from flashtile.testing.cases import Case
-from flashtile.testing.tensors import NAN, alibi_slopes, in_blocks, laid_out, on_device, place_pages, starts_of
+from flashtile.testing.tensors import alibi_slopes, in_blocks, laid_out, on_device, place_pages, starts_of, unseen_of
+
+SPREAD = 20.0  # of quantised values that have a scale: most of int8's range, and in float8 of its exponents
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,9 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
     """
     rng = torch.Generator().manual_seed(seed)
     lengths = [min(max(n, 0), case.room) for n in case.seqlens_k]
-    k_rows = [torch.randn(n, case.num_heads_kv, case.head_dim, generator=rng) for n in lengths]
-    v_rows = [torch.randn(n, case.num_heads_kv, case.head_dim_v, generator=rng) for n in lengths]
+    spread_k, spread_v = (1.0 if scales == "none" else SPREAD for scales in (case.k_scales, case.v_scales))
+    k_rows = [spread_k * torch.randn(n, case.num_heads_kv, case.head_dim, generator=rng) for n in lengths]
+    v_rows = [spread_v * torch.randn(n, case.num_heads_kv, case.head_dim_v, generator=rng) for n in lengths]
     slots, page_table, num_blocks = _place(case, lengths, rng)
     args: dict[str, Any] = {
         "q": _queries(case, rng),
@@ -46,6 +49,8 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
         "sinks": torch.randn(case.num_heads_q, generator=rng) if case.sinks else None,
         "alibi_slopes": alibi_slopes(case.batch, case.num_heads_q, case.alibi_per_sequence, rng) if case.alibi else None,
     }
+    if case.dtype_kv:
+        args |= {"k_scale": _scale(case, case.k_scales, rng), "v_scale": _scale(case, case.v_scales, rng)}
     args = {name: None if tensor is None else on_device(tensor, device) for name, tensor in args.items()}
     args |= {
         "max_seqlen_q": max(case.query_lengths, default=0) if case.ragged_q else None,
@@ -71,8 +76,8 @@ def hide_unseen(inputs: Inputs) -> Inputs:
             if case.page_size:
                 block, slot = int(args["page_table"][i, key // case.page_size]), key % case.page_size
             if 0 <= block < len(args["k_cache"]):
-                args["k_cache"][block, slot] = NAN
-                args["v_cache"][block, slot] = NAN
+                args["k_cache"][block, slot] = unseen_of(args["k_cache"].dtype)
+                args["v_cache"][block, slot] = unseen_of(args["v_cache"].dtype)
     return inputs
 
 
@@ -95,4 +100,15 @@ def _place(case: Case, lengths: list[int], rng: torch.Generator) -> tuple[list[t
 def _cache(case: Case, dim: int, rows: list[torch.Tensor], slots: list[torch.Tensor], num_blocks: int) -> torch.Tensor:
     """A cache (blocks, block size, hk, dim) of NaN but for the rows of the sequences; in HND a transposed view."""
     cache = in_blocks(rows, slots, (num_blocks, case.page_size or case.room, case.num_heads_kv, dim))
-    return laid_out(cache, getattr(torch, case.dtype), case.layout, case.offset_elements)
+    if case.dtype_kv == "int8":
+        cache = cache.round().clamp(-128, 127).nan_to_num(unseen_of(torch.int8))
+    return laid_out(cache, getattr(torch, case.dtype_kv or case.dtype), case.layout, case.offset_elements)
+
+
+def _scale(case: Case, granularity: str, rng: torch.Generator) -> torch.Tensor | None:
+    """k_scale or v_scale, such that what is stored times the scale has a size of about 1; of either sign."""
+    shapes = {"tensor": (1,), "head": (case.num_heads_kv,), "sequence": (case.batch, case.num_heads_kv)}
+    if granularity == "none":
+        return None
+    scale = (0.5 + torch.rand(shapes[granularity], generator=rng)) / SPREAD
+    return scale * torch.where(torch.rand(scale.shape, generator=rng) < 0.2, -1.0, 1.0)

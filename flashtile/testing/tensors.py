@@ -69,6 +69,11 @@ def on_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return torch.as_strided(buffer, tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
+def unseen_of(dtype: torch.dtype) -> float:
+    """What lies where no kernel must look: NaN, or where the dtype has none its largest value."""
+    return NAN if dtype.is_floating_point else float(torch.iinfo(dtype).max)
+
+
 def starts_of(lengths: Sequence[int]) -> torch.Tensor:
     """cu_seqlens (batch + 1,) int32 of packed sequences."""
     return torch.tensor((0, *lengths), dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -82,5 +87,5 @@ def alibi_slopes(batch: int, heads: int, per_sequence: bool, rng: torch.Generato
 def _view_from(tensor: torch.Tensor, offset: int) -> torch.Tensor:
     if not offset:
         return tensor
-    buffer = torch.full((tensor.numel() + offset,), NAN, dtype=tensor.dtype)
+    buffer = torch.full((tensor.numel() + offset,), unseen_of(tensor.dtype), dtype=tensor.dtype)
     return buffer[offset:].view(tensor.shape).copy_(tensor)

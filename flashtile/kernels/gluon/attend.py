@@ -9,9 +9,11 @@ from flashtile.kernels.gluon.asking import on_pages
 from flashtile.kernels.gluon.names import barrier
 from flashtile.kernels.gluon.own_keys import merge_warps, own_keys_layout, own_scores, own_values, repeated_rows
 from flashtile.kernels.gluon.own_rows import own_rows_layout, row_scores, row_values
+from flashtile.kernels.gluon.quantised import columns_as_keys
 from flashtile.kernels.gluon.ring import gathers, place_of, start_tile, wait_for_tile
 from flashtile.kernels.tile.band import visible_keys
 from flashtile.kernels.tile.cache import is_page, page_of
+from flashtile.kernels.tile.quantised import rows_as_half
 from flashtile.kernels.tile.softmax import LOG2E, online_step, softcapped
 from flashtile.kernels.tile.views import row_offsets
 
@@ -50,25 +52,30 @@ def fetch_rows(
 
 
 @gluon.jit
-def share_rows(tile, scores, BLOCK_M: gl.constexpr):
-    """The rows in shared memory.
+def share_rows(tile, scale_log2, QUANTISED: gl.constexpr, BLOCK_M: gl.constexpr):
+    """(the rows in shared memory, what their scores are multiplied by first), the latter (rows,) where bfloat16 meets quantised keys.
 
     A negative scale becomes a negated q, which is exact: online_step wants a factor that keeps the order of scores.
     """
-    tile = gl.where(scores.scale_log2 < 0.0, -tile, tile)
+    row_factor = scale_log2  # nothing looks at it
+    if QUANTISED and tile.dtype == gl.bfloat16:
+        tile, row_factor = rows_as_half(tile)
+    tile = gl.where(scale_log2 < 0.0, -tile, tile)
+    if QUANTISED:
+        tile = columns_as_keys(tile)
     q_shared = gl.allocate_shared_memory(tile.dtype, tile.shape, _rows_layout(BLOCK_M, tile.shape[1], tile.dtype), tile)
     if BLOCK_M >= 64:
         fence_async_shared()
-    return q_shared
+    return q_shared, row_factor
 
 
 @gluon.jit
 def attend(
-    k, v, ring, q_shared, lengths, pages, scores, band, num_heads_kv, batch, b, h, row_block, seqlen_q, seqlen_k,
+    k, v, ring, q_shared, row_factor, lengths, pages, scores, scale_log2, band, num_heads_kv, batch, b, h, row_block, seqlen_q, seqlen_k,
     key, step, count, done, ahead, ahead_at, stop,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, ON_LINE: gl.constexpr, UNIT_COST: gl.constexpr, STAGES: gl.constexpr, NUM_WARPS: gl.constexpr,
-    ASKED_FOR: gl.constexpr,
+    ASKED_FOR: gl.constexpr, MOVED: gl.constexpr,
 ):  # fmt: skip
     """A unit's rows over ``count`` tiles of keys, ``step`` keys apart: (m, l, acc), base 2, not normalised, as the warps have them.
 
@@ -85,7 +92,7 @@ def attend(
     GATHERED: gl.constexpr = gathers(PAGE_SIZE, BLOCK_N) and not ASKED_FOR
     # q's fragments stay in registers where the accumulator, and what a line is kept track of by, leave room
     HOLD_Q: gl.constexpr = D + DV <= 384 and not ON_LINE
-    factor = gl.maximum(gl.abs(scores.scale_log2), 1e-30)
+    factor = gl.maximum(gl.abs(scale_log2), 1e-30)
 
     # a row's number and a key's within its tile: (ROWS,) and [1, BLOCK_N], or [1, ROWS] and [warps, 1, own keys]
     if OWN_ROWS:
@@ -111,6 +118,8 @@ def attend(
         acc = gl.full([NUM_WARPS, ROWS, DV], 0.0, gl.float32, A)
         if HOLD_Q:
             q_operand = repeated_rows(q_shared, ROWS, D, NUM_WARPS)
+        if MOVED:
+            row_factor = gl.expand_dims(gl.expand_dims(gl.convert_layout(row_factor, gl.SliceLayout(0, gl.SliceLayout(2, S))), 0), 2)
     offset = seqlen_k - seqlen_q
     first, last = visible_to_rows(band, row_block, seqlen_q, seqlen_k, GROUP, BLOCK_M)
     at = (row_block * BLOCK_M + row) // GROUP + offset
@@ -144,6 +153,8 @@ def attend(
             if not HOLD_Q:
                 q_operand = repeated_rows(q_shared, ROWS, D, NUM_WARPS)
             s = own_scores(q_operand, k_tiles.index(stage), ROWS, BLOCK_N, D, NUM_WARPS)
+        if MOVED:
+            s = s * row_factor
         if SHAPED:
             s = s * factor
             if scores.softcap is not None:
@@ -185,8 +196,8 @@ def attend(
 
 
 @gluon.jit
-def merged(m, l, acc, BLOCK_M: gl.constexpr, DV: gl.constexpr, NUM_WARPS: gl.constexpr):
+def merged(m, l, acc, QUANTISED: gl.constexpr, BLOCK_M: gl.constexpr, DV: gl.constexpr, NUM_WARPS: gl.constexpr):
     """The rows' (m, l, acc), whichever way the warps shared the work."""
     if BLOCK_M < 64:
-        m, l, acc = merge_warps(m, l, acc, BLOCK_M, DV, NUM_WARPS)
+        m, l, acc = merge_warps(m, l, acc, QUANTISED, BLOCK_M, DV, NUM_WARPS)
     return m, l, acc

@@ -33,12 +33,14 @@ from flashtile.planner.plans import DecodePlan
 from flashtile.problem import DTYPE_BYTES, Problem
 from flashtile.rounding import length_bucket
 
+_PAIRS = {"float8_e4m3fn": "u16", "int8": "i16"}  # quantised tensors, as elements of two codes
 ASKING_REGISTERS = gl.constexpr(40)  # of a thread that only asks for tiles
 
 
 @gluon.jit
 def decode_sm90_kernel(
-    q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks, min_keys_per_split, planned_keys,
+    q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, kv_scales, num_heads_kv, batch, row_blocks, min_keys_per_split,
+    planned_keys,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, SPLIT: gl.constexpr, SEQUENCES: gl.constexpr, ONE_STEP: gl.constexpr, UNIT_COST: gl.constexpr,
     STAGES: gl.constexpr, NUM_WARPS: gl.constexpr, IN_TURN: gl.constexpr, MERGES: gl.constexpr, PDL: gl.constexpr,
@@ -47,9 +49,8 @@ def decode_sm90_kernel(
     """Grid: (units, splits), the last splits first; with stream-K, where SEQUENCES > 0, programs."""
     D: gl.constexpr = held_dim(HEAD_DIM)
     DV: gl.constexpr = held_dim(HEAD_DIM_V)
-    dtype: gl.constexpr = q.ptr.dtype.element_ty
-    k_ring, k_tiles = tile_ring(k, dtype, STAGES, BLOCK_N, D, gathers(PAGE_SIZE, BLOCK_N) and not ASKED_FOR)
-    v_ring, v_tiles = tile_ring(v, dtype, STAGES, BLOCK_N, DV, gathers(PAGE_SIZE, BLOCK_N) and not ASKED_FOR)
+    k_ring, k_tiles = tile_ring(k, STAGES, BLOCK_N, D, gathers(PAGE_SIZE, BLOCK_N) and not ASKED_FOR)
+    v_ring, v_tiles = tile_ring(v, STAGES, BLOCK_N, DV, gathers(PAGE_SIZE, BLOCK_N) and not ASKED_FOR)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty, known = full, full
     for stage in gl.static_range(STAGES):
@@ -67,7 +68,7 @@ def decode_sm90_kernel(
     if SEQUENCES > 0 and ASKED_FOR:
         gl.warp_specialize([
             (walk_line, (
-                q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch,
+                q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, kv_scales, num_heads_kv, batch,
                 GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SEQUENCES, ONE_STEP, UNIT_COST, STAGES, NUM_WARPS, MERGES, PDL,
                 ASKED_FOR,
             )),
@@ -82,14 +83,14 @@ def decode_sm90_kernel(
         ], [1, 1], [ASKING_REGISTERS, ASKING_REGISTERS])  # fmt: skip
     elif SEQUENCES > 0:
         walk_line(
-            q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch,
+            q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, kv_scales, num_heads_kv, batch,
             GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SEQUENCES, ONE_STEP, UNIT_COST, STAGES, NUM_WARPS, MERGES, PDL,
             ASKED_FOR,
         )  # fmt: skip
     elif ASKED_FOR:
         gl.warp_specialize([
             (walk_split, (
-                q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks,
+                q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, kv_scales, num_heads_kv, batch, row_blocks,
                 min_keys_per_split, planned_keys,
                 GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SPLIT, STAGES, NUM_WARPS, IN_TURN, PDL, ASKED_FOR,
             )),
@@ -104,7 +105,7 @@ def decode_sm90_kernel(
         ], [1, 1], [ASKING_REGISTERS, ASKING_REGISTERS])  # fmt: skip
     else:
         walk_split(
-            q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks,
+            q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, kv_scales, num_heads_kv, batch, row_blocks,
             min_keys_per_split, planned_keys,
             GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, SPLIT, STAGES, NUM_WARPS, IN_TURN, PDL, ASKED_FOR,
         )  # fmt: skip
@@ -117,10 +118,12 @@ def decode_spec(problem: Problem, plan: DecodePlan) -> Spec:
     box_keys = problem.page_size if asked_for else plan.block_n
 
     def keys(dtype: str, dim: int) -> KeysView | Descriptor:
+        stored = _PAIRS.get(dtype, TRITON_DTYPES[dtype])
+        size = 2 if dtype in _PAIRS else DTYPE_BYTES[dtype]
         if gathered:
-            stride = Arg("i64", max(1, problem.alignment // DTYPE_BYTES[dtype]))
-            return KeysView(Arg("*" + TRITON_DTYPES[dtype], problem.alignment), stride, stride, stride)
-        return Descriptor(TRITON_DTYPES[dtype], (1, box_keys, 1, held_dim(dim)))
+            stride = Arg("i64", max(1, problem.alignment // size))
+            return KeysView(Arg("*" + stored, problem.alignment), stride, stride, stride)
+        return Descriptor(stored, (1, box_keys, 1, held_dim(dim) // (2 if dtype in _PAIRS else 1)))
 
     return Spec(
         decode_sm90_kernel,
@@ -163,7 +166,11 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
     launch = launcher(decode_spec(problem, plan), device)
     gathered = gathers(problem.page_size, plan.block_n) and not asks_by_page(problem, plan)
 
+    paired = problem.quantised
+
     def with_keys(k: torch.Tensor, v: torch.Tensor) -> tuple[Launch, Any, Any]:
+        if paired:
+            k, v = k.view(torch.int16), v.view(torch.int16)
         if gathered:
             return launch, (k.data_ptr(), *k.stride()[:3]), (v.data_ptr(), *v.stride()[:3])
         return launch, k, v

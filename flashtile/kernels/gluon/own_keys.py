@@ -9,6 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mma_v2
 
+from flashtile.kernels.gluon.quantised import columns_in_order, holds_codes, keys_as_half, values_as_half
 from flashtile.kernels.tile.softmax import finite
 
 
@@ -31,7 +32,9 @@ def own_scores(q, k_tile, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.con
     """q k^T: [warps, ROWS, BLOCK_N / warps]."""
     S: gl.constexpr = own_keys_layout(NUM_WARPS)
     OWN: gl.constexpr = BLOCK_N // NUM_WARPS
-    k = k_tile.reshape([NUM_WARPS, OWN, DIM]).permute((0, 2, 1)).load(gl.DotOperandLayout(1, S, 2))
+    k = k_tile.reshape([NUM_WARPS, OWN, k_tile.shape[1]]).permute((0, 2, 1)).load(gl.DotOperandLayout(1, S, 2))
+    if holds_codes(k.dtype):
+        k = keys_as_half(k)
     return mma_v2(q, k, gl.full([NUM_WARPS, ROWS, OWN], 0.0, gl.float32, S))
 
 
@@ -41,18 +44,22 @@ def own_values(p, v_tile, acc, unseen, first, last, key, BLOCK_N: gl.constexpr, 
     S: gl.constexpr = own_keys_layout(NUM_WARPS)
     OPERAND: gl.constexpr = gl.DotOperandLayout(1, S, 2)
     OWN: gl.constexpr = BLOCK_N // NUM_WARPS
-    v = v_tile.reshape([NUM_WARPS, OWN, DIM]).load(OPERAND)
+    v = v_tile.reshape([NUM_WARPS, OWN, v_tile.shape[1]]).load(OPERAND)
     if unseen:
         warp = gl.arange(0, NUM_WARPS, gl.SliceLayout(1, gl.SliceLayout(2, OPERAND)))
         own = gl.arange(0, OWN, gl.SliceLayout(0, gl.SliceLayout(2, OPERAND)))
         at = key + gl.expand_dims(warp * OWN, 1) + gl.expand_dims(own, 0)
-        v = gl.where(gl.expand_dims((at >= first) & (at < last), 2), v, 0.0)
+        v = gl.where(gl.expand_dims((at >= first) & (at < last), 2), v, gl.full([], 0, v.dtype))
+    if holds_codes(v.dtype):
+        v = values_as_half(v)
     return mma_v2(gl.convert_layout(p.to(v.dtype), gl.DotOperandLayout(0, S, 2)), v, acc)
 
 
 @gluon.jit
-def merge_warps(m, l, acc, ROWS: gl.constexpr, DIM: gl.constexpr, NUM_WARPS: gl.constexpr):
+def merge_warps(m, l, acc, QUANTISED: gl.constexpr, ROWS: gl.constexpr, DIM: gl.constexpr, NUM_WARPS: gl.constexpr):
     """The warps' (m, l, acc) as one: (ROWS,), (ROWS,), [ROWS, DIM], base 2, not normalised."""
+    if QUANTISED:
+        acc = columns_in_order(acc)
     SIDE_BY_SIDE: gl.constexpr = gl.BlockedLayout([NUM_WARPS, 1, 4], [1, 1, 32], [1, NUM_WARPS, 1], [2, 1, 0])
     if ROWS == 8:
         m, l = _first_rows(m, NUM_WARPS), _first_rows(l, NUM_WARPS)

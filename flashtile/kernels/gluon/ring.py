@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from flashtile.kernels.gluon.names import barrier
+from flashtile.kernels.gluon.quantised import stored_dim
 from flashtile.kernels.tile.cache import is_page, page_of
 
 
@@ -28,15 +29,17 @@ def copies_layout(num_warps):
 
 
 @gluon.jit
-def tile_ring(view, dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr, GATHERED: gl.constexpr):
-    """A ring for tiles of K or V, twice: as what is written, and as [STAGES, BLOCK_N, DIM] to compute with."""
-    TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, DIM], dtype)
+def tile_ring(view, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, DIM: gl.constexpr, GATHERED: gl.constexpr):
+    """A ring for tiles of K or V, twice: as what is written, and as [STAGES, BLOCK_N, stored DIM] to compute with."""
+    dtype: gl.constexpr = view.ptr.dtype.element_ty if GATHERED else view.dtype
+    STORED: gl.constexpr = stored_dim(DIM, dtype)
+    TILE: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, STORED], dtype)
     if GATHERED:
-        tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, DIM], TILE)
+        tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, STORED], TILE)
         return tiles, tiles
     else:
-        boxes = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, DIM], view.layout)
-        return boxes, boxes._reinterpret(dtype, [STAGES, BLOCK_N, DIM], TILE)
+        boxes = gl.allocate_shared_memory(dtype, [STAGES, 1, BLOCK_N, 1, STORED], view.layout)
+        return boxes, boxes._reinterpret(dtype, [STAGES, BLOCK_N, STORED], TILE)
 
 
 @gluon.jit
@@ -81,7 +84,7 @@ def start_tile(
 def _gather(view, tile, h, page, slot, known, HEAD_DIM: gl.constexpr, NUM_WARPS: gl.constexpr):
     d = gl.arange(0, tile.shape[1], gl.SliceLayout(0, copies_layout(NUM_WARPS)))
     rows = page * view.stride_b + slot * view.stride_n + h.to(gl.int64) * view.stride_h
-    mask = gl.expand_dims(known, 1) & gl.expand_dims(d < HEAD_DIM, 0)
+    mask = gl.expand_dims(known, 1) & gl.expand_dims(d < stored_dim(HEAD_DIM, tile.dtype), 0)
     async_copy.async_copy_global_to_shared(tile, view.ptr + gl.expand_dims(rows, 1) + gl.expand_dims(d, 0), mask=mask)
 
 

@@ -12,6 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from flashtile.kernels.gluon.ahead import next_tile, place_ahead, tiles_of_split, unit_of_split
 from flashtile.kernels.gluon.attend import attend, fetch_rows, held_dim, merged, share_rows
 from flashtile.kernels.gluon.parts import leave_part, merged_parts
+from flashtile.kernels.gluon.quantised import holds_codes
 from flashtile.kernels.gluon.results import (
     clear_unowned,
     partials_of_split,
@@ -22,12 +23,13 @@ from flashtile.kernels.gluon.results import (
     store_partial,
 )
 from flashtile.kernels.gluon.ring import place_of, start_tile
+from flashtile.kernels.tile.quantised import key_scale, value_scale
 from flashtile.kernels.tile.schedule import line_length, next_unit, sequence_keys, sequence_rows, share, slot_of, unit_at
 
 
 @gluon.jit
 def walk_split(
-    q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch, row_blocks,
+    q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, kv_scales, num_heads_kv, batch, row_blocks,
     min_keys_per_split, planned_keys,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, SPLIT: gl.constexpr, STAGES: gl.constexpr, NUM_WARPS: gl.constexpr, IN_TURN: gl.constexpr, PDL: gl.constexpr,
@@ -39,6 +41,8 @@ def walk_split(
     far as the plan says that there are keys, it asks for them at once, and reads q and the length meanwhile.
     """
     k_ring, k_tiles, v_ring, v_tiles, full, _empty, _known = ring
+    QUANTISED: gl.constexpr = holds_codes(k_tiles.dtype)
+    MOVED: gl.constexpr = QUANTISED and q.ptr.dtype.element_ty == gl.bfloat16
     EARLY: gl.constexpr = IN_TURN and PAGE_SIZE == 0 and band.left is None and lengths.cu_seqlens_q is None
     b, h, row_block, split, num_splits = unit_of_split(num_heads_kv, row_blocks)
     row_start, seqlen_q = sequence_rows(lengths, b)
@@ -53,7 +57,9 @@ def walk_split(
         gdc_launch_dependents()
     PACKED: gl.constexpr = lengths.cu_seqlens_q is not None
     q_rows = fetch_rows(q, b, h, row_block, row_start, seqlen_q, True, PACKED, GROUP, BLOCK_M, HEAD_DIM, NUM_WARPS)
-    q_shared = share_rows(q_rows, scores, BLOCK_M)
+    scale_log2 = scores.scale_log2 * key_scale(kv_scales, b, h)
+    values_factor = value_scale(kv_scales, b, h)
+    q_shared, row_factor = share_rows(q_rows, scale_log2, QUANTISED, BLOCK_M)
 
     first, last, key, step, count = tiles_of_split(
         band, row_block, seqlen_q, seqlen_k, split, num_splits, min_keys_per_split, GROUP, BLOCK_M, BLOCK_N, SPLIT, IN_TURN
@@ -72,13 +78,15 @@ def walk_split(
     if count > 0:
         no_unit = (b, h, row_block, b, b, b, b)
         m, l, acc, _, _ = attend(
-            k, v, ring, q_shared, lengths, pages, scores, band, num_heads_kv, batch, b, h, row_block, seqlen_q, seqlen_k,
-            key, step, count, count * 0, no_unit, count * 0 + STAGES, count,
-            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, False, 0, STAGES, NUM_WARPS, ASKED_FOR,
+            k, v, ring, q_shared, row_factor, lengths, pages, scores, scale_log2, band, num_heads_kv, batch,
+            b, h, row_block, seqlen_q, seqlen_k, key, step, count, count * 0, no_unit, count * 0 + STAGES, count,
+            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, False, 0, STAGES, NUM_WARPS, ASKED_FOR, MOVED,
         )  # fmt: skip
         if EARLY:
             _drain(full, count, split, num_splits, planned_keys, BLOCK_N, STAGES)
-        m, l, acc = merged(m, l, acc, BLOCK_M, held_dim(HEAD_DIM_V), NUM_WARPS)
+        m, l, acc = merged(m, l, acc, QUANTISED, BLOCK_M, held_dim(HEAD_DIM_V), NUM_WARPS)
+        if kv_scales.v is not None:
+            acc = acc * values_factor
         unit = (b, h, row_block, row_start, seqlen_q)
         if SPLIT:
             at = partials_of_split(row_numbers(acc), unit, num_heads_kv, lengths, GROUP, BLOCK_M)
@@ -107,13 +115,15 @@ def _drain(full, count, split, num_splits, planned_keys, BLOCK_N: gl.constexpr, 
 
 @gluon.jit
 def walk_line(
-    q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, num_heads_kv, batch,
+    q, k, v, out, lse, partials, ring, lengths, pages, scores, band, sinks, kv_scales, num_heads_kv, batch,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, SEQUENCES: gl.constexpr, ONE_STEP: gl.constexpr, UNIT_COST: gl.constexpr, STAGES: gl.constexpr,
     NUM_WARPS: gl.constexpr, MERGES: gl.constexpr, PDL: gl.constexpr, ASKED_FOR: gl.constexpr,
 ):  # fmt: skip
     """Stream-K: this program's share of the line of all tiles, unit by unit; and if it MERGES, a unit that others began."""
     k_ring, k_tiles, v_ring, v_tiles, full, _empty, _known = ring
+    QUANTISED: gl.constexpr = holds_codes(k_tiles.dtype)
+    MOVED: gl.constexpr = QUANTISED and q.ptr.dtype.element_ty == gl.bfloat16
     PACKED: gl.constexpr = lengths.cu_seqlens_q is not None
     DV: gl.constexpr = held_dim(HEAD_DIM_V)
     program, num_programs = gl.program_id(0), gl.num_programs(0)
@@ -148,7 +158,9 @@ def walk_line(
         seqlen_k = sequence_keys(lengths, b)
         if BLOCK_M >= 64:
             q_rows = fetch_rows(q, b, h, row_block, row_start, seqlen_q, True, PACKED, GROUP, BLOCK_M, HEAD_DIM, NUM_WARPS)
-        q_shared = share_rows(q_rows, scores, BLOCK_M)
+        scale_log2 = scores.scale_log2 * key_scale(kv_scales, b, h)
+        values_factor = value_scale(kv_scales, b, h)
+        q_shared, row_factor = share_rows(q_rows, scale_log2, QUANTISED, BLOCK_M)
         unit = next_unit(
             lengths, band, batch, num_heads_kv, b, h, row_block, start, blocks, first_tile, tiles, GROUP, BLOCK_M, BLOCK_N, UNIT_COST
         )
@@ -159,11 +171,14 @@ def walk_line(
                 q, unit[0], unit[1], unit[2], next_start, next_seqlen_q, unit[3] < stop, PACKED, GROUP, BLOCK_M, HEAD_DIM, NUM_WARPS
             )
         m, l, acc, ahead, ahead_at = attend(
-            k, v, ring, q_shared, lengths, pages, scores, band, num_heads_kv, batch, b, h, row_block, seqlen_q, seqlen_k,
-            (first_tile + position - start) * BLOCK_N, BLOCK_N, until - position, done, ahead, ahead_at, stop,
-            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, True, UNIT_COST, STAGES, NUM_WARPS, ASKED_FOR,
+            k, v, ring, q_shared, row_factor, lengths, pages, scores, scale_log2, band, num_heads_kv, batch,
+            b, h, row_block, seqlen_q, seqlen_k, (first_tile + position - start) * BLOCK_N, BLOCK_N, until - position, done,
+            ahead, ahead_at, stop,
+            GROUP, BLOCK_M, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, True, UNIT_COST, STAGES, NUM_WARPS, ASKED_FOR, MOVED,
         )  # fmt: skip
-        m, l, acc = merged(m, l, acc, BLOCK_M, DV, NUM_WARPS)
+        m, l, acc = merged(m, l, acc, QUANTISED, BLOCK_M, DV, NUM_WARPS)
+        if kv_scales.v is not None:
+            acc = acc * values_factor
         rows = (b, h, row_block, row_start, seqlen_q)
         if (position == start) & (until == start + tiles):
             store_out(m, l, acc, out, lse, lengths, sinks, rows, GROUP, BLOCK_M, HEAD_DIM_V)

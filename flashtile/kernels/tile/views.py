@@ -106,6 +106,17 @@ class ScoresView(NamedTuple):
     slopes_stride_b: Any
 
 
+class KvScalesView(NamedTuple):
+    """What stored keys and values are multiplied by: each float32 (sequence, head), strides 0 where all share one; None for 1."""
+
+    k: Any
+    k_stride_b: Any
+    k_stride_h: Any
+    v: Any
+    v_stride_b: Any
+    v_stride_h: Any
+
+
 class DropoutView(NamedTuple):
     """Which entries of the softmax are dropped: seed (2,) int64 on the device, or None (nothing is); the least word that keeps an
     entry (u32); and what is kept is multiplied by."""

@@ -574,7 +574,7 @@ def test_kinds_are_bounded(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_with_a_profiler_or_on_another_device_calls_take_the_longer_way(gpu: FakeGpu) -> None:
     call = tensors()
     gpu.settle(**call)
-    args = (*call.values(), *[None] * 4, True, None, 0.0, *[None] * 8, False, False)
+    args = (*call.values(), *[None] * 4, True, None, 0.0, *[None] * 10, False, False)
     assert gpu.table.run(*args) is not None
     for listener in gpu.listeners:
         listener.append("a profiler")

@@ -78,7 +78,7 @@ def test_an_impossible_plan_is_refused_with_reasons(wish: BackwardPlan, reason: 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"kv_scales": "tensor"}, "scales a tensor"), ({"page_size": 16}, "keys lie on pages of 16, which have no gradient")],
+    [({"k_scales": "tensor"}, "scales a tensor"), ({"page_size": 16}, "keys lie on pages of 16, which have no gradient")],
 )
 def test_no_kernel_lists_every_kernel_of_the_operation_alone(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(UnsupportedError, match="No kernel can run this backward") as raised:

@@ -124,7 +124,7 @@ def test_a_wish_that_contradicts_the_plan() -> None:
 
 def test_no_kernel_lists_every_kernel() -> None:
     with pytest.raises(UnsupportedError) as raised:
-        plan_decode(LLAMA.with_(kv_scales="tensor"), H200)
+        plan_decode(LLAMA.with_(k_scales="tensor"), H200)
     assert set(raised.value.reasons) == {kernel.name for kernel in kernels_of("decode")}
     assert "scales" in raised.value.reasons["triton.decode"][0]
 

@@ -107,7 +107,7 @@ def test_a_wish_that_contradicts_the_plan() -> None:
 
 def test_no_kernel_lists_every_kernel_of_the_operation_alone() -> None:
     with pytest.raises(UnsupportedError, match="No kernel can run this forward") as raised:
-        plan_forward(PREFILL.with_(kv_scales="tensor"), H200)
+        plan_forward(PREFILL.with_(k_scales="tensor"), H200)
     assert set(raised.value.reasons) == {GLUON_FORWARD_SM90, TRITON_FORWARD, CPU_FORWARD}
     assert "scales" in raised.value.reasons[TRITON_FORWARD][0]
 
