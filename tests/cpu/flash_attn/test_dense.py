@@ -17,7 +17,7 @@ from flashtile.testing.parity import Parity, assert_parity
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 AXES = {
-    "dtype": ("float16", "bfloat16"),
+    "dtype": ("float16", "bfloat16", "float32"),
     "heads": ((6, 6), (6, 1), (6, 2)),
     "head_dim": (32, 40, 59, 64, 80, 96, 111, 128, 160, 192, 224, 256),
     "mask": ({}, {"causal": True}, {"window_size": (29, 11)}, {"causal": True, "window_size": (40, -1)}, {"window_size": (-1, 7)}),
