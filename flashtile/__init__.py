@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flashtile.api import (
+        append_kv,
         attention,
         attention_varlen,
         attention_varlen_with_lse,
@@ -31,6 +32,7 @@ __version__ = "0.1.0.dev0"
 
 _HOMES = {
     "flashtile.api": (
+        "append_kv",
         "attention",
         "attention_varlen",
         "attention_varlen_with_lse",
@@ -64,6 +66,7 @@ __all__ = [
     "ToolchainError",
     "UnsupportedError",
     "__version__",
+    "append_kv",
     "attention",
     "attention_varlen",
     "attention_varlen_with_lse",

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 
 from flashtile.errors import ArgumentError, message
-from flashtile.kernels.call import DecodeCall, ForwardCall
+from flashtile.kernels.call import AppendCall, DecodeCall, ForwardCall
 
 CHECKING: ContextVar[bool] = ContextVar("flashtile_checking", default=False)
 
@@ -62,6 +62,24 @@ def check_forward_values(call: ForwardCall, left: int | None) -> None:
         _check_pages(call.page_table, call.k, seqlens_q, seqlens_k, left)
 
 
+def check_append_values(call: AppendCall) -> None:
+    """Raises ArgumentError for the first bad length, page id or start of an append, waits for the device."""
+    pages = None if call.page_table is None else call.page_table.tolist()
+    capacity = call.k_cache.shape[1] * (1 if call.page_table is None else call.page_table.shape[1])
+    batch = call.seqlens.shape[0]
+    lengths = _checked_lengths("seqlens_k", call.seqlens, [capacity] * batch, "the cache's capacity")
+    new = [call.k.shape[1]] * batch
+    if call.cu_seqlens_k_new is not None:
+        new = _lengths_between("cu_seqlens_k_new", call.cu_seqlens_k_new, call.k.shape[0], "k")
+    for i, (length, more) in enumerate(zip(lengths, new)):
+        if length + more > capacity:
+            got = f"{length} and {more} new ones"
+            raise ArgumentError(message(f"seqlens_k[{i}]", f"room for new keys in a cache of {capacity}", got, "Make room for more keys."))
+        if pages is not None and more:
+            page_size = call.k_cache.shape[1]
+            _check_ids(i, pages[i], range(length // page_size, -(-(length + more) // page_size)), call.k_cache, length + more)
+
+
 def check_longest_keys(cu_seqlens_k: torch.Tensor, total_k: int, max_seqlen_k: int) -> None:
     """Raises ArgumentError for the first sequence of packed keys that is longer than it was said to be, waits for the device."""
     for i, length in enumerate(_lengths_between("cu_seqlens_k", cu_seqlens_k, total_k)):
@@ -104,9 +122,9 @@ def _query_lengths(call: DecodeCall | ForwardCall, max_seqlen_q: int | None) -> 
     return lengths
 
 
-def _lengths_between(name: str, cu_seqlens: torch.Tensor, total: int) -> list[int]:
-    """The lengths of packed sequences by where they start."""
-    tensor = name[-1]
+def _lengths_between(name: str, cu_seqlens: torch.Tensor, total: int, tensor: str = "") -> list[int]:
+    """The lengths of packed sequences by where they start in ``tensor``, which the name ends with if not told."""
+    tensor = tensor or name[-1]
     starts: list[int] = cu_seqlens.tolist()
     if starts[0] != 0:
         raise ArgumentError(message(f"{name}[0]", "0", starts[0], f"The first sequence starts at {tensor}'s first row."))
@@ -119,16 +137,21 @@ def _lengths_between(name: str, cu_seqlens: torch.Tensor, total: int) -> list[in
 
 
 def _check_pages(page_table: torch.Tensor, k: torch.Tensor, seqlens_q: list[int], seqlens_k: list[int], left: int | None) -> None:
-    num_pages, page_size = k.shape[:2]
+    page_size = k.shape[1]
     for i, (seqlen_q, seqlen_k, pages) in enumerate(zip(seqlens_q, seqlens_k, page_table.tolist())):
         first = 0 if left is None else max(0, seqlen_k - seqlen_q - left)
-        for j in range(first // page_size, -(-seqlen_k // page_size)):
-            if not 0 <= pages[j] < num_pages:
-                raise ArgumentError(
-                    message(
-                        f"page_table[{i}, {j}]",
-                        f"a page id from 0 to {num_pages - 1}",
-                        pages[j],
-                        f"Sequence {i} has {seqlen_k} keys of {page_size} a page: give each page an id.",
-                    )
+        _check_ids(i, pages, range(first // page_size, -(-seqlen_k // page_size)), k, seqlen_k)
+
+
+def _check_ids(sequence: int, pages: list[int], used: range, k: torch.Tensor, seqlen_k: int) -> None:
+    num_pages, page_size = k.shape[:2]
+    for j in used:
+        if not 0 <= pages[j] < num_pages:
+            raise ArgumentError(
+                message(
+                    f"page_table[{sequence}, {j}]",
+                    f"a page id from 0 to {num_pages - 1}",
+                    pages[j],
+                    f"Sequence {sequence} has {seqlen_k} keys of {page_size} a page: give each page an id.",
                 )
+            )

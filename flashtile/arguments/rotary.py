@@ -31,17 +31,8 @@ def check_rotary(
     rank, form = (4, "(batch, seqlen, heads, dim)") if cu_seqlens is None else (3, "(tokens, heads, dim) beside cu_seqlens")
     if x.ndim != rank:
         raise ShapeError(message("x", form, f"shape {tuple(x.shape)}", "Packed tokens come with cu_seqlens."))
-    for name, floats in (("x", x), ("cos", cos)):
-        if floats.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-            raise DtypeError(message(name, "float16, bfloat16 or float32", floats.dtype, "Cast it first."))
-    if cos.ndim != 2 or sin.shape != cos.shape or sin.dtype != cos.dtype:
-        got = f"{tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}"
-        raise ShapeError(message("cos and sin", "(positions, rotary_dim / 2), of one shape and dtype", got, "Build them together."))
-    if 2 * cos.shape[1] > x.shape[-1]:
-        got = f"a rotary_dim of {2 * cos.shape[1]} for heads of {x.shape[-1]}"
-        raise ShapeError(message("cos", "at most half of a head's elements a row", got, "rotary_dim is at most the head's dim."))
-    if cos.requires_grad or sin.requires_grad:
-        raise UnsupportedError(message("cos and sin", "tensors that need no gradient", "requires_grad=True", "Detach them."))
+    _check_floats("x", x)
+    check_tables("cos", cos, "sin", sin, x.shape[-1])
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or batch < 0):
         got = f"shape {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
@@ -53,6 +44,27 @@ def check_rotary(
     if offsets is not None and (offsets.shape != (batch,) or offsets.dtype not in (torch.int32, torch.int64)):
         got = f"shape {tuple(offsets.shape)} {offsets.dtype}"
         raise ShapeError(message("seqlen_offsets", f"({batch},) int32 or int64", got, "One offset a sequence."))
+
+
+def check_tables(name_cos: str, cos: torch.Tensor, name_sin: str, sin: torch.Tensor, head_dim: int) -> None:
+    """cos and sin, by the names that a caller knows them by, for heads of ``head_dim`` elements."""
+    _check_floats(name_cos, cos)
+    both = f"{name_cos} and {name_sin}"
+    if cos.ndim != 2 or sin.shape != cos.shape or sin.dtype != cos.dtype:
+        got = f"{tuple(cos.shape)} {cos.dtype} and {tuple(sin.shape)} {sin.dtype}"
+        raise ShapeError(message(both, "(positions, rotary_dim / 2), of one shape and dtype", got, "Build them together."))
+    if 2 * cos.shape[1] > head_dim:
+        got = f"a rotary_dim of {2 * cos.shape[1]} for heads of {head_dim}"
+        raise ShapeError(message(name_cos, "at most half of a head's elements a row", got, "rotary_dim is at most the head's dim."))
+    if cos.requires_grad or sin.requires_grad:
+        raise UnsupportedError(message(both, "tensors that need no gradient", "requires_grad=True", "Detach them."))
+
+
+def _check_floats(name: str, tensor: torch.Tensor) -> None:
+    import torch
+
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise DtypeError(message(name, "float16, bfloat16 or float32", tensor.dtype, "Cast it first."))
 
 
 def _check_tensor(name: str, tensor: object, x: torch.Tensor) -> None:

@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashtile.kernels import native
 from flashtile.kernels.block import Block, Kernel, NotReplayable, block_of
-from flashtile.kernels.call import DecodeCall, ForwardCall
+from flashtile.kernels.call import AppendCall, DecodeCall, ForwardCall
 
-Call = DecodeCall | ForwardCall
+Call = DecodeCall | ForwardCall | AppendCall
 
 RECORDED_CALL = 3  # of a kind: recording costs what some five repeated calls save, and a cache that grows has few calls of a kind
 MAX_KINDS = 1024  # of calls of an operation, each of some 6 kB

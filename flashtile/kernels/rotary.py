@@ -14,29 +14,12 @@ import triton.language as tl
 
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch, Spec, launcher, on_device, pointer_of
 from flashtile.kernels.operands import rows_view
+from flashtile.kernels.tile.rotary import SequencesView, TablesView, angles_at, held, move_turned, tokens_of
 from flashtile.kernels.tile.views import RowsView, row_offsets
 from flashtile.rounding import alignment_of
 
 _ELEMENTS = 4096  # of x that a program holds
 _WARPS = 4
-
-
-class TablesView(NamedTuple):
-    """cos and sin, each (rows, pairs) side by side, and where tokens stand: a sequence's first token at ``offsets[b] + offset``
-    (offsets: int32 or int64, or None)."""
-
-    cos: Any
-    sin: Any
-    rows: Any
-    offsets: Any
-    offset: Any
-
-
-class SequencesView(NamedTuple):
-    """Where each sequence's tokens are: ``cu_seqlens`` (batch + 1,) int32 into ``tokens`` packed rows, or None and ``tokens`` each."""
-
-    cu_seqlens: Any
-    tokens: Any
 
 
 class RotaryCall(NamedTuple):
@@ -83,57 +66,27 @@ def rotary_kernel(
     h = program % num_heads
     b = program // num_heads // row_blocks
     row_block = program // num_heads % row_blocks
-    if sequences.cu_seqlens is None:
-        start, end = b * 0, sequences.tokens
-        b_rows = b
-    else:
-        start = tl.minimum(tl.maximum(tl.load(sequences.cu_seqlens + b), 0), sequences.tokens)
-        end = sequences.tokens
-        if b < batch:
-            end = tl.minimum(tl.maximum(tl.load(sequences.cu_seqlens + b + 1), start), sequences.tokens)
-        b_rows = b * 0
     # (BLOCK_M,)
     position = row_block * BLOCK_M + tl.arange(0, BLOCK_M)
     if b < batch:
-        row = start + position
-        real = row < end
+        start, end = tokens_of(sequences, b)
+        b_rows = b if sequences.cu_seqlens is None else b * 0
+        real = start + position < end
         at = tables.offset + position
         if tables.offsets is not None:
             at += tl.load(tables.offsets + b).to(tl.int32)
         # [BLOCK_M, PAIRS_HELD]
-        pair = tl.arange(0, PAIRS_HELD)
-        known = real & (at >= 0) & (at < tables.rows)
-        entry = at.to(tl.int64)[:, None] * PAIRS + pair[None, :]
-        mask = known[:, None] & (pair < PAIRS)[None, :]
-        cos = tl.load(tables.cos + entry, mask=mask, other=1.0).to(tl.float32)
-        sin = tl.load(tables.sin + entry, mask=mask, other=0.0).to(tl.float32)
+        cos, sin = angles_at(tables, at, real, PAIRS, PAIRS_HELD)
         if CONJUGATE:
             sin = -sin
-        rows_x = row_offsets(x, b_rows, row, h)[:, None]
-        rows_out = row_offsets(out, b_rows, row, h)[:, None]
-        if INTERLEAVED:
-            # [BLOCK_M, 2 * PAIRS_HELD]
-            d = tl.arange(0, 2 * PAIRS_HELD)
-            mask = real[:, None] & (d < 2 * PAIRS)[None, :]
-            both = tl.load(x.ptr + rows_x + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            first, second = tl.split(tl.reshape(both, [BLOCK_M, PAIRS_HELD, 2]))
-            turned = tl.join(first * cos - second * sin, first * sin + second * cos)
-            turned = tl.reshape(turned, [BLOCK_M, 2 * PAIRS_HELD])
-            tl.store(out.ptr + rows_out + d[None, :], turned.to(out.ptr.dtype.element_ty), mask=mask)
-        else:
-            mask = real[:, None] & (pair < PAIRS)[None, :]
-            first = tl.load(x.ptr + rows_x + pair[None, :], mask=mask, other=0.0).to(tl.float32)
-            second = tl.load(x.ptr + rows_x + PAIRS + pair[None, :], mask=mask, other=0.0).to(tl.float32)
-            tl.store(out.ptr + rows_out + pair[None, :], (first * cos - second * sin).to(out.ptr.dtype.element_ty), mask=mask)
-            tl.store(out.ptr + rows_out + PAIRS + pair[None, :], (first * sin + second * cos).to(out.ptr.dtype.element_ty), mask=mask)
-        if HEAD_DIM > 2 * PAIRS and not IN_PLACE:
-            rest = 2 * PAIRS + tl.arange(0, REST_HELD)
-            mask = real[:, None] & (rest < HEAD_DIM)[None, :]
-            tl.store(out.ptr + rows_out + rest[None, :], tl.load(x.ptr + rows_x + rest[None, :], mask=mask), mask=mask)
-    else:
+        source = x.ptr + row_offsets(x, b_rows, start + position, h)
+        target = out.ptr + row_offsets(out, b_rows, start + position, h)
+        move_turned(source, target, real, cos, sin, PAIRS, PAIRS_HELD, HEAD_DIM, REST_HELD, INTERLEAVED, IN_PLACE)
+    elif sequences.cu_seqlens is not None:
+        start = tl.minimum(tl.maximum(tl.load(sequences.cu_seqlens + b), 0), sequences.tokens)
         all_d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))
-        for block in tl.range(start + row_block * BLOCK_M, end, row_blocks * BLOCK_M, num_stages=1):
-            for m in range(block, tl.minimum(block + BLOCK_M, end)):
+        for block in tl.range(start + row_block * BLOCK_M, sequences.tokens, row_blocks * BLOCK_M, num_stages=1):
+            for m in range(block, tl.minimum(block + BLOCK_M, sequences.tokens)):
                 from_x = m * x.stride_m + h * x.stride_h + all_d  # strides are int64
                 to_out = m * out.stride_m + h * out.stride_h + all_d
                 tl.store(out.ptr + to_out, tl.load(x.ptr + from_x, mask=all_d < HEAD_DIM), mask=all_d < HEAD_DIM)
@@ -180,7 +133,6 @@ def rotary_spec(kind: Kind) -> Spec:
     table = Arg("*" + _name_of(kind.dtype_table), 16 if kind.aligned_tables else 1)
     offsets = None if kind.dtype_offsets is None else Arg("*i64" if kind.dtype_offsets == torch.int64 else "*i32")
     rest = kind.head_dim - 2 * kind.pairs
-    held = _held(kind.pairs)
     return Spec(
         rotary_kernel,
         args={
@@ -188,8 +140,8 @@ def rotary_spec(kind: Kind) -> Spec:
             "sequences": SequencesView(Arg("*i32") if kind.packed else None, i32), "num_heads": i32, "batch": i32, "row_blocks": i32,
         },
         constants={
-            "BLOCK_M": kind.block_m, "PAIRS": kind.pairs, "PAIRS_HELD": held, "HEAD_DIM": kind.head_dim,
-            "REST_HELD": _held(rest), "INTERLEAVED": kind.interleaved, "CONJUGATE": kind.conjugate, "IN_PLACE": kind.in_place,
+            "BLOCK_M": kind.block_m, "PAIRS": kind.pairs, "PAIRS_HELD": held(kind.pairs), "HEAD_DIM": kind.head_dim,
+            "REST_HELD": held(rest), "INTERLEAVED": kind.interleaved, "CONJUGATE": kind.conjugate, "IN_PLACE": kind.in_place,
         },
         options={"num_warps": _WARPS, "num_stages": 1},
     )  # fmt: skip
@@ -220,12 +172,7 @@ def _runner(kind: Kind, device: torch.device) -> Any:
 
 def _block_m(pairs: int, max_seqlen: int) -> int:
     """Tokens of a program: one where there is one, else as many as it holds."""
-    return 1 if max_seqlen <= 1 else max(1, _ELEMENTS // (2 * _held(pairs)))
-
-
-def _held(count: int) -> int:
-    """A power of two that has room for so many."""
-    return 1 << max(0, count - 1).bit_length()
+    return 1 if max_seqlen <= 1 else max(1, _ELEMENTS // (2 * held(pairs)))
 
 
 def _name_of(dtype: torch.dtype) -> str:

@@ -40,9 +40,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flashtile.api": (*ENGINE, "flashtile.api"),
     "flashtile.flash_attn": (*ENGINE, "flashtile.api", "flashtile.dropout", "flashtile.flash_attn"),
     "flashtile.flash_attn_interface": (*ENGINE, "flashtile.api", "flashtile.flash_attn", "flashtile.flash_attn_interface"),
+    "flashtile.integrations": (*ENGINE, "flashtile.api", "flashtile.flash_attn", "flashtile.integrations"),
 }
 TOP = ("flashtile.cli", "flashtile.__main__")
 MAY_IMPORT_TRITON = (
+    "flashtile.kernels.append",
     "flashtile.kernels.decode",
     "flashtile.kernels.combine",
     "flashtile.kernels.forward",
