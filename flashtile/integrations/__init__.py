@@ -1,1 +1,0 @@
-"""Other libraries' attention, sent here: `flashtile.integrations.transformers` and `flashtile.integrations.sdpa`."""
