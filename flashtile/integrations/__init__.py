@@ -1,0 +1,1 @@
+"""Other libraries' attention, sent here: `flashtile.integrations.transformers` and `flashtile.integrations.sdpa`."""
