@@ -14,7 +14,7 @@ from flashtile.planner.catalog import GLUON_FORWARD_SM90, kernel_named, kernels_
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import footprint_of
 from flashtile.planner.forward_rules import choose_forward_tile, forward_infeasible, leaves_to_portable
-from flashtile.planner.forward_tiles import EXP2_BY_FMA, SHORT_HEAD, ForwardTile
+from flashtile.planner.forward_tiles import ForwardTile
 from flashtile.planner.forward_work import row_tiles
 from flashtile.planner.plans import BLOCK_MS, BackwardPlan, DecodePlan, ForwardPlan, Source
 from flashtile.planner.rules import choose_tile_and_splits, infeasible, why_none_fits
@@ -186,7 +186,6 @@ def _tuned_forward_plan(problem: Problem, device: Device) -> ForwardPlan | None:
 def forward_plan_for_tile(problem: Problem, device: Device, tile: ForwardTile, source: Source = "rule") -> ForwardPlan:
     """The plan of a tile; Hopper's kernel has as many programs as SMs, which take tiles until none is left."""
     stays = tile.kernel == GLUON_FORWARD_SM90
-    short = max(problem.head_dim, problem.head_dim_v) <= SHORT_HEAD
     return ForwardPlan(
         kernel=tile.kernel,
         block_m=tile.block_m,
@@ -196,7 +195,6 @@ def forward_plan_for_tile(problem: Problem, device: Device, tile: ForwardTile, s
         num_programs=max(1, min(row_tiles(problem, tile.block_m), device.num_sms)) if stays else 0,
         rescale_log2=tile.rescale_log2,
         q_in_registers=tile.q_in_registers,
-        exp2_by_fma=EXP2_BY_FMA if stays and short else 0,
         source=source,
     )
 

@@ -13,7 +13,6 @@ from flashtile.planner.tiles import ProgramShape
 
 FORWARD_BLOCK_MS = (16, 32, 64, 128, 192)
 SHORT_HEAD = 64  # head dims up to here leave registers for three warpgroups of rows, and wait for exp2
-EXP2_BY_FMA = 4  # sixteenths of the exponentials of short heads that Hopper's kernel leaves to the multiply-add units
 USUAL_HEAD = 128
 LONG_KEYS_HEAD = 192  # key dims up to here leave registers for as many keys a step as usual heads have, where values are no longer
 LONG_WALK = 2048  # mean keys of a query from which three warpgroups of short heads pay: 1.06x of two at 4 x 4096 tokens, causal, on an H200
