@@ -14,12 +14,15 @@ def window_of(window_size: tuple[int, int]) -> Sides:
     return _side(left), _side(right)
 
 
-def _side(count: int | None) -> int | None:
-    return None if count is None or count < 0 else count
+def _side(count: int | torch.Tensor | None) -> int | None:
+    if count is None:
+        return None
+    side = count_of(count)
+    return None if side < 0 else side
 
 
 def count_of(length: int | torch.Tensor) -> int:
-    """A longest length as the planner needs it. FlashAttention takes one in a tensor too, and waits for the device to read it."""
+    """A length or a window's side as the planner needs it. FlashAttention takes tensors too, and waits for their device to read them."""
     return int(length) if isinstance(length, torch.Tensor) else length
 
 

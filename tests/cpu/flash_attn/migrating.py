@@ -77,7 +77,7 @@ ANY_LAYOUT = (
 CACHE_LAYOUT = (
     "Any strides with a contiguous last dimension. A head dim that is no multiple of 8 is padded, which copies the cache at every call."
 )
-WINDOW = "-1 is unbounded, as there; so is None for a side."
+WINDOW = "-1 is unbounded, as there; so is None for a side. A tensor is read."
 DETERMINISTIC = "True is obeyed. False leaves it to `torch.use_deterministic_algorithms`; out never varies."
 HINT = "Accepted; changes no result: the planner lays rows out."
 CHUNKS = "Refused unless 0: no kernel has a mask of chunks."

@@ -173,7 +173,7 @@ def test_what_has_no_counterpart_is_refused(argument: dict[str, Any]) -> None:
             three.flash_attn_qkvpacked_func(torch.stack([tensors["q"]] * 3, dim=2), **argument)
 
 
-@pytest.mark.parametrize("window_size", [(None, 3), (-5, 3)])
+@pytest.mark.parametrize("window_size", [(None, 3), (-5, 3), torch.tensor([-1, 3])])
 def test_sides_without_a_bound(window_size: tuple[Any, int]) -> None:
     q, k, v = (Parity(9, 9).tensors()[name] for name in ("q", "k", "v"))
     assert torch.equal(flash_attn_func(q, k, v, window_size=window_size), flash_attn_func(q, k, v, window_size=(-1, 3)))
