@@ -79,7 +79,7 @@ def key_spans(
         raise UnsupportedError(f"attention_mask: expected a causal or full mask or a sliding window, got another pattern. {_ELSE}")
     if attention_mask is not None:
         aligned = causal or local_size is not None
-        spans = _padded(attention_mask, q_length, kv_length, kv_offset, filled, aligned)
+        spans = padded(_visible_rows(attention_mask, kv_length, kv_offset), q_length, filled, aligned)
         if spans is not None:
             return spans
     elif causal and not allow_is_causal_skip and isinstance(q_offset, int) and q_offset == 0 and kv_length == q_length:
@@ -127,20 +127,25 @@ def _chosen(
     visible = seen.expand(batch_size, kv_length)
     if attention_mask is not None:
         visible = visible & _visible_rows(attention_mask, kv_length, kv_offset)
+    return chosen_of(visible)[:, None, None, :]
+
+
+def chosen_of(visible: torch.Tensor) -> torch.Tensor:
+    """(batch, kv_length) bool as (batch, 2 + kv_length) int32: count, row, and all places, the visible ones first and in order."""
+    batch_size, kv_length = visible.shape
+    rows, places = (torch.arange(count, device=visible.device) for count in (batch_size, kv_length))
     order = torch.where(visible, places, places + kv_length).argsort(dim=-1)
     counts = visible.sum(dim=-1, keepdim=True)
-    return torch.cat([counts, rows[:, None], order], dim=-1).to(torch.int32)[:, None, None, :]
+    return torch.cat([counts, rows[:, None], order], dim=-1).to(torch.int32)
 
 
-def _padded(
-    attention_mask: torch.Tensor, q_length: int, kv_length: int, kv_offset: int, filled: int | torch.Tensor, aligned: bool
-) -> torch.Tensor | None:
+def padded(visible: torch.Tensor, q_length: int, filled: int | torch.Tensor, aligned: bool) -> torch.Tensor | None:
     """Spans of rows that begin or end with padding; None where there turns out to be none. Raises UnsupportedError for gaps.
 
-    ``aligned``: queries stand on keys, the last one at place ``filled - 1``, and those that are padding are sequences of their own that see
-    nothing. Otherwise all queries of a row see the same keys.
+    ``visible`` is (batch, kv_length) bool. ``aligned``: queries stand on keys, the last one at place ``filled - 1``, and those that are
+    padding are sequences of their own that see nothing. Otherwise all queries of a row see the same keys.
     """
-    visible = _visible_rows(attention_mask, kv_length, kv_offset)
+    batch_size, kv_length = visible.shape
     places = torch.arange(kv_length, device=visible.device)
     visible = visible & (places < filled)
     counts = visible.sum(dim=-1)
@@ -155,7 +160,6 @@ def _padded(
             return None
         if not in_order:
             raise UnsupportedError(f"attention_mask: expected each row's padding at its ends, got gaps between its keys. {_ELSE}")
-    batch_size = visible.shape[0]
     if not aligned:
         return whole_rows(batch_size, q_length, counts, first)
     skipped = filled - q_length  # places before the first query's

@@ -7,25 +7,15 @@ A single query of each sequence goes to `decode`, and so do few queries over man
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from flashtile.api import attention, attention_varlen, decode
+from flashtile.api import attention_varlen, decode
 from flashtile.errors import ShapeError, UnsupportedError, message
-from flashtile.flash_attn.cache import DECODE_ROWS
 from flashtile.flash_attn.conventions import cut, readable, scale_for
+from flashtile.integrations.attend import Scores, chosen, dense, is_inference, spanned
 from flashtile.integrations.key_spans import whole_rows
-
-
-class _Scores(NamedTuple):
-    """How scores are made, for every way."""
-
-    causal: bool
-    window: tuple[int | None, int | None] | None
-    softcap: float
-    scale: float
-    sinks: torch.Tensor | None
 
 
 def module_attention(
@@ -68,30 +58,25 @@ def module_attention(
     window = None if sliding_window is None else (sliding_window - 1, None if causal else sliding_window - 1)
     sinks = None if s_aux is None else s_aux.float()
     q, k, v = (readable(x.transpose(1, 2)) for x in (query, key, value))
-    scores = _Scores(causal, window, softcap or 0.0, scale_for(query, scaling), sinks)
-    inference = dropout == 0.0 and not (torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value)))
+    scores = Scores(causal, window, softcap or 0.0, scale_for(query, scaling), sinks)
+    inference = is_inference(dropout, query, key, value, sinks)
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         out = _packed(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scores, dropout)
     elif attention_mask is None:
-        rows = q.shape[1] * (q.shape[2] // k.shape[2])
-        if inference and rows <= DECODE_ROWS and q.shape[1] < k.shape[1]:
-            lengths = torch.full((q.shape[0],), k.shape[1], dtype=torch.int32, device=q.device)
-            out = decode(q, k, v, lengths, **scores._asdict())
-        else:
-            out = attention(q, k, v, dropout_p=dropout, **scores._asdict())
+        out = dense(q, k, v, scores, dropout)
     elif attention_mask.dtype != torch.int32 or attention_mask.ndim != 4:
         raise UnsupportedError(
             "attention_mask: expected None or (batch, positions) where the model is called, got a mask of queries x keys. "
             'Use attn_implementation="sdpa" or "eager" for it.'
         )
     elif attention_mask.shape[2] == 4:
-        out = _spanned(q, k, v, attention_mask[0, 0], scores, dropout)
+        out = spanned(q, k, v, attention_mask[0, 0], scores, dropout)
     elif attention_mask.shape[3] == 1 and inference:
         out = decode(q, k, v, attention_mask.view(-1), **scores._asdict())
     elif attention_mask.shape[3] == 1:
-        out = _spanned(q, k, v, whole_rows(q.shape[0], 1, attention_mask.view(-1))[0, 0], scores, dropout)
+        out = spanned(q, k, v, whole_rows(q.shape[0], 1, attention_mask.view(-1))[0, 0], scores, dropout)
     elif inference:
-        out = _chosen(q, k, v, attention_mask[:, 0, 0], scores)
+        out = chosen(q, k, v, attention_mask[:, 0, 0], scores)
     else:
         raise UnsupportedError("attention_mask: a padded single query has no gradient and no dropout. Pass several queries at once.")
     return cut(out, value.shape[-1]), None
@@ -117,7 +102,7 @@ def _packed(
     starts_k: torch.Tensor,
     longest_q: int | None,
     longest_k: int | None,
-    scores: _Scores,
+    scores: Scores,
     dropout: float,
 ) -> torch.Tensor:
     """Sequences where the caller says they start; a longest one that is not given, or lies on the device, is all there is room for."""
@@ -129,59 +114,3 @@ def _packed(
         dropout_p=dropout, **scores._asdict(),
     )  # fmt: skip
     return out[None]
-
-
-def _spanned(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: torch.Tensor, scores: _Scores, dropout: float) -> torch.Tensor:
-    starts_q, rows, places, lengths = spans.unbind()
-    packed_k, packed_v, pitch = _as_one_line(k, v)
-    starts_k = torch.add(places, rows, alpha=pitch)
-    packed = q.reshape(-1, *q.shape[2:])
-    out = attention_varlen(
-        packed,
-        packed_k,
-        packed_v,
-        starts_q,
-        starts_k,
-        q.shape[1],
-        k.shape[1],
-        seqused_k=lengths[:-1],
-        dropout_p=dropout,
-        **scores._asdict(),
-    )
-    return out.view(*q.shape[:-1], out.shape[-1])
-
-
-def _chosen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chosen: torch.Tensor, scores: _Scores) -> torch.Tensor:
-    """The band is in the choice already. Each key is a page, so that none is moved."""
-    line_k, line_v, pitch = _as_one_line(k, v)
-    counts, row, places = chosen[:, 0], chosen[:, 1:2], chosen[:, 2:]
-    pages = torch.add(places, row, alpha=pitch)
-    everything = scores._replace(causal=False, window=None)
-    return decode(q, line_k[:, None], line_v[:, None], counts.contiguous(), page_table=pages, **everything._asdict())
-
-
-def _as_one_line(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """(batch, keys, heads, dim) as (line, heads, dim), and how far apart on the line rows of the batch start.
-
-    A cache that has heads before keys is a line too: from one row of the batch to the next it is as far as all heads' keys, and
-    places beyond a row's own keys are never read. A gradient has to find its way back, so tensors that need one are reshaped.
-    """
-    batch, keys = k.shape[:2]
-    if not (torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)):
-        pitch = _pitch(k)
-        if pitch is not None and pitch == _pitch(v):
-            return _line(k, pitch), _line(v, pitch), pitch
-    return k.reshape(batch * keys, *k.shape[2:]), v.reshape(batch * keys, *v.shape[2:]), keys
-
-
-def _pitch(x: torch.Tensor) -> int | None:
-    """From one row of the batch to the next, in keys; None where it is no whole number of them."""
-    if x.shape[0] <= 1:
-        return x.shape[1]
-    per_row, per_key = x.stride(0), x.stride(1)
-    return None if per_key <= 0 or per_row % per_key else per_row // per_key
-
-
-def _line(x: torch.Tensor, pitch: int) -> torch.Tensor:
-    length = max(x.shape[0] - 1, 0) * pitch + x.shape[1]
-    return x.as_strided((length, *x.shape[2:]), x.stride()[1:])
