@@ -42,6 +42,8 @@ def check_decode_values(call: DecodeCall, max_seqlen_q: int | None, left: int | 
     if call.page_table is not None:
         capacity *= call.page_table.shape[1]
     seqlens_k = _checked_lengths("seqlens_k", call.seqlens_k, [capacity] * len(seqlens_q), "the cache's capacity")
+    if call.leftpad_k is not None:
+        _checked_lengths("leftpad_k", call.leftpad_k, seqlens_k, "all keys of the sequence")
     if call.page_table is not None:
         _check_pages(call.page_table, call.k_cache, seqlens_q, seqlens_k, left)
 

@@ -17,6 +17,7 @@ from flashtile.arguments import (
     check_hint,
     check_keys,
     check_kv_scales,
+    check_leftpad,
     check_lengths,
     check_out,
     check_out_dtype,
@@ -48,7 +49,7 @@ class Problem:
     ``seqlen_k`` is the most keys that a sequence may have; ``page_size`` is 0 for a contiguous cache; ``alignment`` is
     the largest power of two, at most 16, that divides every pointer and stride of q, k, v and a given out, in bytes.
     ``k_scales`` says what quantised keys have a scale for each of, "tensor", "head" or "sequence" (and head), or "none"; ``v_scales``
-    says it of values.
+    says it of values. ``leftpad_k`` says that keys at the beginning of each sequence, as many as a tensor says, are seen by no query.
     ``deterministic`` asks for the same bits each time, of the gradients of a backward problem; other results never vary.
     ``Problem.decode`` rounds ``seqlen_k`` up, and with ``ragged_q`` also ``seqlen_q`` and ``total_q``; ``Problem.forward``
     rounds all three. So neighbouring calls share one plan: kernels take the real sizes from the call's tensors.
@@ -80,6 +81,7 @@ class Problem:
     alignment: int = 16
     k_scales: str = "none"
     v_scales: str = "none"
+    leftpad_k: bool = False
     allow_tf32: bool = False
     deterministic: bool = False
 
@@ -165,6 +167,7 @@ class Problem:
         alibi_slopes: torch.Tensor | None = None,
         k_scale: torch.Tensor | None = None,
         v_scale: torch.Tensor | None = None,
+        leftpad_k: torch.Tensor | None = None,
         out: torch.Tensor | None = None,
         out_dtype: torch.dtype | None = None,
         lse: bool = False,
@@ -175,7 +178,7 @@ class Problem:
 
         check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, seqlens_k=seqlens_k, page_table=page_table,
                        cu_seqlens_q=cu_seqlens_q, sinks=sinks, alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale,
-                       out=out)  # fmt: skip
+                       leftpad_k=leftpad_k, out=out)  # fmt: skip
         ragged = cu_seqlens_q is not None
         batch = check_lengths(seqlens_k)
         _, total_q, seqlen_q, heads_q, head_dim = check_queries(q, cu_seqlens_q, max_seqlen_q, batch)
@@ -183,6 +186,7 @@ class Problem:
         check_heads(heads_q, heads_kv, head_dim, k_cache=k_cache)
         check_cache_dtype(q, k_cache, v_cache)
         k_scales, v_scales = check_kv_scales(k_cache, heads_kv, batch, k_scale=k_scale, v_scale=v_scale)
+        check_leftpad(leftpad_k, batch)
         dtype_out = check_out_dtype(q, out, out_dtype)
         check_out(out, (*q.shape[:-1], head_dim_v), dtype_out)
         check_scores(heads_q, batch, causal, softcap, scale, sinks, alibi_slopes, allow_tf32)
@@ -193,7 +197,7 @@ class Problem:
             seqlen_k=length_bucket(planned),
             num_heads_q=heads_q, num_heads_kv=heads_kv, head_dim=head_dim, head_dim_v=head_dim_v,
             dtype_q=_name_of(q.dtype), dtype_k=_name_of(k_cache.dtype), dtype_out=_name_of(dtype_out),
-            k_scales=k_scales, v_scales=v_scales,
+            k_scales=k_scales, v_scales=v_scales, leftpad_k=leftpad_k is not None,
             band=Band.of(causal, window), softcap=softcap != 0.0, alibi=alibi_slopes is not None,
             sinks=sinks is not None, lse=lse, page_size=page_size, ragged_q=ragged,
             alignment=alignment_of(q, k_cache, v_cache, out), allow_tf32=allow_tf32 and q.dtype == torch.float32,

@@ -92,6 +92,7 @@ def forward(
     alibi_slopes: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
     dropout_p: float = 0.0,
     seed: torch.Tensor | None = None,
     dtype: torch.dtype = torch.float64,
@@ -101,8 +102,8 @@ def forward(
     Takes the arguments of either, and any mixture: q is packed where ``cu_seqlens_q`` is given, k and v where
     ``cu_seqlens_k`` is, and they are pages where ``page_table`` is. ``max_seqlen_q`` and ``max_seqlen_k`` are what a planner
     needs to know; they change no result here or there. ``k_scale`` and ``v_scale``, of one element, (hk,) or (b, hk), multiply what
-    k and v hold. ``seed`` (2,) int64 says which entries ``dropout_p`` drops: it is what
-    ``flashtile.attention`` draws from torch's generator.
+    k and v hold. Of each sequence's keys the first ``leftpad_k`` (b,) are invisible. ``seed`` (2,) int64 says which entries
+    ``dropout_p`` drops: it is what ``flashtile.attention`` draws from torch's generator.
     Returns out (like q, with the value's head_dim) and lse (b, hq, seqlen_q) or (hq, total_q), both in ``dtype``.
     """
     heads_q = q.shape[-2]
@@ -120,6 +121,8 @@ def forward(
     for i in range(batch):
         here = slice(starts[i], max(starts[i], starts[i + 1]))
         k_i, v_i, key_mask = _keys_of(i, k, v, cu_seqlens_k, page_table, seqused_k)
+        if leftpad_k is not None:
+            key_mask = _behind(int(leftpad_k[i]), k_i, key_mask)
         k_i, v_i = _scaled(k_i, k_scale, i, batch, dtype), _scaled(v_i, v_scale, i, batch, dtype)
         slopes = alibi_slopes[i] if alibi_slopes is not None and alibi_slopes.ndim == 2 else alibi_slopes
         for kv_heads, q_heads in _head_slices(heads_q, k_i, here.stop - here.start):
@@ -203,6 +206,12 @@ def _keys_of(
         return found.flatten(0, 1)[None, :seqlen_k]
 
     return gather(k), gather(v), key_mask[None]
+
+
+def _behind(padding: int, k: torch.Tensor, key_mask: torch.Tensor | None) -> torch.Tensor:
+    """Which keys of k (1, seqlen_k, hk, d) are visible where the first ``padding`` are not."""
+    behind = (torch.arange(k.shape[1], device=k.device) >= padding)[None]
+    return behind if key_mask is None else key_mask & behind
 
 
 def _scaled(keys: torch.Tensor, scale: torch.Tensor | None, i: int, batch: int, dtype: torch.dtype) -> torch.Tensor:

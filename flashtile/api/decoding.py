@@ -32,6 +32,7 @@ def decode(
     alibi_slopes: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     block_m: int | None = None,
@@ -71,6 +72,8 @@ def decode(
         k_scale: what a key of a quantised cache is, over what is stored: float32 of one element, (num_heads_kv,), or
             (batch, num_heads_kv), on the device. Any number; 1 where None.
         v_scale: the same for values.
+        leftpad_k: (batch,) int32: the keys at the beginning of each sequence that no query sees, though seqlens_k counts them. Clamped
+            on the device to [0, seqlens_k].
         out: where to write, (*q.shape[:-1], head_dim_v); allocated where None. Returned.
         out_dtype: q's dtype (default, or out's) or float32 for partial results that `merge` folds.
         block_m: the query tile, 1, 8, 16, 32, 64 or 128 rows of (query, head of a group); the planner's choice where None.
@@ -92,7 +95,7 @@ def decode(
     run = _decode_traced if torch.compiler.is_compiling() else ops.decode.decode
     return run(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale,
-        sinks, alibi_slopes, k_scale, v_scale, out, out_dtype, block_m, num_splits, plan, allow_tf32, False,
+        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out, out_dtype, block_m, num_splits, plan, allow_tf32, False,
     )[0]  # fmt: skip
 
 
@@ -114,6 +117,7 @@ def decode_with_lse(
     alibi_slopes: torch.Tensor | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    leftpad_k: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     block_m: int | None = None,
@@ -133,7 +137,7 @@ def decode_with_lse(
     run = _decode_traced if torch.compiler.is_compiling() else ops.decode.decode
     return run(  # type: ignore[return-value]
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale,
-        sinks, alibi_slopes, k_scale, v_scale, out, out_dtype, block_m, num_splits, plan, allow_tf32, True,
+        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out, out_dtype, block_m, num_splits, plan, allow_tf32, True,
     )  # fmt: skip
 
 
@@ -154,6 +158,7 @@ def _decode_traced(
     alibi_slopes: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    leftpad_k: torch.Tensor | None,
     out: torch.Tensor | None,
     out_dtype: torch.dtype | None,
     block_m: int | None,
@@ -168,6 +173,6 @@ def _decode_traced(
         out_dtype = out.dtype
     result, lse = torch.ops.flashtile.decode(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, left, right, softcap, scale,
-        sinks, alibi_slopes, k_scale, v_scale, out_dtype, block_m, num_splits, text_of(plan, DecodePlan), allow_tf32, want_lse,
+        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out_dtype, block_m, num_splits, text_of(plan, DecodePlan), allow_tf32, want_lse,
     )  # fmt: skip
     return (result if out is None else copied(result, out)), lse

@@ -20,6 +20,15 @@ def check_lengths(seqlens_k: torch.Tensor) -> int:
     return int(seqlens_k.shape[0])
 
 
+def check_leftpad(leftpad_k: torch.Tensor | None, batch: int) -> None:
+    if leftpad_k is None:
+        return
+    check_int32("leftpad_k", leftpad_k, rank=1)
+    if leftpad_k.shape[0] != batch:
+        got = f"shape {tuple(leftpad_k.shape)}"
+        raise ShapeError(message("leftpad_k", f"{batch} numbers, one for each sequence", got, "Pass shape (batch,)."))
+
+
 def check_cache(k_cache: torch.Tensor, v_cache: torch.Tensor, page_table: torch.Tensor | None, batch: int) -> tuple[int, int, int, int]:
     """(key heads, the value's head_dim, page size or 0, capacity) of a decode call's cache."""
     shape = "(batch, capacity, num_heads_kv, head_dim)" if page_table is None else _PAGES

@@ -25,6 +25,7 @@ def decode_key(
     alibi_slopes: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    leftpad_k: torch.Tensor | None,
     out: torch.Tensor | None,
     out_dtype: torch.dtype | None,
     block_m: int | None,
@@ -94,6 +95,12 @@ def decode_key(
 
         scales = scale_facts(k_scale, v_scale, device)
 
+        if leftpad_k is not None and (
+            leftpad_k.dtype is not torch.int32 or leftpad_k.device != device or leftpad_k.shape != seqlens_k.shape
+            or not leftpad_k.is_contiguous()
+        ):  # fmt: skip
+            return None
+
         dtype_out = out_dtype
         if out is not None:
             if not out_has_a_key(out, shape_q, head_dim_v, device):
@@ -110,7 +117,8 @@ def decode_key(
         return None
     return (
         queries, dtype, dtype_kv, device, stored, page_size, length_bucket(seqlen_k), heads_kv, head_dim, head_dim_v, alignment,
-        seqlens_k.shape, table_rows, packed, causal, window, softcap != 0.0, per_head, scales, dtype_out, chosen, allow_tf32, lse,
+        seqlens_k.shape, table_rows, packed, causal, window, softcap != 0.0, per_head, scales, leftpad_k is None, dtype_out, chosen,
+        allow_tf32, lse,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ class DecodeCall(NamedTuple):
     softcap      0.0 where off
     k_scale      (), (1,), (1, 1), (hk,) or (b, hk) float32, any strides: a quantised key over what is stored; None for 1
     v_scale      the same for values
+    leftpad_k    (b,) int32 or None: the first keys of each sequence, which no query sees; clamped on the device to [0, seqlens_k]
     """
 
     q: torch.Tensor
@@ -41,6 +42,7 @@ class DecodeCall(NamedTuple):
     softcap: float
     k_scale: torch.Tensor | None = None
     v_scale: torch.Tensor | None = None
+    leftpad_k: torch.Tensor | None = None
 
 
 DecodeRunner = Callable[[DecodeCall], None]

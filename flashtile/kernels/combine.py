@@ -15,9 +15,10 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_wait
 
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Spec, launcher
+from flashtile.kernels.operands import lengths_spec
 from flashtile.kernels.tile.schedule import holder, line_length, owned_rows, sequence_rows, sequences_at_once, share, slot_of, unit_span
 from flashtile.kernels.tile.softmax import LOG2E, finite, join_sink, natural_lse, normaliser
-from flashtile.kernels.tile.views import BandView, LengthsView, LseView, PartialsView, RowsView, band_view, row_offsets
+from flashtile.kernels.tile.views import BandView, LseView, PartialsView, RowsView, band_view, row_offsets
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import DTYPE_BYTES, Problem
 
@@ -197,7 +198,7 @@ def combine_spec(problem: Problem, plan: DecodePlan) -> Spec:
             "partials": partials_spec(plan),
             "out": RowsView(Arg("*" + TRITON_DTYPES[problem.dtype_out], problem.alignment), stride, stride, stride),
             "lse": LseView(Arg("*fp32"), i64, i64, i64) if problem.lse else LseView(None, None, None, None),
-            "lengths": LengthsView(Arg("*i32"), Arg("*i32") if problem.ragged_q else None, i32, i32, i32),
+            "lengths": lengths_spec(problem),
             "band": BandView(*(None if side is None else i32 for side in band)),
             "sinks": Arg("*fp32") if problem.sinks else None,
             "num_heads": i32,

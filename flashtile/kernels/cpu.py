@@ -37,6 +37,9 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
             return
         reader = KeyReader(call.k_cache, call.v_cache, call.page_table, through_float32, max_block, one_by_one=products)
         keys = [Tokens(0, min(max(length, 0), reader.capacity)) for length in call.seqlens_k.tolist()]
+        if call.leftpad_k is not None:
+            padding = [min(max(skipped, 0), length) for skipped, (_, length) in zip(call.leftpad_k.tolist(), keys)]
+            keys = [Tokens(skipped, length - skipped) for skipped, (_, length) in zip(padding, keys)]
         if call.cu_seqlens_q is None:
             queries = [Tokens(0, call.q.shape[1])] * len(keys)
         else:
@@ -49,5 +52,5 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
 
 def _is_plain(problem: Problem) -> bool:
     """Whether the problem is what torch's flash kernel computes by itself, but for packed rows, lengths and the band."""
-    extras = problem.softcap or problem.alibi or problem.sinks or problem.ragged_q or problem.page_size
+    extras = problem.softcap or problem.alibi or problem.sinks or problem.ragged_q or problem.page_size or problem.leftpad_k
     return not extras and problem.total_q > 0 and problem.head_dim == problem.head_dim_v

@@ -59,16 +59,16 @@ class KeyReader:
         return min(limit, self.max_block) if self.max_block > 0 else limit
 
     def open(self, first: int, stop: int, key: int, seqlen_k: int) -> None:
-        """Turns to sequences ``first`` to ``stop``, each with ``seqlen_k`` keys; packed ones begin at ``key``, without gaps."""
+        """Turns to sequences ``first`` to ``stop``, each with ``seqlen_k`` keys from ``key`` on; packed ones follow without gaps."""
         self.key_mask = None
         if self.page_table is not None:
-            self._open_pages(self.page_table[first:stop, : -(-seqlen_k // self._page_size)])
+            self._open_pages(self.page_table[first:stop, : -(-(key + seqlen_k) // self._page_size)], key)
         elif self.packed:
             batch = stop - first
             rows = slice(key, key + batch * seqlen_k)
             self._k, self._v = (t[rows].view(batch, seqlen_k, *t.shape[1:]) for t in (self.k, self.v))
         else:
-            self._k, self._v = self.k[first:stop], self.v[first:stop]
+            self._k, self._v = self.k[first:stop, key:], self.v[first:stop, key:]
 
     def read(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys ``start`` to ``stop`` of the open sequences: K (batch, hk, keys, d) and V (batch, hk, keys, dv)."""
@@ -80,11 +80,12 @@ class KeyReader:
             k, v = self._converted("k32", k), self._converted("v32", v)
         return k.transpose(1, 2), v.transpose(1, 2)
 
-    def _open_pages(self, ids: torch.Tensor) -> None:
+    def _open_pages(self, ids: torch.Tensor, first_key: int) -> None:
+        self._first_key = first_key
         num_pages = self.k.shape[0]
         exists = (ids >= 0) & (ids < num_pages)
         if not exists.all():
-            self.key_mask = exists.repeat_interleave(self._page_size, dim=1)
+            self.key_mask = exists.repeat_interleave(self._page_size, dim=1)[:, first_key:]
             ids = ids.clamp(0, num_pages - 1)
         self._ids = ids
 
@@ -93,14 +94,15 @@ class KeyReader:
 
     def _gather(self, name: str, cache: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Copies the pages that hold keys ``start`` to ``stop`` and returns these keys, (batch, keys, hk, d)."""
-        first_page = start // self._page_size
-        ids = self._ids[:, first_page : -(-stop // self._page_size)]
+        first_key, last_key = start + self._first_key, stop + self._first_key  # counted from the cache's first key
+        first_page = first_key // self._page_size
+        ids = self._ids[:, first_page : -(-last_key // self._page_size)]
         block = self._buffer(name, (ids.numel(), *cache.shape[1:]), cache.dtype)
         bits = torch.uint8 if cache.itemsize == 1 else cache.dtype  # torch gathers no float8
         torch.index_select(cache.view(bits), 0, ids.reshape(-1), out=block.view(bits))
         keys = block.view(ids.shape[0], -1, *cache.shape[2:])
-        first_key = start - first_page * self._page_size
-        keys = keys[:, first_key : first_key + stop - start]
+        first_slot = first_key - first_page * self._page_size
+        keys = keys[:, first_slot : first_slot + stop - start]
         if self.key_mask is not None:
             # A page that does not exist was read as some other: its keys are masked, and its NaN must not count.
             keys.view(bits).masked_fill_(~self.key_mask[:, start:stop, None, None], 0)

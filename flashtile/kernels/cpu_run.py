@@ -24,7 +24,8 @@ from flashtile.kernels.cpu_scores import Partials, attend, needs_products
 class Run(NamedTuple):
     """Sequences ``first`` to ``stop`` of one call, all of the same lengths.
 
-    ``row`` is the first one's row in a packed q, ``key`` its key in packed k and v, where its successors' rows and keys follow.
+    ``row`` is the first one's row in a packed q, ``key`` its key in packed k and v, where its successors' rows and keys follow; in
+    a cache, each one's first key.
     """
 
     first: int
@@ -36,7 +37,8 @@ class Run(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """The tokens of each sequence of a call: where they start in packed tensors, and how many there are, never less than 0."""
+    """The tokens of each sequence of a call: where they start in packed tensors, or in each's part of a cache, and how many there
+    are, never less than 0."""
 
     start: int
     length: int
@@ -74,7 +76,7 @@ def runs_of(queries: Sequence[Tokens], keys: Sequence[Tokens], reader: KeyReader
         (row, seqlen_q), (key, seqlen_k) = queries[first], keys[first]
         stop, limit = first + 1, min(len(keys), first + reader.sequences_at_once(seqlen_k))
         while stop < limit and queries[stop].length == seqlen_q and keys[stop].length == seqlen_k:
-            if reader.packed and keys[stop].start != key + (stop - first) * seqlen_k:
+            if keys[stop].start != (key + (stop - first) * seqlen_k if reader.packed else key):
                 break
             stop += 1
         if seqlen_q > 0:

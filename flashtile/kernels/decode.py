@@ -28,6 +28,7 @@ from flashtile.kernels.tile.cache import load_tile, locate
 from flashtile.kernels.tile.quantised import as_half, is_quantised, key_scale, rows_as_half, value_scale
 from flashtile.kernels.tile.results import clear_unowned, store_lse, store_rows
 from flashtile.kernels.tile.schedule import (
+    behind_padding,
     line_length,
     next_unit,
     sequence_keys,
@@ -98,7 +99,7 @@ def _do_one_split(
 
     position, head, real = _rows_of(row_block, h_kv, seqlen_q, GROUP, BLOCK_M)
     b_rows = b * 0 if lengths.cu_seqlens_q is not None else b
-    first, last = _keys_of_rows(band, row_block, seqlen_q, seqlen_k, GROUP, BLOCK_M)
+    first, last = _keys_of_rows(lengths, band, b, row_block, seqlen_q, seqlen_k, GROUP, BLOCK_M)
     start, end = split_keys(first, last, split, num_splits, min_keys_per_split, BLOCK_N)
     if SPLIT:
         token = row_start + b_rows * seqlen_q + position
@@ -142,7 +143,7 @@ def _walk_line(
         seqlen_k = sequence_keys(lengths, b)
         b_rows = b * 0 if lengths.cu_seqlens_q is not None else b
         # a sequence's units have tiles for all of its rows; this row block may see fewer
-        first, last = _keys_of_rows(band, row_block, seqlen_q, seqlen_k, GROUP, BLOCK_M)
+        first, last = _keys_of_rows(lengths, band, b, row_block, seqlen_q, seqlen_k, GROUP, BLOCK_M)
         start = tl.maximum(first_tile + at - unit_start, first // BLOCK_N) * BLOCK_N
         end = tl.minimum((first_tile + until - unit_start) * BLOCK_N, last)
         m, l, acc = _attend(
@@ -178,11 +179,12 @@ def _positions_of(row_block, seqlen_q, GROUP: tl.constexpr, BLOCK_M: tl.constexp
 
 
 @triton.jit
-def _keys_of_rows(band, row_block, seqlen_q, seqlen_k, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+def _keys_of_rows(lengths, band, b, row_block, seqlen_q, seqlen_k, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """[first, last) keys that any row of the block may see."""
     first_position, last_position = _positions_of(row_block, seqlen_q, GROUP, BLOCK_M)
     offset = seqlen_k - seqlen_q
-    return keys_of(band, first_position + offset, last_position + offset, seqlen_k)
+    first, last = keys_of(band, first_position + offset, last_position + offset, seqlen_k)
+    return behind_padding(lengths, b, first, last)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from flashtile.kernels.tile.views import (
     DropoutView,
     KeysView,
     KvScalesView,
+    LengthsView,
     LseView,
     PagesView,
     RowsView,
@@ -100,6 +101,12 @@ def kv_scales_spec(problem: Problem) -> KvScalesView:
     """The scales of quantised keys and values."""
     given, absent = (Arg("*fp32"), Arg("i64"), Arg("i64")), (None, None, None)
     return KvScalesView(*(absent if problem.k_scales == "none" else given), *(absent if problem.v_scales == "none" else given))
+
+
+def lengths_spec(problem: Problem) -> LengthsView:
+    """What a decode call knows of its sequences."""
+    starts, i32 = Arg("*i32"), Arg("i32")
+    return LengthsView(starts, starts if problem.ragged_q else None, i32, i32, i32, starts if problem.leftpad_k else None)
 
 
 def dropout_spec(problem: Problem) -> DropoutView:

@@ -15,10 +15,10 @@ from flashtile.errors import UnsupportedError
 from flashtile.kernels.call import DecodeCall, DecodeRunner
 from flashtile.kernels.combine import bind_combine, combines, partials_spec, unit_cost
 from flashtile.kernels.launch import Arg, Launch, on_device, workspace
-from flashtile.kernels.operands import kv_scales_spec, kv_scales_view, rows_spec, shared_specs
+from flashtile.kernels.operands import kv_scales_spec, kv_scales_view, lengths_spec, rows_spec, shared_specs
 from flashtile.kernels.tile.schedule import sequences_at_once
 from flashtile.kernels.tile.softmax import LOG2E
-from flashtile.kernels.tile.views import LengthsView, band_view
+from flashtile.kernels.tile.views import band_view
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
 
@@ -38,7 +38,7 @@ def split_args(problem: Problem, plan: DecodePlan) -> dict[str, Any]:
         "kv_scales": kv_scales_spec(problem),
         **shared_specs(problem if finishes else problem.with_(lse=False, sinks=False)),
         "partials": partials_spec(plan),
-        "lengths": LengthsView(Arg("*i32"), Arg("*i32") if problem.ragged_q else None, i32, i32, i32),
+        "lengths": lengths_spec(problem),
         "num_heads_kv": i32,
         "batch": i32,
         "row_blocks": i32,
@@ -103,7 +103,7 @@ def bind_split(
     no_lse, no_partials, no_pages, no_scales = (None,) * 4, (None,) * 3, (None,) * 3, (None,) * 6
 
     def run(stream: int, call: DecodeCall) -> None:
-        q, k, v, seqlens_k, page_table, cu_seqlens_q, sinks, slopes, out, lse, scale, softcap, k_scale, v_scale = call
+        q, k, v, seqlens_k, page_table, cu_seqlens_q, sinks, slopes, out, lse, scale, softcap, k_scale, v_scale, leftpad = call
         launch, k_view, v_view = launch_with_keys(k, v)
         pages: tuple[Any, ...] = no_pages
         if page_table is None:
@@ -114,17 +114,18 @@ def bind_split(
             # the plan was made for max_seqlen_k, which is a hint; a line too long to count would be shared out wrongly
             limit = f"{units} units of up to {capacity} keys are more than {_MAX_LINE} key tiles: ask for a grid by num_splits"
             raise UnsupportedError("The cache is too large for programs to share its tiles.", {plan.kernel: [limit]})
+        padding = None if leftpad is None else pointer(leftpad)
         lse_view: tuple[Any, ...] = no_lse
         if cu_seqlens_q is not None:
             total_q = q.shape[0]
             q_strides, out_strides = (0, *q.stride()[:2]), (0, *out.stride()[:2])
-            lengths = (pointer(seqlens_k), pointer(cu_seqlens_q), capacity, max_seqlen_q, total_q)
+            lengths = (pointer(seqlens_k), pointer(cu_seqlens_q), capacity, max_seqlen_q, total_q, padding)
             if lse is not None:
                 lse_view = (pointer(lse), 0, *lse.stride())
         else:
             total_q = q.shape[0] * q.shape[1]
             q_strides, out_strides = q.stride()[:3], out.stride()[:3]
-            lengths = (pointer(seqlens_k), None, capacity, max_seqlen_q, total_q)
+            lengths = (pointer(seqlens_k), None, capacity, max_seqlen_q, total_q, padding)
             if lse is not None:
                 lse_view = (pointer(lse), *lse.stride())
         slopes_view = (None, None) if slopes is None else (pointer(slopes), slopes.stride(0) if slopes.ndim == 2 else 0)

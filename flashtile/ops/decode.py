@@ -60,6 +60,7 @@ def decode(
     alibi_slopes: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    leftpad_k: torch.Tensor | None,
     out: torch.Tensor | None,
     out_dtype: torch.dtype | None,
     block_m: int | None,
@@ -73,7 +74,7 @@ def decode(
     hint = max_seqlen_k if max_seqlen_k is None else rounded_hint(max_seqlen_k, k_cache, page_table)
     args = (
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, hint, causal, window, softcap, scale,
-        sinks, alibi_slopes, k_scale, v_scale, out, out_dtype, block_m, num_splits, plan, allow_tf32, want_lse,
+        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out, out_dtype, block_m, num_splits, plan, allow_tf32, want_lse,
     )  # fmt: skip
     checking = CHECKING.get()
     if _repeat is not None and not checking:
@@ -86,14 +87,15 @@ def decode(
         scale = as_float("scale", scale)
     key = decode_key(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap,
-        sinks, alibi_slopes, k_scale, v_scale, out, out_dtype, block_m, num_splits, plan, allow_tf32, want_lse,
+        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out, out_dtype, block_m, num_splits, plan, allow_tf32, want_lse,
     )  # fmt: skip
     prepared = None if key is None else _PREPARED.get(key)
     if prepared is None:
         problem = Problem.decode(
             q, k_cache, v_cache, seqlens_k, page_table=page_table, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks,
-            alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale, out=out, out_dtype=out_dtype, lse=want_lse, allow_tf32=allow_tf32,
+            alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale, leftpad_k=leftpad_k, out=out, out_dtype=out_dtype, lse=want_lse,
+            allow_tf32=allow_tf32,
         )  # fmt: skip
         check_choice(plan, DecodePlan, block_m=block_m, num_splits=num_splits)
         holds_keys = k_cache.numel() > 0
@@ -102,7 +104,7 @@ def decode(
     out, lse = results(q, out, shape, want_lse)
     call = DecodeCall(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, sinks, alibi_slopes, out, lse,
-        shape.scale if scale is None else scale, softcap, k_scale, v_scale,
+        shape.scale if scale is None else scale, softcap, k_scale, v_scale, leftpad_k,
     )  # fmt: skip
     if checking:
         check_decode_values(call, max_seqlen_q, None if window is None else window[0])
@@ -152,6 +154,7 @@ def decode_operator(
     alibi_slopes: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    leftpad_k: torch.Tensor | None,
     out_dtype: torch.dtype | None,
     block_m: int | None,
     num_splits: int | None,
@@ -162,7 +165,7 @@ def decode_operator(
     """`decode` as torch.compile sees it: the plan is JSON text; lse has no element unless wanted."""
     out, lse = decode(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal,
-        (window_left, window_right), softcap, scale, sinks, alibi_slopes, k_scale, v_scale, None, out_dtype, block_m, num_splits,
+        (window_left, window_right), softcap, scale, sinks, alibi_slopes, k_scale, v_scale, leftpad_k, None, out_dtype, block_m, num_splits,
         None if plan is None else _plan_of(plan), allow_tf32, want_lse,
     )  # fmt: skip
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
@@ -187,6 +190,7 @@ def _(
     alibi_slopes: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    leftpad_k: torch.Tensor | None,
     out_dtype: torch.dtype | None,
     block_m: int | None,
     num_splits: int | None,

@@ -12,7 +12,9 @@ from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
 from flashtile.testing import poison
 
-TENSORS = ("q", "k_cache", "v_cache", "seqlens_k", "page_table", "cu_seqlens_q", "sinks", "alibi_slopes", "k_scale", "v_scale")
+TENSORS = (
+    "q", "k_cache", "v_cache", "seqlens_k", "page_table", "cu_seqlens_q", "sinks", "alibi_slopes", "k_scale", "v_scale", "leftpad_k",
+)  # fmt: skip
 
 
 def run_plan(

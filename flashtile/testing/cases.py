@@ -18,6 +18,7 @@ class Case:
     that the running maximum moves and old partial sums really are rescaled. ``spare_rows`` are rows of a packed q
     that belong to no sequence. ``dtype_kv`` is that of a quantised cache, whose scales are of ``k_scales`` and ``v_scales`` each ("none",
     "tensor", "head" or "sequence"). ``missing_pages`` replaces that many table entries inside each sequence by absurd ids.
+    ``leftpad_k`` has how many of each sequence's keys are padding, before the others.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     ragged_q: bool = False
     spare_rows: int = 0
     missing_pages: int = 0
+    leftpad_k: tuple[int, ...] = ()
     offset_elements: int = 0
     logit_scale: float = 1.0
     scale: float | None = None
@@ -155,6 +157,13 @@ def _features() -> list[Case]:
         Case("alibi_not_causal_fp32", (40,), alibi=True, causal=False, seqlens_q=9, dtype="float32"),
         Case("sinks", (65, 0, 1), sinks=True),
         Case("sinks_ragged_bf16", (65, 20), sinks=True, seqlens_q=(3, 1), ragged_q=True, dtype="bfloat16", num_heads_q=8),
+        Case("leftpad", (130, 40, 65, 0), leftpad_k=(70, 0, 64, 0)),
+        Case("leftpad_all_keys_bf16", (33, 20), leftpad_k=(33, 19), seqlens_q=2, sinks=True, dtype="bfloat16"),
+        Case("leftpad_absurd", (50, 20, 9), leftpad_k=(-7, 500, 3), seqlens_q=3, num_heads_q=8),
+        Case(
+            "leftpad_paged_window", (130, 70), leftpad_k=(37, 66), page_size=16, window=(90, None), seqlens_q=(1, 6), ragged_q=True,
+            missing_pages=1, alibi=True,
+        ),
         Case(
             "everything", (130, 5, 66), seqlens_q=(3, 8, 1), ragged_q=True, num_heads_q=8, head_dim=40, head_dim_v=80, page_size=16,
             window=(60, None), softcap=15.0, alibi=True, sinks=True, spare_rows=2, logit_scale=6.0, dtype="bfloat16",

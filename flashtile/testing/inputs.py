@@ -51,6 +51,8 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
     }
     if case.dtype_kv:
         args |= {"k_scale": _scale(case, case.k_scales, rng), "v_scale": _scale(case, case.v_scales, rng)}
+    if case.leftpad_k:
+        args["leftpad_k"] = torch.tensor(case.leftpad_k, dtype=torch.int32)
     args = {name: None if tensor is None else on_device(tensor, device) for name, tensor in args.items()}
     args |= {
         "max_seqlen_q": max(case.query_lengths, default=0) if case.ragged_q else None,
@@ -63,7 +65,7 @@ def make_inputs(case: Case, device: torch.device | str = "cpu", seed: int = 0) -
 
 
 def hide_unseen(inputs: Inputs) -> Inputs:
-    """Writes NaN, in place, over the keys inside each length that none of its sequence's queries sees: those before a window.
+    """Writes NaN, in place, over the keys inside each length that none of its sequence's queries sees: before a window, or padding.
 
     Returns the same inputs. The reference reads such keys: give it inputs made anew.
     """
@@ -71,6 +73,7 @@ def hide_unseen(inputs: Inputs) -> Inputs:
     band = Band.of(case.causal, case.window)
     for i, (seqlen_q, length) in enumerate(zip(case.query_lengths, case.seqlens_k)):
         unseen = ~band.dense(seqlen_q, min(max(length, 0), case.room)).any(0)
+        unseen[: max(0, case.leftpad_k[i]) if case.leftpad_k else 0] = True
         for key in unseen.nonzero().flatten().tolist():
             block, slot = i, key
             if case.page_size:

@@ -5,16 +5,17 @@ from triton.experimental.gluon import language as gl
 
 from flashtile.kernels.gluon.ring import place_of
 from flashtile.kernels.tile.band import keys_of
-from flashtile.kernels.tile.schedule import next_unit, sequence_keys, sequence_rows, split_keys
+from flashtile.kernels.tile.schedule import behind_padding, next_unit, sequence_keys, sequence_rows, split_keys
 
 
 @gluon.jit
-def visible_to_rows(band, row_block, seqlen_q, seqlen_k, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
+def visible_to_rows(lengths, band, b, row_block, seqlen_q, seqlen_k, GROUP: gl.constexpr, BLOCK_M: gl.constexpr):
     """[first, last) keys that any row of the block may see."""
     offset = seqlen_k - seqlen_q
     first_position = row_block * BLOCK_M // GROUP
     last_position = gl.minimum((row_block * BLOCK_M + BLOCK_M - 1) // GROUP, seqlen_q - 1)
-    return keys_of(band, first_position + offset, last_position + offset, seqlen_k)
+    first, last = keys_of(band, first_position + offset, last_position + offset, seqlen_k)
+    return behind_padding(lengths, b, first, last)
 
 
 @gluon.jit
@@ -27,14 +28,14 @@ def unit_of_split(num_heads_kv, row_blocks):
 
 @gluon.jit
 def tiles_of_split(
-    band, row_block, seqlen_q, seqlen_k, split, num_splits, min_keys_per_split,
+    lengths, band, b, row_block, seqlen_q, seqlen_k, split, num_splits, min_keys_per_split,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, SPLIT: gl.constexpr, IN_TURN: gl.constexpr,
 ):  # fmt: skip
     """(first, last, key, step, count): what the rows may see, and the split's tiles, ``step`` keys apart from ``key`` on.
 
     IN_TURN: the splits take the tiles in turn.
     """
-    first, last = visible_to_rows(band, row_block, seqlen_q, seqlen_k, GROUP, BLOCK_M)
+    first, last = visible_to_rows(lengths, band, b, row_block, seqlen_q, seqlen_k, GROUP, BLOCK_M)
     if IN_TURN:
         first_tile = first // BLOCK_N
         key = (first_tile + split) * BLOCK_N
@@ -78,5 +79,5 @@ def place_ahead(
     first, last = b, b
     if PAGE_SIZE > 0:
         _, seqlen_q = sequence_rows(lengths, b)
-        first, last = visible_to_rows(band, row_block, seqlen_q, sequence_keys(lengths, b), GROUP, BLOCK_M)
+        first, last = visible_to_rows(lengths, band, b, row_block, seqlen_q, sequence_keys(lengths, b), GROUP, BLOCK_M)
     return place_of(pages, b, (first_tile + position - start) * BLOCK_N, first, last, BLOCK_N, PAGE_SIZE, NUM_WARPS)

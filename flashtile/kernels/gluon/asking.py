@@ -48,7 +48,7 @@ def ask_for_split(
     b, h, row_block, split, num_splits = unit_of_split(num_heads_kv, row_blocks)
     _, seqlen_q = sequence_rows(lengths, b)
     first, last, key, step, count = tiles_of_split(
-        band, row_block, seqlen_q, sequence_keys(lengths, b), split, num_splits, min_keys_per_split,
+        lengths, band, b, row_block, seqlen_q, sequence_keys(lengths, b), split, num_splits, min_keys_per_split,
         GROUP, BLOCK_M, BLOCK_N, SPLIT, IN_TURN,
     )  # fmt: skip
     ids = _pages_of_tile(pages, b, key, first, last, BLOCK_N, PAGE_SIZE)
@@ -78,7 +78,7 @@ def _tile_on_line(
     first, last = b * 0, b * 0
     if position < stop:
         _, seqlen_q = sequence_rows(lengths, b)
-        first, last = visible_to_rows(band, row_block, seqlen_q, sequence_keys(lengths, b), GROUP, BLOCK_M)
+        first, last = visible_to_rows(lengths, band, b, row_block, seqlen_q, sequence_keys(lengths, b), GROUP, BLOCK_M)
     return _pages_of_tile(pages, b, key, first, last, BLOCK_N, PAGE_SIZE)
 
 

@@ -121,7 +121,7 @@ def attend(
         if MOVED:
             row_factor = gl.expand_dims(gl.expand_dims(gl.convert_layout(row_factor, gl.SliceLayout(0, gl.SliceLayout(2, S))), 0), 2)
     offset = seqlen_k - seqlen_q
-    first, last = visible_to_rows(band, row_block, seqlen_q, seqlen_k, GROUP, BLOCK_M)
+    first, last = visible_to_rows(lengths, band, b, row_block, seqlen_q, seqlen_k, GROUP, BLOCK_M)
     at = (row_block * BLOCK_M + row) // GROUP + offset
     lowest, highest = visible_keys(band, at, first, last)
     # what every row sees needs no mask

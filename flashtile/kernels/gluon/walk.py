@@ -43,7 +43,7 @@ def walk_split(
     k_ring, k_tiles, v_ring, v_tiles, full, _empty, _known = ring
     QUANTISED: gl.constexpr = holds_codes(k_tiles.dtype)
     MOVED: gl.constexpr = QUANTISED and q.ptr.dtype.element_ty == gl.bfloat16
-    EARLY: gl.constexpr = IN_TURN and PAGE_SIZE == 0 and band.left is None and lengths.cu_seqlens_q is None
+    EARLY: gl.constexpr = IN_TURN and PAGE_SIZE == 0 and band.left is None and lengths.cu_seqlens_q is None and lengths.leftpad_k is None
     b, h, row_block, split, num_splits = unit_of_split(num_heads_kv, row_blocks)
     row_start, seqlen_q = sequence_rows(lengths, b)
     seqlen_k = sequence_keys(lengths, b)
@@ -62,7 +62,7 @@ def walk_split(
     q_shared, row_factor = share_rows(q_rows, scale_log2, QUANTISED, BLOCK_M)
 
     first, last, key, step, count = tiles_of_split(
-        band, row_block, seqlen_q, seqlen_k, split, num_splits, min_keys_per_split, GROUP, BLOCK_M, BLOCK_N, SPLIT, IN_TURN
+        lengths, band, b, row_block, seqlen_q, seqlen_k, split, num_splits, min_keys_per_split, GROUP, BLOCK_M, BLOCK_N, SPLIT, IN_TURN
     )
     if not SPLIT:
         clear_unowned(out, lse, lengths, batch, num_heads_kv * GROUP, HEAD_DIM_V, held_dim(HEAD_DIM_V), NUM_WARPS)

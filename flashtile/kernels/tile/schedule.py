@@ -46,6 +46,14 @@ def sequence_keys(lengths, b):
 
 
 @triton.jit
+def behind_padding(lengths, b, first, last):
+    """Sequence b's keys [first, last) without those of its left padding, if it has any."""
+    if lengths.leftpad_k is not None:
+        first = tl.maximum(first, tl.minimum(tl.load(lengths.leftpad_k + b), last))
+    return first, last
+
+
+@triton.jit
 def key_room(tokens, b):
     """(first key of sequence b within its view of k, the keys that it has room for), of a TokensView."""
     if tokens.cu_seqlens_k is not None:
@@ -102,6 +110,7 @@ def unit_tiles(lengths, band, b, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLO
     _, seqlen_q = sequence_rows(lengths, b)
     seqlen_k = sequence_keys(lengths, b)
     first, last = keys_of(band, seqlen_k - seqlen_q, seqlen_k - 1, seqlen_k)
+    first, last = behind_padding(lengths, b, first, last)
     first_tile = first // BLOCK_N
     tiles = tl.maximum(tl.cdiv(last - first_tile * BLOCK_N, BLOCK_N), 1)
     return tl.cdiv(seqlen_q * GROUP, BLOCK_M), first_tile, tiles

@@ -63,13 +63,15 @@ class PartialsView(NamedTuple):
 
 
 class LengthsView(NamedTuple):
-    """Lengths on the device: seqlens_k (batch,), cu_seqlens_q (batch + 1,) or None; and what they are clamped to."""
+    """Lengths on the device: seqlens_k (batch,), cu_seqlens_q (batch + 1,) or None; what they are clamped to; and leftpad_k (batch,)
+    or None, the first keys of each sequence, which no query sees."""
 
     seqlens_k: Any
     cu_seqlens_q: Any
     capacity: Any
     seqlen_q: Any
     total_q: Any
+    leftpad_k: Any
 
 
 class TokensView(NamedTuple):

@@ -31,7 +31,10 @@ def run_engine(
     out, lse_out = poison.outputs(args["q"], case.head_dim_v, out_dtype)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     names = ("q", "k_cache", "v_cache", "seqlens_k", "page_table", "cu_seqlens_q", "sinks", "alibi_slopes")
-    call = DecodeCall(*(args[name] for name in names), out=out, lse=lse_out if lse else None, scale=scale, softcap=case.softcap)
+    call = DecodeCall(
+        *(args[name] for name in names), out=out, lse=lse_out if lse else None, scale=scale, softcap=case.softcap,
+        leftpad_k=args.get("leftpad_k"),
+    )  # fmt: skip
     with poison.allocations():
         bind(problem, plan, torch.device("cpu"))(call)
     return out, lse_out
