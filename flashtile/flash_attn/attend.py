@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from flashtile.api import attention, attention_varlen, attention_varlen_with_lse, attention_with_lse
+from flashtile.arguments import check_differentiable, needs_gradient
 from flashtile.flash_attn.conventions import cut, readable, scale_for, window_of
 
 
@@ -36,7 +37,14 @@ class Scores(NamedTuple):
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: Packed | None, scores: Scores, want_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """out, and lse in flashtile's convention where it is wanted. Head dims that are no multiples of 8 are padded, and cut again."""
+    """out, and lse in flashtile's convention where it is wanted. Head dims that are no multiples of 8 are padded, and cut again.
+
+    Keys in pages have no gradient, which is an error only where one is asked for: as with FlashAttention, a call may have leaves.
+    """
+    if packed is not None and packed.page_table is not None and needs_gradient(q, k, v) and not torch.compiler.is_compiling():
+        with torch.no_grad():
+            paged, its_lse = attend(q, k, v, packed, scores, want_lse)
+        return OfPages.apply(paged, q, k, v), its_lse  # type: ignore[no-untyped-call]
     scale, window = scale_for(q, scores.softmax_scale), window_of(scores.window_size)
     head_dim_v, deterministic = v.shape[-1], scores.deterministic or None
     q, k, v = readable(q), readable(k), readable(v)
@@ -67,3 +75,15 @@ def attend(
                 deterministic=deterministic,
             )  # fmt: skip
     return cut(out, head_dim_v), lse
+
+
+class OfPages(torch.autograd.Function):
+    """A result over keys in pages, of which a gradient is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, *depends_on: torch.Tensor) -> torch.Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        check_differentiable(page_table=True, alibi_slopes=None, out=None)

@@ -161,7 +161,7 @@ GROUPS = (
             ),
             "alibi_slopes": yes(PARITY, "A gradient is refused; there it is None."),
             "return_attn_probs": yes(PARITY, "The third result is None."),
-            "block_table": yes(f"{VARLEN}::test_pages", "Any page size. A gradient is refused."),
+            "block_table": yes(f"{VARLEN}::test_pages", "Any page size. There are no gradients, as there: to ask for one raises."),
         },
     ),
     Group(

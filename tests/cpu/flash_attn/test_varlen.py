@@ -153,9 +153,15 @@ def test_arguments_that_do_not_fit() -> None:
     for argument in ({"qv": leaves[0]}, {"k_descale": leaves[0]}, {"attention_chunk": 2}, {"num_splits": 3}, {"sm_margin": 1}):
         with pytest.raises(UnsupportedError, match=next(iter(argument))):
             three.flash_attn_varlen_func(*leaves, *lengths, **argument)
+
+
+def test_a_gradient_of_keys_in_pages_is_refused_where_it_is_asked_for() -> None:
+    case = Parity((4, 4), (4, 4))
+    tensors = case.tensors()
+    q, k, v = leaves_of(tensors)
+    pages, table = (k.unflatten(0, (2, 4)), v.unflatten(0, (2, 4))), torch.tensor([[0], [1]], dtype=torch.int32)
+    out, lse, _ = flash_attn_varlen_func(q, *pages, *starts(tensors, case), return_attn_probs=True, block_table=table)
+    assert torch.equal(out, flash_attn_varlen_func(q, k, v, *starts(tensors, case)))
+    assert out.requires_grad and not lse.requires_grad
     with pytest.raises(UnsupportedError, match="page_table"):
-        flash_attn_varlen_func(*leaves_in_pages(leaves), *lengths, block_table=torch.zeros(2, 1, dtype=torch.int32))
-
-
-def leaves_in_pages(leaves: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [leaves[0], leaves[1].detach()[None], leaves[2].detach()[None]]
+        out.sum().backward()
