@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     )
     from flashtile.band import Band
     from flashtile.checking import checked
-    from flashtile.errors import ArgumentError, AttentionError, DtypeError, ShapeError, ToolchainError, UnsupportedError
+    from flashtile.errors import (
+        ArgumentError,
+        AttentionError,
+        DtypeError,
+        OutOfPagesError,
+        ShapeError,
+        ToolchainError,
+        UnsupportedError,
+    )
+    from flashtile.paged import PagedKV
     from flashtile.planner.device import Device
     from flashtile.planner.explain import explain
     from flashtile.planner.plans import BackwardPlan, DecodePlan, ForwardPlan
@@ -44,7 +53,16 @@ _HOMES = {
     ),
     "flashtile.band": ("Band",),
     "flashtile.checking": ("checked",),
-    "flashtile.errors": ("ArgumentError", "AttentionError", "DtypeError", "ShapeError", "ToolchainError", "UnsupportedError"),
+    "flashtile.errors": (
+        "ArgumentError",
+        "AttentionError",
+        "DtypeError",
+        "OutOfPagesError",
+        "ShapeError",
+        "ToolchainError",
+        "UnsupportedError",
+    ),
+    "flashtile.paged": ("PagedKV",),
     "flashtile.planner.device": ("Device",),
     "flashtile.planner.explain": ("explain",),
     "flashtile.planner.plans": ("BackwardPlan", "DecodePlan", "ForwardPlan"),
@@ -61,6 +79,8 @@ __all__ = [
     "Device",
     "DtypeError",
     "ForwardPlan",
+    "OutOfPagesError",
+    "PagedKV",
     "Problem",
     "ShapeError",
     "ToolchainError",

@@ -5,6 +5,7 @@ AttentionError
 │   └── ShapeError                  a tensor's rank, shape, strides or layout is wrong
 ├── DtypeError(TypeError)           a tensor's dtype is wrong, or dtypes do not go together
 ├── UnsupportedError(NotImplementedError)   no kernel can run this problem, or not with the plan asked for
+├── OutOfPagesError(MemoryError)    a page cache has too few free pages
 └── ToolchainError(RuntimeError)    the machine lacks what a kernel needs to be compiled or launched
 
 Every message names the argument, what was expected, what came, and what would work.
@@ -43,6 +44,10 @@ class UnsupportedError(AttentionError, NotImplementedError):
         for name, why in self.reasons.items():
             lines += [f"  {name}: {reason}" for reason in why]
         super().__init__("\n".join(lines))
+
+
+class OutOfPagesError(AttentionError, MemoryError):
+    """A page cache has too few free pages for what was asked; it is as it was before."""
 
 
 class ToolchainError(AttentionError, RuntimeError):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from flashtile import errors
-from flashtile.errors import ArgumentError, AttentionError, DtypeError, ShapeError, ToolchainError, UnsupportedError
+from flashtile.errors import ArgumentError, AttentionError, DtypeError, OutOfPagesError, ShapeError, ToolchainError, UnsupportedError
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILTINS = {
@@ -16,6 +16,7 @@ BUILTINS = {
     ShapeError: ValueError,
     DtypeError: TypeError,
     UnsupportedError: NotImplementedError,
+    OutOfPagesError: MemoryError,
     ToolchainError: RuntimeError,
 }
 
