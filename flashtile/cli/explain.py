@@ -41,6 +41,8 @@ def explain(
     head_dim: shape.HeadDim = 128,
     head_dim_v: shape.HeadDimV = None,
     dtype: shape.DtypeOption = shape.Dtype.bfloat16,
+    dtype_kv: shape.DtypeKvOption = None,
+    kv_scales: shape.KvScalesOption = shape.KvScales.tensor,
     page_size: shape.PageSize = 0,
     window: shape.Window = None,
     causal: shape.Causal = True,
@@ -62,7 +64,7 @@ def explain(
         operation,
         batch=batch, seqlen_q=seqlen_q, seqlen_k=seqlen_k, heads=heads, kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v,
         dtype=dtype, page_size=page_size, window=window, causal=causal, softcap=softcap, alibi=alibi, sinks=sinks,
-        dropout=dropout,
+        dropout=dropout, dtype_kv=dtype_kv, kv_scales=kv_scales,
     )  # fmt: skip
     if deterministic and operation is shape.Operation.backward:  # other results always are
         problem = problem.with_(deterministic=True)

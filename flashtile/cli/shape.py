@@ -30,6 +30,18 @@ class Dtype(str, Enum):
         return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[self.value]
 
 
+class DtypeKv(str, Enum):
+    float8_e4m3fn = "float8_e4m3fn"
+    int8 = "int8"
+
+
+class KvScales(str, Enum):
+    none = "none"
+    tensor = "tensor"
+    head = "head"
+    sequence = "sequence"
+
+
 def parse_window(text: str) -> tuple[int | None, int | None]:
     """``left,right`` with an empty side or ``none`` for an unbounded one: ``1023,0`` or ``1023,``."""
     sides = [side.strip().lower() for side in text.split(",")]
@@ -54,6 +66,10 @@ KvHeads = Annotated[int, typer.Option("--kv-heads", min=1, help="Key heads.")]
 HeadDim = Annotated[int, typer.Option("--head-dim", help="Size of a query and of a key.")]
 HeadDimV = Annotated[int | None, typer.Option("--head-dim-v", help="Size of a value. Default: --head-dim.")]
 DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Of queries, keys and values.")]
+DtypeKvOption = Annotated[
+    DtypeKv | None, typer.Option("--dtype-kv", help="Of a quantised cache (decode, 16-bit queries). Default: --dtype.")
+]
+KvScalesOption = Annotated[KvScales, typer.Option("--kv-scales", help="What a quantised cache has a scale for each of.")]
 PageSize = Annotated[int, typer.Option("--page-size", min=0, help="Keys a page; 0 for a contiguous cache.")]
 Window = Annotated[str | None, typer.Option("--window", metavar="LEFT,RIGHT", help="Sliding window, e.g. 1023,0.")]
 Causal = Annotated[bool, typer.Option("--causal/--no-causal", help="Whether a query sees only keys up to its own.")]
@@ -83,9 +99,12 @@ def make_problem(
     alibi: bool,
     sinks: bool,
     dropout: bool,
+    dtype_kv: DtypeKv | None = None,
+    kv_scales: KvScales = KvScales.tensor,
 ) -> Problem:
     """The problem of a call with these shapes; lengths are rounded up to buckets, as a call's are."""
     decodes = operation is Operation.decode
+    stored, scales = (dtype.value, "none") if dtype_kv is None else (dtype_kv.value, kv_scales.value)
     if seqlen_q is None:
         seqlen_q = 1 if decodes else seqlen_k
     return Problem(
@@ -98,6 +117,10 @@ def make_problem(
         head_dim=head_dim,
         head_dim_v=head_dim if head_dim_v is None else head_dim_v,
         dtype_q=dtype.value,
+        dtype_k=stored,
+        dtype_v=stored,
+        k_scales=scales,
+        v_scales=scales,
         band=Band.of(causal, None if window is None else parse_window(window)),
         softcap=softcap,
         alibi=alibi,

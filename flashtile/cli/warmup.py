@@ -27,6 +27,8 @@ def warmup(
     head_dim: shape.HeadDim = 128,
     head_dim_v: shape.HeadDimV = None,
     dtype: shape.DtypeOption = shape.Dtype.bfloat16,
+    dtype_kv: shape.DtypeKvOption = None,
+    kv_scales: shape.KvScalesOption = shape.KvScales.tensor,
     page_size: shape.PageSize = 0,
     window: shape.Window = None,
     causal: shape.Causal = True,
@@ -44,6 +46,7 @@ def warmup(
             operation,
             batch=b, seqlen_q=seqlen_q, seqlen_k=k, heads=heads, kv_heads=kv_heads, head_dim=head_dim, head_dim_v=head_dim_v, dtype=dtype,
             page_size=page_size, window=window, causal=causal, softcap=softcap, alibi=alibi, sinks=sinks, dropout=dropout,
+            dtype_kv=dtype_kv, kv_scales=kv_scales,
         )
         for b, k in product(batch or [1], seqlen_k or [4096])
     ]  # fmt: skip

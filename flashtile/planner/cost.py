@@ -28,6 +28,7 @@ SWAPPED_SCORE_FACTOR = 2  # vector instructions a score when statistics run alon
 EXTRA_WARP_US = 0.10  # each warp beyond four, once a program: barriers and reductions across warps
 SCORE_OPERATIONS = 8  # vector instructions a score: scale, mask, maximum, sum, conversion
 VECTOR_KEY_OPERATIONS = 2.5  # vector instructions a key element and row in place of the matrix product
+QUANTISED_KEY_OPERATIONS = 1.0  # vector instructions an element of quantised keys and values: to float16
 FMA_EFFICIENCY = 0.5  # share of the vector rate that an FMA dot reaches
 OVERLAP_LOSS = 0.07  # share of what runs beside the bound that shows all the same
 COMBINE_US = 0.4  # combine: reading the first partial, writing out; programs that merge wait for the first partial as long
@@ -79,13 +80,14 @@ class Work(NamedTuple):
     dim_v: int
     kv_bytes_per_key: int
     partial_bytes_per_row: int
+    quantised: bool = False
 
 
 def work_of(problem: Problem) -> Work:
     per_key = problem.head_dim * DTYPE_BYTES[problem.dtype_k] + problem.head_dim_v * DTYPE_BYTES[problem.dtype_v]
     return Work(
         problem.rows, problem.total_q * problem.group, problem.batch, problem.num_heads_kv, problem.keys_read,
-        padded(problem.head_dim), padded(problem.head_dim_v), per_key, 4 * problem.head_dim_v + 4,
+        padded(problem.head_dim), padded(problem.head_dim_v), per_key, 4 * problem.head_dim_v + 4, problem.quantised,
     )  # fmt: skip
 
 
@@ -165,6 +167,7 @@ def _iteration(work: Work, tile: TileShape, footprint: Footprint, device: Device
     dims = work.dim + work.dim_v
     sm_instructions_per_us = device.vector_rate / 2 / device.num_sms * 1e-6
     operations = scores * SCORE_OPERATIONS * (SWAPPED_SCORE_FACTOR if tile.swapped else 1)
+    operations += int(QUANTISED_KEY_OPERATIONS * tile.block_n * dims) if work.quantised else 0
     exp_us = scores * device.num_sms / device.exp_rate * 1e6
     if tile.block_m == 1:
         operations += int(VECTOR_KEY_OPERATIONS * tile.block_n * dims)

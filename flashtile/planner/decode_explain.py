@@ -23,6 +23,7 @@ from flashtile.planner.wording import (
     as_compiled,
     chooser,
     counted,
+    dtypes_in_words,
     footprint_in_words,
     idle_in_words,
     queries_in_words,
@@ -148,7 +149,7 @@ def _lines(e: Explanation) -> Iterator[str]:
     heads = f"{problem.num_heads_q}/{problem.num_heads_kv} heads"
     yield (
         f"{problem.batch} x {problem.seqlen_k} keys, {queries_in_words(problem)}, {heads}, head dim {problem.head_dim}, "
-        f"{problem.dtype_k} on {e.device.name}: kernel {plan.kernel}, chosen by {chooser(plan)}."
+        f"{dtypes_in_words(problem)} on {e.device.name}: kernel {plan.kernel}, chosen by {chooser(plan)}."
     )
     idle = idle_in_words(problem)
     if idle:

@@ -47,6 +47,9 @@ SMALL_COPY_REGISTERS = 0.7  # a copy of less than 16 bytes
 FMA_FEATURE_REGISTERS = 5  # what a feature takes beside for 32 keys of an FMA dot, which fills the registers by itself
 FMA_LOADED_SHARE = 0.4  # FMA operands pass through registers anyway
 VECTOR_LOADED_REGISTERS = 90  # what such loads cost the vector kernel beside
+HALF_BYTES = 2  # of what quantised keys and values are multiplied as
+QUANTISED_REGISTERS = 0.7  # an element of a quantised key tile, on its way to float16,
+QUANTISED_SHARED_REGISTERS = 0.4  # and by way of shared memory
 MIN_COPY_BYTES = 4  # the least that an asynchronous copy brings
 COPY_BYTES = 16
 
@@ -99,13 +102,18 @@ def shared_memory_bytes(problem: Problem, tile: TileShape, device: Device) -> in
     reads_shared = mma is not None and mma.warps > 1
     if reads_shared or (gathered and device.backend == "hip"):
         buffers = tile.num_stages
+    converted = 0
+    if problem.quantised:
+        # float16 from here on: q, the probabilities, and what an instruction reads of K or of V from shared memory
+        k_bytes = v_bytes = HALF_BYTES
+        converted = tile.block_n * max(dim, dim_v) * HALF_BYTES if reads_shared else 0
     q_bytes = tile.block_m * dim * k_bytes
     own_rows = tile.num_warps * 16 <= tile.block_m
     in_registers = reads_shared and own_rows and not tile.swapped and not gathered and v_bytes < 4
     p_bytes = 0 if in_registers else tile.block_m * tile.block_n * v_bytes
     result_bytes = tile.block_m * dim_v * 4 if mma is None else 0
     scratch = SHARED_SCRATCH + (TENSOR_MEMORY_SCRATCH if mma is not None and mma.name.startswith("tcgen05") else 0)
-    total = buffers * tile_bytes + ids_bytes + q_bytes + p_bytes + result_bytes + scratch
+    total = buffers * tile_bytes + converted + ids_bytes + q_bytes + p_bytes + result_bytes + scratch
     if mma is None:
         padding = (dim, dim_v) != (problem.head_dim, problem.head_dim_v)
         return max(total, 2 * tile_bytes + q_bytes + scratch) if padding else total
@@ -173,6 +181,9 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
         operands = tile.block_n * (dim * k_bytes + dim_v * v_bytes) / 4 / threads
     else:
         operands = min(MAX_Q_REGISTERS, tile.block_m * dim * k_bytes / 4 / device.warp_size)
+    if problem.quantised:
+        share = QUANTISED_SHARED_REGISTERS if mma.warps > 1 else QUANTISED_REGISTERS
+        fragments += int(share * tile.block_n * max(dim, dim_v) / threads)
     return int(base + misaligned + copies + accumulator + scores + operands + fragments)
 
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from flashtile.planner.catalog import GLUON_SM90
 from flashtile.planner.figures import Architecture, Mma
 from flashtile.planner.tiles import TileShape
-from flashtile.problem import Problem
+from flashtile.problem import DTYPE_BYTES, Problem
 
 MIN_BOX_DIM = 64  # 128 bytes of 16-bit values: the width that shared memory is swizzled in
-INPUT_BYTES = 2
+INPUT_BYTES = 2  # of what is multiplied
 INSTRUCTION_ROWS = 16  # of mma.sync, and of each warp of a wgmma
 WARP = 32
 LONG_HEAD = 128
@@ -103,7 +103,7 @@ def gluon_shared_memory(problem: Problem, tile: TileShape) -> int:
     They meet in the ring, unless it is being filled for the next unit by then, or warps of their own fill it.
     """
     dim, dim_v = box_dim(problem.head_dim), box_dim(problem.head_dim_v)
-    ring = tile.num_stages * tile.block_n * (dim + dim_v) * INPUT_BYTES
+    ring = tile.num_stages * tile.block_n * (dim + dim_v) * DTYPE_BYTES[problem.dtype_k]
     merge = max(0, tile.num_warps * tile.block_m - MERGE_KEPT_ROWS) * dim_v * 4 if owns_keys(tile) else 0
     q_bytes = max(INSTRUCTION_ROWS, tile.block_m) * dim * INPUT_BYTES
     apart = shares_tiles(problem) or asks_by_page(problem, tile)

@@ -14,6 +14,7 @@ from flashtile.planner.catalog import GLUON_SM90, TRITON
 from flashtile.planner.cost import Work, cost_of, row_blocks_of, work_of
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import footprint_of, mma_of, registers_per_thread, shared_memory_bytes
+from flashtile.planner.footprint_gluon import owns_keys
 from flashtile.planner.plans import BLOCK_MS, DecodePlan
 from flashtile.planner.ranges import MAX_GRID_X, beyond, beyond_powers, beyond_warps, power_of_two
 from flashtile.planner.resources import Footprint, registers_limit
@@ -26,14 +27,14 @@ from flashtile.planner.splits import (
     stream_programs,
 )
 from flashtile.planner.tiles import (
-    CANDIDATES,
     LIMITS,
     MOST_GATHERED_KEYS,
-    SHAPES,
     Limits,
     Tile,
     TileShape,
     Variant,
+    candidates_of,
+    shapes_of,
     variant_name,
     variants_in_words,
 )
@@ -69,6 +70,8 @@ def infeasible(problem: Problem, plan: DecodePlan, device: Device) -> list[str]:
 def misfits(problem: Problem, tile: TileShape, device: Device) -> list[str]:
     """Which resource of the device a tile exceeds: shared memory a program, or registers a thread."""
     reasons = []
+    if problem.quantised and tile.kernel == GLUON_SM90 and not owns_keys(tile):
+        return why_none_fits(problem, device, tile.kernel, (tile.block_m, tile.swapped))
     shared, limit = shared_memory_bytes(problem, tile, device), device.smem_per_block
     if shared > limit:
         reasons.append(
@@ -179,7 +182,18 @@ def by_row_blocks(problem: Problem, device: Device, kernel: str, block_m: int | 
     first = next(fit for fit in usual if 100 * row_blocks_of(work, fit[0].block_m) <= ROW_BLOCKS_PERCENT * fewest)
     taller = [fit for fit in tiles if fit[0].block_m > TALL_BLOCK_M and row_blocks_of(work, fit[0].block_m) < fewest]
     best = least_time(work, device, [first, *taller])
-    return best and with_short_ring(problem, *best)
+    return best and with_short_ring(problem, *with_usual_tiles(problem, device, *best))
+
+
+def with_usual_tiles(problem: Problem, device: Device, tile: Tile, num_splits: int) -> tuple[Tile, int]:
+    """Tiles of as many keys as others have, in the place of a quantised problem's larger ones that leave half of the SMs without any."""
+    work = work_of(problem)
+    units = row_blocks_of(work, tile.block_m) * work.num_heads_kv
+    halved = tile._replace(block_n=tile.block_n // 2, num_warps=tile.num_warps // 2)
+    alone = 1 < num_splits == -(-work.keys // tile.block_n) and 2 * units * num_splits <= device.num_sms
+    if not problem.quantised or not alone or misfits(problem, halved, device):
+        return tile, num_splits
+    return halved, -(-work.keys // halved.block_n)
 
 
 def with_short_ring(problem: Problem, tile: Tile, num_splits: int) -> tuple[Tile, int]:
@@ -294,13 +308,16 @@ def _fitting_tiles(
 
     return tuple(
         (variant[0], tuple((regime.most_units_percent, first(variant, regime.shapes)) for regime in regimes))
-        for variant, regimes in SHAPES[kernel].items()
+        for variant, regimes in shapes_of(kernel, problem.quantised, page_size).items()
     )
 
 
 def why_none_fits(problem: Problem, device: Device, kernel: str, variant: Variant) -> list[str]:
     """What stands against even the smallest shape of a kernel's query tile (block_m, swapped)."""
-    smallest = min(CANDIDATES[kernel][variant], key=lambda tile: footprint_of(problem, tile, device)[:2])
+    candidates = candidates_of(kernel, variant, problem.quantised, problem.page_size)
+    if not candidates:
+        return [f"quantised keys pass through registers, and {variant_name(*variant)} multiplies keys from shared memory"]
+    smallest = min(candidates, key=lambda tile: footprint_of(problem, tile, device)[:2])
     return misfits(problem, smallest, device)
 
 

@@ -129,11 +129,49 @@ _GLUON: dict[Variant, tuple[Regime, ...]] = {
     (128, False): tuple(Regime(most, tuple((keys, 8, stages) for keys, _, stages in shapes)) for most, shapes in _OWN_ROWS),
 }
 
+# Quantised keys, of one byte an element. A program wants as many bytes on their way and an SM the same speed of each warp, so that
+# Hopper's kernel has twice the keys and twice the warps, or programs, and the portable one twice the tiles in its ring. Reckoned,
+# not measured.
+_HALF_KEYS = ((64, 4, 3), (64, 4, 2), (32, 2, 3), (32, 2, 2))
+_QUANTISED_OWN_KEYS = (
+    Regime(SPLIT_UNITS_PERCENT, ((128, 8, 3), (128, 8, 2), *_HALF_KEYS)),
+    Regime(DEEP_UNITS_PERCENT, ((256, 8, 3), (128, 8, 3), (128, 8, 2), *_HALF_KEYS)),
+    Regime(WAVE_UNITS_PERCENT, ((128, 8, 3), (128, 8, 2), *_HALF_KEYS)),
+    Regime(RESIDENT_UNITS_PERCENT, ((128, 4, 2), *_HALF_KEYS)),
+    Regime(MANY_UNITS_PERCENT, ((128, 4, 3), (128, 4, 2), *_HALF_KEYS)),
+    Regime(ANY_UNITS, ((128, 4, 2), *_HALF_KEYS)),
+)
+# asked for page by page: four warps do with half an SM's registers
+_QUANTISED_PAGES = (Regime(ANY_UNITS, ((64, 4, 6), (64, 4, 4), *_HALF_KEYS)),)
+PAGE_OF_QUANTISED = 128  # keys: pages of a multiple hold the tiles of _QUANTISED_OWN_KEYS whole
+
 SHAPES: dict[str, dict[Variant, tuple[Regime, ...]]] = {
     TRITON: {variant: (Regime(ANY_UNITS, shapes),) for variant, shapes in _TRITON.items()},
     GLUON_SM90: _GLUON,
 }
 """For each kernel's query tiles, in order of preference where several are as good: shapes by how many units there are."""
+
+_QUANTISED_TRITON: dict[Variant, tuple[Regime, ...]] = {
+    variant: (Regime(ANY_UNITS, tuple((keys, warps, max(1, 2 * stages - 1)) for keys, warps, stages in shapes)),)
+    for variant, shapes in _TRITON.items()
+}
+
+
+def shapes_of(kernel: str, quantised: bool, page_size: int) -> dict[Variant, tuple[Regime, ...]]:
+    """A kernel's SHAPES, for keys of one byte an element where ``quantised``; ``page_size`` is 0 without pages."""
+    if not quantised:
+        return SHAPES[kernel]
+    if kernel == TRITON:
+        return _QUANTISED_TRITON
+    regimes = _QUANTISED_PAGES if page_size % PAGE_OF_QUANTISED else _QUANTISED_OWN_KEYS
+    return {(8, False): regimes, (16, False): regimes}
+
+
+def candidates_of(kernel: str, variant: Variant, quantised: bool, page_size: int) -> tuple[Tile, ...]:
+    """Every tile of one query tile that the rule may choose; none where the kernel has it for other keys only."""
+    regimes = shapes_of(kernel, quantised, page_size).get(variant, ())
+    return tuple(dict.fromkeys(Tile(*variant, *shape, kernel) for regime in regimes for shape in regime.shapes))
+
 
 CANDIDATES: dict[str, dict[Variant, tuple[Tile, ...]]] = {
     kernel: {

@@ -66,6 +66,11 @@ def head_dims_in_words(problem: Problem) -> str:
     return str(problem.head_dim) if problem.head_dim == problem.head_dim_v else f"{problem.head_dim} and {problem.head_dim_v}"
 
 
+def dtypes_in_words(problem: Problem) -> str:
+    """The dtype of all tensors, or q's and that of quantised keys and values."""
+    return f"{problem.dtype_q} over {problem.dtype_k} keys and values" if problem.quantised else problem.dtype_k
+
+
 def idle_in_words(problem: Problem) -> str | None:
     """What is done in the place of a plan where there is nothing to compute; None where there is."""
     if problem.total_q == 0:

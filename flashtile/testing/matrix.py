@@ -33,7 +33,7 @@ from flashtile.planner.plans import DecodePlan
 from flashtile.planner.rules import fitting_tiles, infeasible, why_none_fits, with_deep_ring, with_half_tiles
 from flashtile.planner.splits import choose_splits
 from flashtile.planner.tiles import CANDIDATES
-from flashtile.problem import DTYPE_BYTES, Problem
+from flashtile.problem import DTYPE_BYTES, QUANTISED, Problem
 from flashtile.testing.pairwise import pairwise
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ AXES: dict[str, tuple[Any, ...]] = {
     "arch": tuple(DEVICES),
     "tile": tuple(CANDIDATES[TRITON]),  # (block_m, swapped)
     "head_dims": ((64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128)),
-    "dtype": ("float16", "bfloat16", "float32", "tf32"),
+    # of all tensors; a quantised cache is beside a q of 16 bits
+    "dtype": ("float16", "bfloat16", "float32", "tf32", *QUANTISED),
     "page_size": (0, 1, 16, 64),
     "features": tuple(FEATURES),
     "batch": (1, 3, 100),
@@ -70,7 +71,7 @@ HOPPER_AXES: dict[str, tuple[Any, ...]] = AXES | {
     "kernel": (GLUON_SM90,),
     "arch": ("sm_90",),
     "tile": tuple(CANDIDATES[GLUON_SM90]),
-    "dtype": ("float16", "bfloat16"),
+    "dtype": ("float16", "bfloat16", *QUANTISED),
     "page_size": (0, 8, 16, 64),
     "aligned": (True,),
 }
@@ -108,12 +109,14 @@ class Point:
 
     @cached_property
     def problem(self) -> Problem:
-        dtype = "float32" if self.dtype == "tf32" else self.dtype
+        dtype = {"tf32": "float32", "float8_e4m3fn": "bfloat16", "int8": "float16"}.get(self.dtype, self.dtype)
+        stored = self.dtype if self.dtype in QUANTISED else dtype
+        scales: dict[str, Any] = {"k_scales": "head", "v_scales": "sequence"} if self.dtype in QUANTISED else {}
         return Problem(
             batch=self.batch, seqlen_k=256 if self.splits == 4 else 65536, num_heads_q=2 * self.group, num_heads_kv=2,
             head_dim=self.head_dims[0], head_dim_v=self.head_dims[1],
-            dtype_q=dtype, allow_tf32=self.dtype == "tf32", page_size=self.page_size,
-            alignment=16 if self.aligned else DTYPE_BYTES[dtype], **FEATURES[self.features],
+            dtype_q=dtype, dtype_k=stored, dtype_v=stored, allow_tf32=self.dtype == "tf32", page_size=self.page_size,
+            alignment=16 if self.aligned else DTYPE_BYTES[stored], **scales, **FEATURES[self.features],
         )  # fmt: skip
 
     def plan(self) -> DecodePlan | list[str]:

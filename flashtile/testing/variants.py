@@ -8,9 +8,9 @@ from flashtile.errors import UnsupportedError
 from flashtile.planner.choose import plan_decode, plan_for_tile, with_splits
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
-from flashtile.planner.rules import choose_tile_and_splits, misfits
+from flashtile.planner.rules import choose_tile_and_splits, misfits, why_none_fits
 from flashtile.planner.splits import Splits, combine_shape
-from flashtile.planner.tiles import CANDIDATES, Variant
+from flashtile.planner.tiles import Variant, candidates_of
 from flashtile.problem import Problem
 
 PORTABLE, HOPPER = "triton.decode", "gluon.decode_sm90"
@@ -65,7 +65,9 @@ def explicit_plan(problem: Problem, device: Device, kernel: str, shape: Shape, s
 
 def fitting_plan(problem: Problem, device: Device, kernel: str, tile: Variant, share: Share = ONE) -> DecodePlan:
     """The plan of the first shape of a query tile, (block_m, swapped), that fits; raises UnsupportedError where none does."""
-    candidates = CANDIDATES[kernel][tile]
+    candidates = candidates_of(kernel, tile, problem.quantised, problem.page_size)
+    if not candidates:
+        raise UnsupportedError("No plan of one query tile:", {kernel: why_none_fits(problem, device, kernel, tile)})
     first = next((one for one in candidates if not misfits(problem, one, device)), candidates[-1])
     shape = Shape(first.block_m, first.block_n, first.num_warps, first.num_stages, first.swapped)
     return explicit_plan(problem, device, kernel, shape, share)
