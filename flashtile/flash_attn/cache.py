@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from flashtile.api import attention_varlen_with_lse, decode, decode_with_lse
-from flashtile.errors import ArgumentError, ShapeError, message
+from flashtile.errors import ArgumentError, ShapeError, UnsupportedError, message
+from flashtile.flash_attn.appended import New, append, check_new
 from flashtile.flash_attn.attend import Scores
 from flashtile.flash_attn.conventions import cut, readable, scale_for, window_of
 from flashtile.planner.device import Device
@@ -26,6 +27,7 @@ def attend_cache(
     v_cache: torch.Tensor,
     cache_seqlens: int | torch.Tensor | None,
     cache_batch_idx: torch.Tensor | None,
+    cache_leftpad: torch.Tensor | None,
     page_table: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     max_seqlen_q: int | None,
@@ -33,11 +35,16 @@ def attend_cache(
     num_splits: int,
     plan: DecodePlan | ForwardPlan | None,
     want_lse: bool,
+    new: New,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """out, and lse in flashtile's convention where it is wanted; for inference, without gradients.
 
-    ``cache_seqlens`` None means that the cache is full; ``num_splits`` 0 and ``plan`` None, that the planner chooses.
+    ``cache_seqlens`` None means that the cache is full; ``num_splits`` 0 and ``plan`` None, that the planner chooses. ``new`` is written
+    to the cache first.
     """
+    appends = check_new(new, cache_seqlens)
     batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     if cache_batch_idx is not None:
         page_table = _cache_as_pages(cache_batch_idx, page_table, batch)
@@ -45,9 +52,16 @@ def attend_cache(
         k_cache, v_cache = k_cache[:batch], v_cache[:batch]
     capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
     seqlens_k, hint = _lengths(cache_seqlens, capacity, batch, q.device)
+    if appends:
+        q, seqlens_k = append(new, q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, scores)
+        hint = None
     scale, head_dim_v = scale_for(q, scores.softmax_scale), v_cache.shape[-1]
     rows, k_cache, v_cache = readable(q), readable(k_cache), readable(v_cache)
-    if _is_prefill(q, cu_seqlens_q, max_seqlen_q, num_splits, plan):
+    decode_alone = cache_leftpad is not None or k_cache.itemsize == 1
+    if decode_alone and isinstance(plan, ForwardPlan):
+        why = "attention over pages has no left padding, and reads no quantised keys"
+        raise UnsupportedError("A plan of attention for what decode alone computes.", {plan.kernel: [why]})
+    if not decode_alone and _is_prefill(q, cu_seqlens_q, max_seqlen_q, num_splits, plan):
         forward_plan = plan if isinstance(plan, ForwardPlan) else None
         with torch.no_grad():
             out, lse = _prefill(
@@ -59,7 +73,8 @@ def attend_cache(
         result = run(
             rows, k_cache, v_cache, seqlens_k, page_table=page_table, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
             max_seqlen_k=hint, causal=scores.causal, window=window_of(scores.window_size), softcap=scores.softcap, scale=scale,
-            alibi_slopes=scores.alibi_slopes, num_splits=num_splits or None, plan=decode_plan,
+            alibi_slopes=scores.alibi_slopes, k_scale=k_scale, v_scale=v_scale, leftpad_k=cache_leftpad,
+            num_splits=num_splits or None, plan=decode_plan,
         )  # fmt: skip
         out, lse = result if isinstance(result, tuple) else (result, None)
     return cut(out, head_dim_v), lse

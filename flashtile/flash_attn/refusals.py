@@ -14,15 +14,7 @@ _WHY = {
     "v_descale": _SCALES,
     "attention_chunk": "A mask of chunks is none of the masks that kernels know: causal, and windows around each query.",
     "sm_margin": "No kernel leaves SMs free on request.",
-    "k": "Append to the cache before the call.",
-    "v": "Append to the cache before the call.",
-    "cu_seqlens_k_new": "Append to the cache before the call.",
-    "max_seqlen_k_new": "Append to the cache before the call.",
-    "rotary_cos": "Turn q before the call: flashtile.flash_attn.layers.rotary does.",
-    "rotary_sin": "Turn q before the call: flashtile.flash_attn.layers.rotary does.",
-    "rotary_seqlens": "Turn q before the call: flashtile.flash_attn.layers.rotary does.",
-    "cache_leftpad": "Keys begin where the cache does.",
-    "leftpad_k": "Keys begin where their sequence does.",
+    "leftpad_k": "Keys begin where their sequence does; flash_attn_with_kvcache knows left padding.",
 }
 
 

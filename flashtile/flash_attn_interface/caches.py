@@ -7,6 +7,7 @@ import torch
 from flashtile.api import merge
 from flashtile.band import Band
 from flashtile.errors import ArgumentError, DtypeError, ShapeError, message
+from flashtile.flash_attn.appended import New
 from flashtile.flash_attn.attend import Scores
 from flashtile.flash_attn.cache import attend_cache, prefers_attention
 from flashtile.flash_attn.conventions import lse_of_three, window_of
@@ -58,14 +59,23 @@ def flash_attn_with_kvcache(
         q: (batch, seqlen_q, nheads, head_dim), or with ``cu_seqlens_q`` packed (total_q, nheads, head_dim).
         k_cache: (batch_cache, capacity, nheads_k, head_dim), or with ``page_table`` (num_pages, page_size, nheads_k, head_dim), any
             page size; v_cache the same with a last dimension of its own.
-        cache_seqlens: the keys of each sequence, an int or (batch,) int32; by default the cache is full.
+        k, v: new keys and values (batch, seqlen_new, nheads_k, head_dim), or with ``cu_seqlens_k_new`` (batch + 1,) int32 packed
+            (total_new, nheads_k, head_dim): written into the caches at ``cache_seqlens`` before anything is read, by one launch.
+        rotary_cos, rotary_sin: (positions, rotary_dim / 2): turns k at its positions, and q at its own: beside causal or a window each
+            query at the next position, else all at the first. Positions begin at ``cache_seqlens``, or at ``rotary_seqlens`` (batch,).
+        cache_seqlens: the keys of each sequence before the new ones, an int or (batch,) int32; by default the cache is full.
         cache_batch_idx: (batch,) integers: the entry of the cache that is each sequence's; by default the first ones in order.
+        cache_leftpad: (batch,) int32: where each sequence's keys begin; ``cache_seqlens`` counts from the beginning of the cache.
         page_table: (batch, max_pages) int32: the pages of each sequence in order.
         cu_seqlens_q: (batch + 1,) int32, where each sequence's queries start; ``max_seqlen_q`` is the most of one sequence then.
+        k_descale, v_descale: (batch, nheads_k) float32: what a key or value of a float8 or int8 cache is, over what is stored. q has 16
+            bits an element beside it.
         softmax_scale, causal, window_size, softcap: as for `flash_attn_func`.
+        rotary_interleaved: pairs of elements are neighbours; else half a rotary_dim apart.
         scheduler_metadata: what `get_scheduler_metadata` returned for such a call, or any plan of flashtile's: it is obeyed.
         num_splits: how many programs share a sequence's keys; 0 leaves it to the planner.
         pack_gqa: a hint that changes no result: `decode` always packs the query heads that share a key head.
+        sm_margin: a hint that changes no result: no SMs are left free.
         return_softmax_lse: returns (out, softmax_lse, None, None) instead of out: partial results are not kept.
 
     Returns:
@@ -73,18 +83,14 @@ def flash_attn_with_kvcache(
         softmax_lse: (batch, nheads, seqlen_q) or (nheads, total_q) float32, natural logarithm; -inf for a query that sees no key.
 
     Raises:
-        UnsupportedError: for new keys and values (``k``, ``v``, ``cu_seqlens_k_new``), rotary embeddings, left padding, qv, descales,
-            attention_chunk and sm_margin.
+        UnsupportedError: for qv, q_descale and attention_chunk.
     """
-    check_supported(
-        "flash_attn_with_kvcache", k=k, v=v, cu_seqlens_k_new=cu_seqlens_k_new, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
-        rotary_seqlens=rotary_seqlens, cache_leftpad=cache_leftpad, qv=qv, q_descale=q_descale, k_descale=k_descale,
-        v_descale=v_descale, attention_chunk=attention_chunk, sm_margin=sm_margin,
-    )  # fmt: skip
+    check_supported("flash_attn_with_kvcache", qv=qv, q_descale=q_descale, attention_chunk=attention_chunk)
     _check_plan(scheduler_metadata)
     out, lse = attend_cache(
-        q, k_cache, v_cache, cache_seqlens, cache_batch_idx, page_table, cu_seqlens_q, max_seqlen_q,
+        q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q, max_seqlen_q,
         Scores(softmax_scale, causal, window_size, softcap), num_splits, scheduler_metadata, return_softmax_lse,
+        New(k, v, rotary_cos, rotary_sin, rotary_interleaved, cu_seqlens_k_new, rotary_seqlens), k_descale, v_descale,
     )  # fmt: skip
     return out if lse is None else (out, lse_of_three(lse, k_cache.shape[:2].numel()), None, None)
 
@@ -114,23 +120,23 @@ def get_scheduler_metadata(
 ) -> DecodePlan | ForwardPlan:
     """The plan of a call of `flash_attn_with_kvcache`, made ahead; ``cache_seqlens`` only says on which device.
 
+    ``max_seqlen_k`` counts the new keys too, so that ``cu_seqlens_k_new`` and ``max_seqlen_k_new`` change nothing; pack_gqa and
+    sm_margin are hints.
+
     Raises:
-        UnsupportedError: no kernel can run the call, or an argument has no counterpart: cu_seqlens_k_new, max_seqlen_k_new,
-            cache_leftpad, attention_chunk and sm_margin.
+        UnsupportedError: no kernel can run the call, or attention_chunk is given.
     """
-    check_supported(
-        "get_scheduler_metadata", cu_seqlens_k_new=cu_seqlens_k_new, max_seqlen_k_new=max_seqlen_k_new, cache_leftpad=cache_leftpad,
-        attention_chunk=attention_chunk, sm_margin=sm_margin,
-    )  # fmt: skip
+    check_supported("get_scheduler_metadata", attention_chunk=attention_chunk)
     device = Device.of(cache_seqlens)
     packed = cu_seqlens_q is not None
     dim, dim_v = headdim + -headdim % 8, headdim if headdim_v is None else headdim_v
-    whole = num_splits <= 1 and prefers_attention(max_seqlen_q, batch_size * num_heads_q, device.num_sms)
+    whole = cache_leftpad is None and num_splits <= 1 and prefers_attention(max_seqlen_q, batch_size * num_heads_q, device.num_sms)
     queries = query_bucket(max_seqlen_q) if packed or whole else max_seqlen_q
     facts = Problem(
         batch=batch_size, seqlen_q=queries, total_q=batch_size * queries, seqlen_k=length_bucket(max_seqlen_k), num_heads_q=num_heads_q,
         num_heads_kv=num_heads_kv, head_dim=dim, head_dim_v=dim_v + -dim_v % 8, dtype_q=str(qkv_dtype).removeprefix("torch."),
         band=Band.of(causal, window_of(window_size)), softcap=has_softcap, page_size=page_size or 0, ragged_q=packed,
+        leftpad_k=cache_leftpad is not None,
     )  # fmt: skip
     if not whole:
         return plan_decode(facts, device, num_splits=num_splits or None)

@@ -112,14 +112,22 @@ def assert_written(args: dict[str, Any], result: tuple[torch.Tensor, torch.Tenso
     """Raises AssertionError unless the caches in ``args``, the lengths and q are what was expected, but for rounding."""
     seqlens_k, q = result
     torch.testing.assert_close(seqlens_k.cpu(), expected.seqlens_k, rtol=0, atol=0)
-    eps = torch.finfo(args["k"].dtype).eps
-    near: dict[str, Any] = {"rtol": eps, "atol": 4 * torch.finfo(torch.float32).eps, "equal_nan": True, "check_dtype": False}
-    torch.testing.assert_close(args["k_cache"].cpu().double(), expected.k_cache, **near)
-    torch.testing.assert_close(args["v_cache"].cpu().double(), expected.v_cache, rtol=0, atol=0, equal_nan=True)
+    assert_caches(args["k_cache"], args["v_cache"], expected)
     if (q is None) != (expected.q is None):
         raise AssertionError(f"q is {q}, expected {expected.q}")
     if q is not None and expected.q is not None:
-        torch.testing.assert_close(q.cpu().double()[: len(expected.q)], expected.q.double(), **near)
+        _assert_turned(q[: len(expected.q)], expected.q)
+
+
+def assert_caches(k_cache: torch.Tensor, v_cache: torch.Tensor, expected: Written) -> None:
+    """Raises AssertionError unless the keys are what was expected, but for rounding, and the values are to the bit."""
+    _assert_turned(k_cache, expected.k_cache)
+    torch.testing.assert_close(v_cache.cpu().double(), expected.v_cache, rtol=0, atol=0, equal_nan=True)
+
+
+def _assert_turned(x: torch.Tensor, expected: torch.Tensor) -> None:
+    atol = 4 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(x.cpu().double(), expected.double(), rtol=torch.finfo(x.dtype).eps, atol=atol, equal_nan=True)
 
 
 def _sequences(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> list[torch.Tensor]:

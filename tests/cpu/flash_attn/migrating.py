@@ -70,6 +70,7 @@ def no(held_by: str, difference: str) -> Note:
 
 
 DENSE, VARLEN, BELOW, CACHE = "test_dense.py", "test_varlen.py", "test_private.py", "test_kvcache.py"
+APPENDED, PACKED_APPEND = "test_appended.py::test_parity", "test_appended.py::test_packed_queries_and_keys"
 PARITY = f"{DENSE}::test_parity"
 ANY_LAYOUT = (
     "float32 too. A last dimension that is not contiguous is copied, as there; a head dim that is no multiple of 8 is padded, as there."
@@ -82,10 +83,12 @@ DETERMINISTIC = "True is obeyed. False leaves it to `torch.use_deterministic_alg
 HINT = "Accepted; changes no result: the planner lays rows out."
 CHUNKS = "Refused unless 0: no kernel has a mask of chunks."
 MARGIN = "Refused unless 0: no kernel leaves SMs free on request."
-SCALES = "Refused: no kernel reads float8 yet."
-NEW_KEYS = "Refused: write to the cache before the call."
-ROTATE = "Refused: call `apply_rotary_emb` before."
-LEFT = "Refused: keys begin where the cache, or the sequence, does."
+NO_MARGIN = "Accepted; no SMs are left free."
+SCALES = "Refused: no kernel has a float8 q."
+NEW_KEYS = "Of the caches' dtype. New keys beyond the capacity, and on pages outside the cache, are dropped."
+TABLES = "Of any floating dtype. A token beyond the tables is not turned. Only beside `k` and `v`, as there."
+LEFT = "Refused: keys begin where the sequence does."
+DESCALES = "Of a float8 or int8 cache beside a q of 16 bits; one number, (nheads_k,) or (batch, nheads_k)."
 STARTS = {
     "cu_seqlens_q": yes(f"{VARLEN}::test_parity"),
     "cu_seqlens_k": yes(f"{VARLEN}::test_parity", "With `block_table` its differences are lengths, as there."),
@@ -113,16 +116,14 @@ TRAINING = {
 CACHES = {
     "q": yes(f"{CACHE}::test_parity", "float32 too. No gradient, as there."),
     **{name: yes(f"{CACHE}::test_parity", CACHE_LAYOUT) for name in ("k_cache", "v_cache")},
-    **{name: no(f"{CACHE}::test_what_cannot_be_done_yet_is_refused", NEW_KEYS) for name in ("k", "v")},
-    **{name: no(f"{CACHE}::test_what_cannot_be_done_yet_is_refused", ROTATE) for name in ("rotary_cos", "rotary_sin")},
+    **{name: yes(APPENDED, NEW_KEYS) for name in ("k", "v")},
+    **{name: yes(APPENDED, TABLES) for name in ("rotary_cos", "rotary_sin")},
     "cache_seqlens": yes(f"{CACHE}::test_parity", "Lengths beyond the capacity are clamped."),
     "cache_batch_idx": yes(f"{CACHE}::test_parity", "An index outside the cache makes its keys invisible."),
-    "cache_leftpad": no(f"{CACHE}::test_what_cannot_be_done_yet_is_refused", LEFT),
+    "cache_leftpad": yes(APPENDED, "Beside pages too. Many queries over a padded cache are `decode`'s, which is slower for them."),
     **{name: yes(f"{CACHE}::test_parity", "Any page size.") for name in ("block_table", "page_table")},
     **{name: yes(f"{CACHE}::test_parity", note.difference) for name, note in SCORES.items()},
-    "rotary_interleaved": Note(
-        "hint", "Read with `rotary_cos` only, which is refused.", f"{CACHE}::test_what_cannot_be_done_yet_is_refused"
-    ),
+    "rotary_interleaved": yes(APPENDED),
     "alibi_slopes": yes(f"{CACHE}::test_parity"),
     "num_splits": yes(f"{CACHE}::test_parity", "0 leaves it to the planner, which may share keys among programs unevenly."),
     "return_softmax_lse": yes(f"{CACHE}::test_parity"),
@@ -134,15 +135,14 @@ REFUSED_BY_THREE = {
     "sm_margin": no(f"{DENSE}::test_what_has_no_counterpart_is_refused", MARGIN),
 }
 REFUSED_BY_CACHES = {
-    name: no(f"{CACHE}::test_what_the_third_generation_alone_has_is_refused", note.difference) for name, note in REFUSED_BY_THREE.items()
-} | {
-    "cu_seqlens_k_new": no(f"{CACHE}::test_what_the_third_generation_alone_has_is_refused", NEW_KEYS),
-    "rotary_seqlens": no(f"{CACHE}::test_what_the_third_generation_alone_has_is_refused", ROTATE),
+    name: no(f"{CACHE}::test_what_the_third_generation_alone_has_is_refused", REFUSED_BY_THREE[name].difference)
+    for name in ("qv", "q_descale", "attention_chunk")
 }
 BELOW_IT = f"{BELOW}::test_dense_functions_are_the_public_one_in_two_halves"
 PACKED_BELOW = f"{BELOW}::test_packed_functions_are_the_public_one_in_two_halves"
 AHEAD = f"{CACHE}::test_plans_made_ahead_are_obeyed"
 KNOWN_AHEAD = f"{CACHE}::test_plans_know_splits_and_pages"
+PADDED_AHEAD = "test_appended.py::test_plans_know_left_padding"
 REFUSED_AHEAD = f"{CACHE}::test_plans_refuse_what_calls_refuse"
 
 GROUPS = (
@@ -224,6 +224,10 @@ GROUPS = (
             **CACHES,
             **REFUSED_BY_CACHES,
             "cu_seqlens_q": yes(f"{CACHE}::test_packed_queries"),
+            "cu_seqlens_k_new": yes(PACKED_APPEND),
+            "rotary_seqlens": yes(PACKED_APPEND),
+            **{name: yes("test_appended.py::test_descales_are_those_of_the_cache", DESCALES) for name in ("k_descale", "v_descale")},
+            "sm_margin": Note("hint", NO_MARGIN, "test_appended.py::test_plans_know_left_padding"),
             "max_seqlen_q": yes(f"{CACHE}::test_packed_queries", "Required with `cu_seqlens_q`."),
             "scheduler_metadata": yes(AHEAD, "A plan: that of `get_scheduler_metadata`, or any of flashtile's. It is obeyed or refused."),
             "pack_gqa": Note("hint", HINT, f"{DENSE}::test_hints_change_no_result"),
@@ -246,10 +250,12 @@ GROUPS = (
             "num_splits": yes(KNOWN_AHEAD),
             "window_size": yes(AHEAD, WINDOW),
             "pack_gqa": Note("hint", HINT, AHEAD),
-            **{name: no(REFUSED_AHEAD, NEW_KEYS) for name in ("cu_seqlens_k_new", "max_seqlen_k_new")},
-            "cache_leftpad": no(REFUSED_AHEAD, LEFT),
+            **{
+                name: Note("hint", "`max_seqlen_k` counts new keys too.", PADDED_AHEAD) for name in ("cu_seqlens_k_new", "max_seqlen_k_new")
+            },
+            "cache_leftpad": yes(PADDED_AHEAD, "Only says that there is padding."),
             "attention_chunk": no(REFUSED_AHEAD, CHUNKS),
-            "sm_margin": no(REFUSED_AHEAD, MARGIN),
+            "sm_margin": Note("hint", NO_MARGIN, PADDED_AHEAD),
         },
     ),
     Group(
@@ -285,14 +291,17 @@ GROUPS = (
         "are here as well.",
         {
             "x": yes("test_rotary.py::test_dense"),
-            **{name: yes("test_rotary.py::test_within_packed_tensors", "Written in place.") for name in ("qkv", "kv")},
+            **{
+                name: yes("test_rotary.py::test_within_packed_tensors", "Written in place, under torch's rule for leaves.")
+                for name in ("qkv", "kv")
+            },
             **{name: yes("test_rotary.py::test_within_packed_tensors") for name in ("cos_k", "sin_k", "num_heads_q")},
             **{
                 name: yes("test_rotary.py::test_dense", "float32 beside 16-bit x too. A gradient is refused; there it is None.")
                 for name in ("cos", "sin")
             },
             "interleaved": yes("test_rotary.py::test_dense"),
-            "inplace": yes("test_rotary.py::test_dense"),
+            "inplace": yes("test_rotary.py::test_gradients", "torch refuses a leaf that requires a gradient, as for any change in place."),
             "seqlen_offsets": yes("test_rotary.py::test_dense", "Tokens beyond the tables stay as they are, with an int too."),
             "cu_seqlens": yes(
                 "test_rotary.py::test_packed_is_each_sequence_by_itself", "Tokens of no sequence are copied; there they are not written."
@@ -317,8 +326,8 @@ Code that cannot be changed finds modules of the names `flash_attn`, `flash_attn
 `compat`, once that is on `PYTHONPATH`. It is not installed, so that it never stands in the way of the real ones. Some libraries ask which
 distribution is installed rather than which module can be imported, and those will not find it.
 
-The functions are thin: `flashtile.attention`, `flashtile.attention_varlen`, `flashtile.decode` and `flashtile.merge` do the work, and their
-[contracts](contracts.md) hold. So in all of them
+The functions are thin: `flashtile.attention`, `flashtile.attention_varlen`, `flashtile.append_kv`, `flashtile.decode` and
+`flashtile.merge` do the work, and their [contracts](contracts.md) hold. So in all of them
 
 - tensors may lie on a CPU, and on any GPU that a kernel runs on; float32 is taken beside float16 and bfloat16;
 - head dims go to 256, and those that are no multiples of 8 are padded with zeros, and cut again;
@@ -328,6 +337,9 @@ The functions are thin: `flashtile.attention`, `flashtile.attention_varlen`, `fl
 - within `torch.autocast`, q, k and v are cast where one is float32 or their dtypes differ; FlashAttention refuses such tensors;
 - an argument that has no counterpart is refused with `UnsupportedError` where it is given. None is ignored, but for hints that cannot
   change a result.
+
+`ring_flash_attn` 0.1.8 (its ring, zigzag, stripe, packed and llama3 forms, two processes on a CPU) ran unchanged with `compat` on
+`PYTHONPATH`, and so did samples of FlashAttention's own tests, on a CPU and without dropout.
 
 The signatures are those of FlashAttention 2.8, and of FlashAttention-3's beta. In the tables, *yes* is supported, *hint* is accepted and
 changes nothing, *no* is refused where it is given; then what differs from FlashAttention, and the test under `tests/cpu/flash_attn` that
