@@ -102,16 +102,17 @@ def delta_pass(problem: Problem, device: torch.device, *, sums: bool = False, de
         row_blocks = _blocks(call.max_seqlen_q, block_m)
         sinks, parts, num_parts = None, None, views.batch * row_blocks
         if call.dsinks is not None and call.sinks is not None:
-            sinks, parts = pointer(call.sinks), pointer(workspace(heads * num_parts, call.q.device))
+            sinks = pointer(call.sinks)
+            parts = workspace(heads * num_parts, call.q.device)  # by this name until both kernels are launched
         launch = launch_of(call.dlse is not None, parts is not None)
         launch.run(
             heads * num_parts, 1, stream, rows_view(call.out, pointer), views.dout, lse_view(call.lse, pointer),
             lse_view(call.dlse, pointer), views.statistics,
-            sinks, parts, *views.sums, views.tokens, heads, views.batch, row_blocks, *launch.constants,
+            sinks, None if parts is None else pointer(parts), *views.sums, views.tokens, heads, views.batch, row_blocks, *launch.constants,
         )  # fmt: skip
         if call.dsinks is not None and parts is not None:
             launch = launcher(sinks_spec(), device)
-            launch.run(heads, 1, stream, parts, pointer(call.dsinks), num_parts, *launch.constants)
+            launch.run(heads, 1, stream, pointer(parts), pointer(call.dsinks), num_parts, *launch.constants)
 
     return run
 

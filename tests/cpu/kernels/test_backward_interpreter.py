@@ -6,6 +6,7 @@ is wrong.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -111,6 +112,39 @@ def test_a_sink_that_takes_nothing_gets_no_gradient() -> None:
     assert call.dsinks[0] == 0.0
     assert call.dsinks.isfinite().all()
     assert all(gradient.isfinite().all() for gradient in (call.dq[:25], call.dk[:40], call.dv[:40]))
+
+
+def test_scratch_memory_lives_until_the_last_kernel_that_reads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel gets addresses, which keep no memory alive."""
+    scratch: dict[int, weakref.ref[torch.Tensor]] = {}
+    read: set[int] = set()
+
+    def remembered(size: int, device: torch.device) -> torch.Tensor:
+        tensor = torch.empty(size)
+        scratch[tensor.data_ptr()] = weakref.ref(tensor)
+        return tensor
+
+    class Launch:
+        constants = ()
+
+        def run(self, *args: Any) -> None:
+            read.update(address for address in numbers_in(args) if address in scratch)
+            assert all(scratch[address]() is not None for address in numbers_in(args) if address in scratch)
+
+    monkeypatch.setattr(backward, "workspace", remembered)
+    monkeypatch.setattr(backward, "pointer_of", lambda kernel: torch.Tensor.data_ptr)
+    monkeypatch.setattr(backward, "launcher", lambda spec, device: Launch())
+    run(make_forward_inputs(ForwardCase("sinks", 40, 50, head_dim=16, sinks=True)), plan_of())
+    assert len(read) == 3  # lse, delta and the sinks' parts
+
+
+def numbers_in(args: tuple[Any, ...]) -> Iterator[int]:
+    """Every number among a launch's arguments, views' fields too."""
+    for arg in args:
+        if isinstance(arg, tuple):
+            yield from numbers_in(arg)
+        elif isinstance(arg, int):
+            yield arg
 
 
 def test_a_sink_gradient_that_nobody_wants_is_not_needed() -> None:
