@@ -41,8 +41,15 @@ def targets_table(goals: list[Goal], files: dict[str, dict[str, Any]]) -> str:
         return "Not measured yet.\n"
     answers = {True: "yes", False: "**no**", None: "-"}
     commit = lambda goal: "-" if goal.met is None else files[goal.grid]["commit"]  # noqa: E731
-    cells = [[goal.what, goal.bar, goal.reached, answers[goal.met], commit(goal)] for goal in goals]
+    cells = [[goal.what, goal.bar, goal.reached + _unreached(files.get(goal.grid)), answers[goal.met], commit(goal)] for goal in goals]
     return markdown.table(["what, against whom", "target", "reached", "met", "commit"], cells)
+
+
+def _unreached(data: dict[str, Any] | None) -> str:
+    """What has to be said of a grid whose run was cut short."""
+    if data is None or len(measured(data)) == len(data["entries"]):
+        return ""
+    return f" ({len(measured(data))} of the grid's {len(data['entries'])} problems measured)"
 
 
 def measured(data: dict[str, Any]) -> list[Row]:
