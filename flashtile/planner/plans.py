@@ -61,8 +61,6 @@ class ForwardPlan:
     tiles of rows until none is left; with 0 there is a program for each tile.
     ``rescale_log2`` keeps a row's old maximum until a new one is 2**rescale_log2 times as large in probability (0 always takes
     the new one); the result is exact either way. ``q_in_registers`` keeps q as an operand in registers.
-    ``exp2_by_fma`` is how many sixteenths of the exponentials the units for multiply-add compute, by a polynomial as exact as
-    16-bit probabilities need; the others take the unit for exponentials.
     """
 
     kernel: str
@@ -73,7 +71,6 @@ class ForwardPlan:
     num_programs: int = 0
     rescale_log2: int = 0
     q_in_registers: bool = False
-    exp2_by_fma: int = 0
     source: Source = "rule"
 
     def with_(self, **changes: Any) -> ForwardPlan:

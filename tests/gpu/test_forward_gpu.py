@@ -29,7 +29,7 @@ NAN = float("nan")
 DIMS = [(8, 8), (40, 40), (72, 72), (80, 96), (96, 96), (160, 160), (184, 136), (192, 192), (192, 128), (64, 256), (256, 64)]
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 SHORT = ForwardPlan(GLUON_FORWARD_SM90, 192, 128, 12, 4, num_programs=132)
-SHORT_BY_TWO = ForwardPlan(GLUON_FORWARD_SM90, 128, 128, 8, 4, num_programs=132, rescale_log2=8, q_in_registers=True, exp2_by_fma=4)
+SHORT_BY_TWO = ForwardPlan(GLUON_FORWARD_SM90, 128, 128, 8, 4, num_programs=132, rescale_log2=8, q_in_registers=True)
 USUAL = ForwardPlan(GLUON_FORWARD_SM90, 128, 128, 8, 2, num_programs=132, rescale_log2=8)
 NARROW = ForwardPlan(GLUON_FORWARD_SM90, 128, 64, 8, 3, num_programs=132)
 LONG = ForwardPlan(GLUON_FORWARD_SM90, 128, 64, 8, 2, num_programs=132, rescale_log2=8)
@@ -118,8 +118,8 @@ def test_every_case_on_the_portable_kernel(case: ForwardCase, device: torch.devi
 @hopper_only
 @pytest.mark.parametrize(
     "plan",
-    [USUAL, NARROW, NARROW.with_(block_n=32), USUAL.with_(q_in_registers=True), USUAL.with_(exp2_by_fma=8)],
-    ids=["128 keys", "64 keys", "32 keys", "q in registers", "half the exponentials by polynomial"],
+    [USUAL, NARROW, NARROW.with_(block_n=32), USUAL.with_(q_in_registers=True)],
+    ids=["128 keys", "64 keys", "32 keys", "q in registers"],
 )
 @pytest.mark.parametrize("causal", [False, True])
 def test_tails_of_every_length(plan: ForwardPlan, causal: bool, device: torch.device) -> None:
@@ -151,7 +151,7 @@ def test_windows_of_every_kind(window: tuple[int | None, int | None], device: to
 @pytest.mark.parametrize("scale", [None, -0.3, 0.0])
 def test_extreme_logits(logit_scale: float, rising: bool, scale: float | None, device: torch.device) -> None:
     case = replace(PLAIN, name="extreme", seqlens_k=700, logit_scale=logit_scale, rising=rising, scale=scale)
-    plans = (USUAL, USUAL.with_(rescale_log2=0), USUAL.with_(q_in_registers=True), NARROW, USUAL.with_(exp2_by_fma=4))
+    plans = (USUAL, USUAL.with_(rescale_log2=0), USUAL.with_(q_in_registers=True), NARROW)
     assert check_case(case, device, plans) == len(plans)
 
 

@@ -40,7 +40,7 @@ def attend_tiles(
     out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles,
     C: gl.constexpr, CONSUMERS: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, BOX_ROWS: gl.constexpr, STAGES: gl.constexpr, RESCALE_LOG2: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, OWN_OUT: gl.constexpr, ONE_EDGE: gl.constexpr, EXP2_BY_FMA: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, OWN_OUT: gl.constexpr, ONE_EDGE: gl.constexpr,
 ):  # fmt: skip
     """Consumer C's rows of every tile that the producer brings; the first consumer also clears rows that nobody owns.
 
@@ -89,7 +89,7 @@ def attend_tiles(
                 at_edge = (block < whole_low) | (block >= whole_high)
             o, m, l, p = next_block(
                 ring, q, scores, band, place, block, turn, block > own_low, at_edge, o, m, l, p,
-                BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, CONSUMERS == 2, EXP2_BY_FMA,
+                BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, CONSUMERS == 2,
             )  # fmt: skip
             turn += 1
         b, h, row, row_start, seqlen_q, seqlen_k, _, _ = read_note(notes, tiles_done, C)
@@ -214,7 +214,6 @@ def next_block(
     ring, q, scores, band, place, block, turn, more, at_edge, o, m, l, p,
     BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, BOX_ROWS: gl.constexpr, STAGES: gl.constexpr, RESCALE_LOG2: gl.constexpr, EARLY_P: gl.constexpr,
-    EXP2_BY_FMA: gl.constexpr,
 ):  # fmt: skip
     """(o, m, l, p) with another block: its softmax, while the last one's probabilities, of turn ``turn``, meet their values.
 
@@ -240,9 +239,7 @@ def next_block(
             s = on_pages(s, bits, BLOCK_N, BOX_ROWS)
     if at_edge:
         s = masked(s, band, position, key, seqlen_k, BLOCK_N)
-    # an error far below that of rounding probabilities to their dtype
-    DEGREE: gl.constexpr = 3 if p.dtype == gl.bfloat16 else 4
-    m, l, p_next, alpha, rescales = next_softmax(s, m, l, factor, BLOCK_N, RESCALE_LOG2, EXP2_BY_FMA, DEGREE)
+    m, l, p_next, alpha, rescales = next_softmax(s, m, l, factor, BLOCK_N, RESCALE_LOG2)
     if EARLY_P:
         p_next = gl.convert_layout(p_next.to(p.dtype), operand_layout(D))
     # to wait here for the next block's keys ends the basic block: the assembler would move the wait for the product with

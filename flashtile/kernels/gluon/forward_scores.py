@@ -4,7 +4,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from flashtile.kernels.gluon.forward_exponentials import exponentials
 from flashtile.kernels.gluon.forward_memory import PANEL, ROWS, main_dim, rest_dim, tile_layout
 from flashtile.kernels.gluon.names import barrier
 from flashtile.kernels.tile.band import visible_keys
@@ -197,13 +196,10 @@ def first_softmax(s, factor, BLOCK_N: gl.constexpr):
 
 
 @gluon.jit
-def next_softmax(
-    s, m, l, factor, BLOCK_N: gl.constexpr, RESCALE_LOG2: gl.constexpr, EXP2_BY_FMA: gl.constexpr, DEGREE: gl.constexpr
-):  # fmt: skip
+def next_softmax(s, m, l, factor, BLOCK_N: gl.constexpr, RESCALE_LOG2: gl.constexpr):
     """(m, l, probabilities, what o is scaled by, whether it has to be) with another block.
 
     A row's maximum is kept until it grows by 2**RESCALE_LOG2, so that o is seldom scaled; probabilities may be that large.
-    EXP2_BY_FMA: sixteenths of the exponentials that a polynomial of degree DEGREE gives.
     """
     if RESCALE_LOG2 > 0:
         largest = gl.max(s, 1)
@@ -214,6 +210,6 @@ def next_softmax(
         m_new = gl.maximum(m, gl.max(s, 1))
         rescales = 1
     alpha = gl.exp2((m - m_new) * factor)
-    p = exponentials(s * factor - gl.expand_dims(m_new * factor, 1), EXP2_BY_FMA, DEGREE)
+    p = gl.exp2(s * factor - gl.expand_dims(m_new * factor, 1))
     by_lane = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
     return m_new, l * by_lane + lane_sums(p, BLOCK_N), p, alpha, rescales

@@ -53,7 +53,7 @@ def forward_sm90_kernel(
     q, k, v, out_box, out, lse, tokens, pages, scores, band, sinks, counter, num_programs, num_heads, batch, heads_at_once,
     CONSUMERS: gl.constexpr, GROUP: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr, RESCALE_LOG2: gl.constexpr, Q_IN_REGISTERS: gl.constexpr, OWN_OUT: gl.constexpr,
-    ONE_EDGE: gl.constexpr, EXP2_BY_FMA: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    ONE_EDGE: gl.constexpr, REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Grid: programs, each of which takes tiles of 64 * CONSUMERS rows; where ``counter`` is None, the one of its number."""
     BOX_ROWS: gl.constexpr = box_rows(BLOCK_N, PAGE_SIZE)
@@ -70,25 +70,20 @@ def forward_sm90_kernel(
     if CONSUMERS == 2:
         gl.warp_specialize([
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 0, CONSUMERS, BLOCK_N,
-                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE,
-                            EXP2_BY_FMA)),
+                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE)),
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 1, CONSUMERS, BLOCK_N,
-                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE,
-                            EXP2_BY_FMA)),
+                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE)),
             (load_tiles, (q, k, v, None, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory,
                           None, CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES)),
         ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
     else:
         gl.warp_specialize([
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 0, CONSUMERS, BLOCK_N,
-                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE,
-                            EXP2_BY_FMA)),
+                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE)),
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 1, CONSUMERS, BLOCK_N,
-                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE,
-                            EXP2_BY_FMA)),
+                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE)),
             (attend_tiles, (out_box, out, lse, tokens, scores, band, sinks, batch, num_heads, memory, out_tiles, 2, CONSUMERS, BLOCK_N,
-                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE,
-                            EXP2_BY_FMA)),
+                            HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, Q_IN_REGISTERS, OWN_OUT, ONE_EDGE)),
             (load_tiles, (q, k, v, None, tokens, pages, scores, band, counter, num_programs, batch, num_heads, heads_at_once, memory,
                           None, CONSUMERS, GROUP, BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, STAGES)),
         ], [4, 4, 1], [REGISTERS, REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
@@ -165,7 +160,6 @@ def forward_spec(problem: Problem, plan: ForwardPlan, edge_is_one: bool) -> Spec
             "Q_IN_REGISTERS": plan.q_in_registers,
             "OWN_OUT": own_out(problem, plan),
             "ONE_EDGE": edge_is_one,
-            "EXP2_BY_FMA": plan.exp2_by_fma,
             "REGISTERS": registers,
             "PRODUCER_REGISTERS": producer_registers,
         },
