@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import replace
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pytest
 import torch
 
+import flashtile
+from flashtile.band import Band
 from flashtile.kernels.call import BackwardCall, BackwardRunner
 from flashtile.planner.backward_rules import backward_infeasible, choose_backward_plan
 from flashtile.planner.catalog import GLUON_BACKWARD_SM90, TRITON_BACKWARD, kernel_named, module_of
 from flashtile.planner.choose import plan_backward
 from flashtile.planner.device import Device
 from flashtile.planner.plans import BackwardPlan
+from flashtile.problem import Problem
 from flashtile.testing import poison
 from flashtile.testing.backward_inputs import BACKWARD_CASES, Gradients, assert_gradients, backward_call, backward_problem, gradients_of
 from flashtile.testing.forward_cases import ForwardCase
 from flashtile.testing.forward_inputs import ForwardInputs, make_forward_inputs
+from flashtile.testing.head_gradients import GRADIENT_LIMITS, head_gradients
+from flashtile.testing.tolerance import relative_l2
 
 NAN = float("nan")
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
@@ -349,6 +355,38 @@ def test_many_short_sequences(device: torch.device) -> None:
     case = replace(PACKED, name="many", seqlens_q=lengths, seqlens_k=tuple(n + i % 3 for i, n in enumerate(lengths)))
     check_case(case, device, (USUAL, USUAL.with_(num_programs=0), USUAL.with_(num_programs=9), WHOLE, WHOLE.with_(num_programs=9)))
     check_case(replace(case, name="many wide", head_dim=256, head_dim_v=256), device, (WIDE, WIDE.with_(num_programs=9)))
+
+
+@hopper_only
+@pytest.mark.parametrize("plan", [USUAL, USUAL.with_(num_programs=0), WHOLE], ids=["stay", "a tile each", "one pass"])
+def test_many_sequences_of_unlike_lengths(plan: BackwardPlan, device: torch.device) -> None:
+    """Every sequence and head of a batch that keeps all SMs busy for long: each program takes a hundred tiles and more."""
+    heads, rng = 16, torch.Generator(device=device).manual_seed(0)
+    lengths = [int(128 * 60 ** (i * 37 % 64 / 63)) + i % 5 for i in range(63)] + [140]
+    starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    q, k, v, dout = (torch.randn(sum(lengths), heads, 128, device=device, dtype=torch.bfloat16, generator=rng) for _ in range(4))
+    longest = max(lengths)
+    out, lse = flashtile.attention_varlen_with_lse(q, k, v, starts, starts, max_seqlen_q=longest, max_seqlen_k=longest, causal=True)
+    problem = Problem.forward(q, k, v, starts, starts, longest, longest, causal=True, lse=True).with_(operation="backward")
+    run = importlib.import_module(module_of(plan.kernel)).bind(problem, plan, device)
+    sequences = [slice(*pair) for pair in pairwise(starts.tolist())]
+    for attempt in range(3):
+        dq, dk, dv = (poison.nan_like(tensor) for tensor in (q, k, v))
+        run(
+            BackwardCall(
+                q, k, v, out, lse, dout, None, dq, dk, dv, None, starts, starts, None, longest, longest, None, None, 128**-0.5, 0.0
+            )
+        )
+        wrong: list[str] = []
+        for rows in sequences:
+            for head in range(heads):
+                right = head_gradients(q[rows, head, None], k[rows, head], v[rows, head], dout[rows, head, None], Band(None, 0))
+                for name, grad, expected in (("dq", dq, right.dq[:, 0]), ("dk", dk, right.dk), ("dv", dv, right.dv)):
+                    error = relative_l2(grad[rows, head], expected)
+                    if not error <= GRADIENT_LIMITS[torch.bfloat16]:
+                        off = (grad[rows, head].double() - expected).norm(dim=1) > 0.1 * expected.norm(dim=1)
+                        wrong.append(f"{name} of rows {rows}, head {head}, by {error:.3g}, in {off.nonzero().flatten().tolist()[:20]}")
+        assert not wrong, f"attempt {attempt}: {len(wrong)} are wrong: {wrong[:6]}"
 
 
 @hopper_only
