@@ -216,13 +216,13 @@ def _attend(
     q_tile = tl.load(q_ptrs, mask=real[:, None] & (d < HEAD_DIM)[None, :], other=0.0)
     if MOVED:
         q_tile, row_factor = rows_as_half(q_tile)
+    elif HOW == "vector":
+        q_tile = q_tile.to(tl.float32)
     # a negative scale becomes a negated q, which is exact: online_step wants a factor that keeps the order of scores
     scale_log2 = scores.scale_log2 * key_scale(kv_scales, b, h_kv)
     q_tile = tl.where(scale_log2 < 0.0, -q_tile, q_tile)
-    factor = tl.maximum(tl.abs(scale_log2), 1e-30)
-    if HOW == "vector":
-        q_tile = q_tile.to(tl.float32)
-    elif HOW == "keys":
+    factor = tl.maximum(tl.abs(scale_log2), 1e-37)
+    if HOW == "keys":
         q_tile = tl.trans(q_tile)
     if scores.slopes is not None:
         slope = tl.load(scores.slopes + b.to(tl.int64) * scores.slopes_stride_b + head, mask=real, other=0.0) * LOG2E

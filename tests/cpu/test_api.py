@@ -225,6 +225,32 @@ def test_what_shares_a_key_shares_a_problem() -> None:
     assert 10 < len(problems) < calls
 
 
+def test_quantised_caches_have_keys_of_their_own() -> None:
+    q, lengths = torch.zeros(2, 1, 4, 16, dtype=torch.float16), torch.zeros(2, dtype=torch.int32)
+    cache = torch.zeros(2, 33, 2, 16)
+    scales = {"none": None, "tensor": torch.ones(1), "head": torch.ones(2), "sequence": torch.ones(2, 2)}
+    problems: dict[Any, Problem] = {}
+    for dtype in (torch.float16, torch.float8_e4m3fn, torch.int8):
+        for k_scale in scales.values() if dtype.itemsize == 1 else (None,):
+            for v_scale in scales.values() if dtype.itemsize == 1 else (None,):
+                stored = cache.to(dtype)
+                key = key_of(q, stored, lengths, k_scale=k_scale, v_scale=v_scale)
+                problem = Problem.decode(q, stored, stored, lengths, k_scale=k_scale, v_scale=v_scale)
+                assert problems.setdefault(key, problem) == problem
+    assert None not in problems
+    assert len(problems) == len(set(problems.values())) == 1 + 2 * 16
+    assert {(p.k_scales, p.v_scales) for p in problems.values()} == {(k, v) for k in scales for v in scales}
+
+
+def test_a_quantised_cache_is_aligned_by_its_bytes() -> None:
+    q, lengths = torch.zeros(1, 1, 4, 24, dtype=torch.float16), torch.zeros(1, dtype=torch.int32)
+    for dtype, alignment, size in ((torch.float16, 16, 2), (torch.float8_e4m3fn, 8, 1), (torch.int8, 8, 1)):
+        cache = torch.zeros(1, 32, 1, 24).to(dtype)
+        problem = Problem.decode(q, cache, cache, lengths)
+        assert problem.alignment == alignment
+        assert problem.kv_bytes == 2 * 64 * 24 * size
+
+
 def test_buckets_bound_what_they_round() -> None:
     for length in range(1, 5000):
         assert length <= length_bucket(length) <= max(length + 63, length * 9 // 8)

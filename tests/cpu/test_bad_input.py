@@ -46,6 +46,17 @@ def packed() -> Args:
     }
 
 
+def quantised() -> Args:
+    return {
+        "q": torch.randn(3, 1, 4, 16).half(),
+        "k_cache": torch.randn(3, 32, 2, 16).to(torch.float8_e4m3fn),
+        "v_cache": torch.randn(3, 32, 2, 16).to(torch.float8_e4m3fn),
+        "seqlens_k": torch.tensor([5, 32, 7], dtype=torch.int32),
+        "k_scale": torch.rand(2),
+        "v_scale": torch.rand(3, 2),
+    }
+
+
 @dataclass(frozen=True)
 class Bad:
     """``change`` makes a good call wrong; the message must hold each of ``says``."""
@@ -188,6 +199,35 @@ BAD = [
     Bad("sinks_device", contiguous, with_(sinks=torch.zeros(4, device="meta")), ArgumentError, ("sinks:", "q's device")),
     Bad("slopes_shape", contiguous, with_(alibi_slopes=torch.zeros(3, 4)), ShapeError, ("alibi_slopes:", "(4,) or (2, 4)")),
     Bad("slopes_dtype", contiguous, with_(alibi_slopes=torch.zeros(4).double()), DtypeError, ("alibi_slopes:", "float32")),
+    # quantised caches
+    Bad("q_beside_codes", quantised, of("q", lambda t: t.float()), DtypeError, ("q:", "float16 or bfloat16", "quantised", "float32")),
+    Bad("q_in_codes", quantised, of("q", lambda t: t.to(torch.float8_e4m3fn)), DtypeError, ("q:", "float16 or bfloat16", "float8_e4m3fn")),
+    Bad("codes_unlike", quantised, of("v_cache", lambda t: t.view(torch.int8)), DtypeError, ("v_cache:", "k_cache's dtype", "int8")),
+    Bad("values_unquantised", quantised, of("v_cache", lambda t: t.half()), DtypeError, ("v_cache:", "k_cache's dtype", "float16")),
+    Bad("keys_unquantised", quantised, of("k_cache", lambda t: t.half()), DtypeError, ("v_cache:", "k_cache's dtype", "float8_e4m3fn")),
+    Bad("codes_of_e5m2", quantised, of("k_cache", lambda t: t.to(torch.float8_e5m2)), DtypeError, ("v_cache:", "float8_e5m2")),
+    Bad(
+        "codes_of_uint8",
+        quantised,
+        lambda a: {n: a[n].view(torch.uint8) for n in ("k_cache", "v_cache")},
+        DtypeError,
+        ("k_cache:", "uint8"),
+    ),
+    Bad(
+        "k_scale_shape",
+        quantised,
+        with_(k_scale=torch.rand(4)),
+        ShapeError,
+        ("k_scale:", "one element", "(2,)", "(3, 2)", "shape (4,)"),
+    ),
+    Bad("v_scale_shape", quantised, with_(v_scale=torch.rand(2, 3)), ShapeError, ("v_scale:", "(3, 2)", "got shape (2, 3)")),
+    Bad("v_scale_by_sequence_alone", quantised, with_(v_scale=torch.rand(3)), ShapeError, ("v_scale:", "(2,)", "got shape (3,)")),
+    Bad("k_scale_dtype", quantised, of("k_scale", lambda t: t.half()), DtypeError, ("k_scale:", "float32", "k_scale.float()")),
+    Bad("k_scale_float", quantised, with_(k_scale=0.5), DtypeError, ("k_scale:", "torch.Tensor", "float")),
+    Bad("v_scale_device", quantised, of("v_scale", lambda t: t.to("meta")), ArgumentError, ("v_scale:", "q's device")),
+    Bad("k_scale_alone", contiguous, with_(k_scale=torch.ones(1)), ArgumentError, ("k_scale:", "not quantised", "scale=")),
+    Bad("v_scale_alone", paged, with_(v_scale=torch.ones(2)), ArgumentError, ("v_scale:", "not quantised")),
+    Bad("out_of_codes", quantised, with_(out_dtype=torch.float8_e4m3fn), DtypeError, ("out_dtype:", "float32")),
     # out
     Bad("out_shape", contiguous, with_(out=torch.zeros(2, 1, 4, 16)), ShapeError, ("out:", "(2, 1, 4, 24)", "allocated")),
     Bad("out_dtype_of_out", contiguous, with_(out=torch.zeros(2, 1, 4, 24, dtype=torch.float16)), DtypeError, ("out",)),

@@ -102,6 +102,16 @@ def test_a_growing_cache_is_not_compiled_again() -> None:
     assert graphs == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_a_quantised_cache_and_its_scales(dtype: torch.dtype) -> None:
+    args = call()
+    stored = {name: (20 * args[name]).to(dtype) for name in ("k_cache", "v_cache")}
+    args |= stored | {"q": args["q"].bfloat16(), "k_scale": torch.rand(args["k_cache"].shape[2]) / 20, "v_scale": torch.tensor(0.05)}
+    out = compiled(lambda args: flashtile.decode(**args))(args)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, flashtile.decode(**args))
+
+
 def test_errors_are_flashtiles_own() -> None:
     args = call()
     with pytest.raises(ShapeError, match="q: expected shape"):

@@ -92,7 +92,7 @@ def attend(
     GATHERED: gl.constexpr = gathers(PAGE_SIZE, BLOCK_N) and not ASKED_FOR
     # q's fragments stay in registers where the accumulator, and what a line is kept track of by, leave room
     HOLD_Q: gl.constexpr = D + DV <= 384 and not ON_LINE
-    factor = gl.maximum(gl.abs(scale_log2), 1e-30)
+    factor = gl.maximum(gl.abs(scale_log2), 1e-37)
 
     # a row's number and a key's within its tile: (ROWS,) and [1, BLOCK_N], or [1, ROWS] and [warps, 1, own keys]
     if OWN_ROWS:

@@ -16,7 +16,7 @@ from flashtile.kernels.cpu import bind
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
 from flashtile.testing import poison
-from flashtile.testing.cases import SMALL_CASES, Case
+from flashtile.testing.cases import QUANTISED_CASES, SMALL_CASES, Case
 from flashtile.testing.inputs import Inputs, make_inputs
 from flashtile.testing.tolerance import assert_close
 
@@ -31,9 +31,10 @@ def run_engine(
     out, lse_out = poison.outputs(args["q"], case.head_dim_v, out_dtype)
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     names = ("q", "k_cache", "v_cache", "seqlens_k", "page_table", "cu_seqlens_q", "sinks", "alibi_slopes")
+    scales = {name: args.get(name) for name in ("k_scale", "v_scale")}
     call = DecodeCall(
         *(args[name] for name in names), out=out, lse=lse_out if lse else None, scale=scale, softcap=case.softcap,
-        leftpad_k=args.get("leftpad_k"),
+        leftpad_k=args.get("leftpad_k"), **scales,
     )  # fmt: skip
     with poison.allocations():
         bind(problem, plan, torch.device("cpu"))(call)
@@ -49,6 +50,12 @@ def check(case: Case, **options: Any) -> None:
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda c: c.name)
 def test_every_case(case: Case) -> None:
     check(case)
+
+
+@pytest.mark.parametrize("case", QUANTISED_CASES, ids=lambda c: c.name)
+def test_every_case_over_a_quantised_cache(case: Case) -> None:
+    check(case)
+    check(case, block_m=8, keys_per_split=24)
 
 
 @pytest.mark.parametrize("case", SMALL_CASES, ids=lambda c: c.name)

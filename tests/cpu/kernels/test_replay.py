@@ -27,7 +27,7 @@ from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
-from flashtile.testing.cases import SMALL_CASES, Case
+from flashtile.testing.cases import QUANTISED_CASES, SMALL_CASES, Case
 from flashtile.testing.forward_cases import FORWARD_CASES, ForwardCase
 from flashtile.testing.forward_inputs import make_forward_inputs
 from flashtile.testing.inputs import make_inputs
@@ -220,7 +220,7 @@ def names_of(call: dict[str, Any], out: torch.Tensor, lse: torch.Tensor | None) 
 
 @pytest.mark.parametrize("want_lse", [False, True], ids=["out", "out and lse"])
 @pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("case", SMALL_CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*SMALL_CASES, *QUANTISED_CASES[::5]], ids=lambda case: case.name)
 def test_a_repeated_call_launches_what_the_longer_way_launches(case: Case, splits: int, want_lse: bool, gpu: FakeGpu) -> None:
     """Every parameter but the scratch's address, at tensors that lie elsewhere than those that were recorded."""
     first, second = ({**make_inputs(case, seed=seed).args, "num_splits": splits} for seed in (0, 1))
