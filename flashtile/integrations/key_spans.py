@@ -1,10 +1,11 @@
 """Which keys a model's queries see, for transformers: what stands in the place of a mask.
 
 Transformers asks once a forward pass, and hands the answer to the attention of each layer. Instead of a mask of queries x keys it gets
-None, where lengths say it all, or one small int32 tensor of one of three kinds. Each has four dimensions, because transformers takes
+None, where shapes say it all, or one small int32 tensor of one of three kinds. Each has four dimensions, because transformers takes
 such a tensor for a finished mask and passes it on.
 
-* lengths, (batch, 1, 1, 1): each sequence's only query sees that many keys, the first ones.
+* lengths, (1, 1, 1, batch): each sequence's only query sees that many keys, the first ones; or (1, 1, 2, batch), where the second row
+  says how many of these are padding.
 * chosen, (batch, 1, 1, 2 + kv_length): each sequence's only query sees chosen keys: their count, the row of the batch, and the
   places of all keys, the chosen ones first.
 * spans, (1, 1, 4, sequences + 1): packed sequences. Where each one's queries start, in rows of the whole batch; in which row of the batch
@@ -46,7 +47,7 @@ def key_spans(
     config: Any = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """Transformers' mask interface. The host waits for the device only where several queries come with padding, or packed.
+    """Transformers' mask interface. The host waits for the device only where there is padding, or rows are packed.
 
     Args:
         q_length, kv_length: queries and places of keys, of which the first is at position ``kv_offset``.
@@ -73,7 +74,11 @@ def key_spans(
     banded = not use_vmap and not chunked and getattr(mask_function, "__name__", "") in _BANDS
     if q_length == 1:
         if banded and attention_mask is None:
-            return torch.zeros((batch_size, 1, 1, 1), dtype=torch.int32, device=device) + filled
+            return _lengths(torch.zeros((batch_size,), dtype=torch.int32, device=device) + filled)
+        if banded and attention_mask is not None and _host_may_read(attention_mask):
+            lengths = _after_padding(_visible_rows(attention_mask, kv_length, kv_offset), filled)
+            if lengths is not None:
+                return lengths
         return _chosen(batch_size, kv_length, q_offset, kv_offset, mask_function, attention_mask, device)
     if not banded:
         raise UnsupportedError(f"attention_mask: expected a causal or full mask or a sliding window, got another pattern. {_ELSE}")
@@ -87,6 +92,23 @@ def key_spans(
     if not isinstance(filled, torch.Tensor) and filled == kv_length:
         return None
     return whole_rows(batch_size, q_length, torch.zeros((batch_size,), dtype=torch.int32, device=device) + filled)
+
+
+def _lengths(*rows: torch.Tensor) -> torch.Tensor:
+    return torch.stack([row.to(torch.int32) for row in rows])[None, None]
+
+
+def _host_may_read(x: torch.Tensor) -> bool:
+    return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def _after_padding(visible: torch.Tensor, filled: int | torch.Tensor) -> torch.Tensor | None:
+    """Lengths where each row of ``visible``, (batch, kv_length) bool, has all its keys behind its padding, and None elsewhere."""
+    first, last, counts = _ends(visible, filled)
+    behind, unpadded = torch.stack([((last == filled) & (last - first == counts)).all(), (first == 0).all()]).tolist()
+    if not behind:
+        return None
+    return _lengths(last) if unpadded else _lengths(last, first)
 
 
 def whole_rows(batch_size: int, q_length: int, lengths: torch.Tensor, first: torch.Tensor | None = None) -> torch.Tensor:
@@ -145,14 +167,9 @@ def padded(visible: torch.Tensor, q_length: int, filled: int | torch.Tensor, ali
     ``visible`` is (batch, kv_length) bool. ``aligned``: queries stand on keys, the last one at place ``filled - 1``, and those that are
     padding are sequences of their own that see nothing. Otherwise all queries of a row see the same keys.
     """
-    batch_size, kv_length = visible.shape
-    places = torch.arange(kv_length, device=visible.device)
-    visible = visible & (places < filled)
-    counts = visible.sum(dim=-1)
-    first = torch.where(visible, places, kv_length).amin(dim=-1).clamp(max=kv_length).where(counts > 0, 0)
-    last = torch.where(visible, places + 1, 0).amax(dim=-1)
+    first, last, counts = _ends(visible, filled)
     in_one_piece = (last - first == counts).all()
-    if torch.compiler.is_compiling():
+    if not _host_may_read(visible):
         torch._assert_async(in_one_piece, "several queries of a row with gaps between its keys")
     else:
         in_order, full = torch.stack([in_one_piece, (counts == filled).all()]).tolist()
@@ -160,6 +177,7 @@ def padded(visible: torch.Tensor, q_length: int, filled: int | torch.Tensor, ali
             return None
         if not in_order:
             raise UnsupportedError(f"attention_mask: expected each row's padding at its ends, got gaps between its keys. {_ELSE}")
+    batch_size = visible.shape[0]
     if not aligned:
         return whole_rows(batch_size, q_length, counts, first)
     skipped = filled - q_length  # places before the first query's
@@ -171,6 +189,15 @@ def padded(visible: torch.Tensor, q_length: int, filled: int | torch.Tensor, ali
     return _spans(
         _with_end(starts, batch_size * q_length), _with_end(rows.repeat_interleave(3), batch_size), _with_end(spots), _with_end(lengths)
     )
+
+
+def _ends(visible: torch.Tensor, filled: int | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(batch,) each: the first visible place before ``filled``, the place after the last, and how many there are; 0 where none is."""
+    places = torch.arange(visible.shape[1], device=visible.device)
+    visible = visible & (places < filled)
+    counts = visible.sum(dim=-1)
+    first = torch.where(visible, places, visible.shape[1]).amin(dim=-1).where(counts > 0, 0)
+    return first, torch.where(visible, places + 1, 0).amax(dim=-1), counts
 
 
 def _packed(batch_size: int, q_length: int, mask_function: MaskFunction, device: torch.device | str) -> torch.Tensor | None:

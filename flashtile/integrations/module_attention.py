@@ -50,8 +50,8 @@ def module_attention(
         (batch, q_length, heads, head_dim), and None in the place of attention weights.
 
     Raises:
-        UnsupportedError: a mask of the caller's own, a position bias, transformers' paged cache, or a padded single query where a
-            gradient or dropout is wanted.
+        UnsupportedError: a mask of the caller's own, a position bias, transformers' paged cache, or a single query over keys with
+            gaps where a gradient or dropout is wanted.
     """
     _refuse(kwargs)
     causal = _is_causal(module) if is_causal is None else bool(is_causal)
@@ -71,14 +71,17 @@ def module_attention(
         )
     elif attention_mask.shape[2] == 4:
         out = spanned(q, k, v, attention_mask[0, 0], scores, dropout)
-    elif attention_mask.shape[3] == 1 and inference:
-        out = decode(q, k, v, attention_mask.view(-1), **scores._asdict())
-    elif attention_mask.shape[3] == 1:
-        out = spanned(q, k, v, whole_rows(q.shape[0], 1, attention_mask.view(-1))[0, 0], scores, dropout)
+    elif attention_mask.shape[2] == 2 or attention_mask.shape == (1, 1, 1, q.shape[0]):
+        lengths, *padding = attention_mask[0, 0].unbind()
+        if inference:
+            out = decode(q, k, v, lengths, leftpad_k=padding[0] if padding else None, **scores._asdict())
+        else:
+            spans = whole_rows(q.shape[0], 1, lengths - sum(padding), *padding)
+            out = spanned(q, k, v, spans[0, 0], scores, dropout)
     elif inference:
         out = chosen(q, k, v, attention_mask[:, 0, 0], scores)
     else:
-        raise UnsupportedError("attention_mask: a padded single query has no gradient and no dropout. Pass several queries at once.")
+        raise UnsupportedError("attention_mask: a single query over keys with gaps has no gradient and no dropout. Pass several queries.")
     return cut(out, value.shape[-1]), None
 
 

@@ -13,6 +13,7 @@ pytest.importorskip("transformers", reason="needs the extra `transformers`, whic
 
 import flashtile.integrations.transformers as integration
 from flashtile.errors import ShapeError, UnsupportedError
+from flashtile.integrations.key_spans import key_spans
 from flashtile.testing.tiny_models import FAMILIES, WINDOW, make_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -185,16 +186,70 @@ def test_dropout_in_training_follows_the_seed(llama: Any) -> None:
     assert not torch.allclose(losses[0], losses[2])
 
 
-@pytest.mark.parametrize("padding", ["none", "left"])
-def test_compiled_training_is_the_same(padding: str) -> None:
+def test_compiled_training_is_the_same() -> None:
     """By the graph compiler's front end alone."""
     model = make_model("mistral", "flashtile")
-    inputs = prompts(padding)
+    inputs = prompts("left")
     expected = model(**inputs, use_cache=False).logits
     torch._dynamo.reset()
     got = torch.compile(model, backend="aot_eager")(**inputs, use_cache=False).logits
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(got[real], expected[real], **LOGITS)
+
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_compiled_generation_over_a_static_cache(llama: Any, padding: str) -> None:
+    """Steps are one graph each, made once: lengths stay tensors."""
+    import transformers
+
+    llama.set_attn_implementation("flashtile")
+    expected = llama.generate(**prompts(padding), max_new_tokens=TOKENS, do_sample=False)
+    compiled = transformers.CompileConfig(backend="aot_eager", fullgraph=True, mode=None)
+    compiled._compile_all_devices = True
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        got = llama.generate(
+            **prompts(padding), max_new_tokens=TOKENS, do_sample=False, cache_implementation="static", compile_config=compiled
+        )
+    assert torch.equal(got, expected)
+
+
+def test_a_padded_single_query_has_a_gradient(llama: Any) -> None:
+    inputs = prompts("left")
+
+    def gradient(model: Any) -> torch.Tensor:
+        model.zero_grad()
+        with torch.no_grad():
+            past = model(**inputs).past_key_values
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+        model(torch.tensor([[3], [4], [5]]), attention_mask=mask, past_key_values=past).logits.square().sum().backward()
+        found: torch.Tensor = model.model.layers[0].self_attn.q_proj.weight.grad.clone()
+        return found
+
+    expected, got = by_both(llama, gradient)
+    torch.testing.assert_close(got, expected, atol=2e-3, rtol=1e-3)
+
+
+def test_what_a_pass_asks_for() -> None:
+    """The smallest answer that says it all; see the module's docstring for the kinds."""
+    from transformers import masking_utils
+
+    def ask(q_length: int, kv_length: int, rows: Any = None, **more: Any) -> tuple[int, ...] | None:
+        mask = None if rows is None else torch.tensor(rows, dtype=torch.bool)
+        more = {"q_offset": kv_length - q_length, "mask_function": masking_utils.causal_mask_function, **more}
+        answer = key_spans(2, q_length, kv_length, attention_mask=mask, **more)
+        assert answer is None or answer.dtype == torch.int32
+        return None if answer is None else tuple(answer.shape)
+
+    left, both, gap = [[0, 0, 1, 1], [1, 1, 1, 1]], [[1, 1, 1, 1]] * 2, [[1, 0, 1, 1], [1, 1, 1, 1]]
+    assert ask(4, 4) is None and ask(2, 4) is None
+    assert ask(4, 4, both) is None, "a mask without padding is none"
+    assert ask(4, 4, left) == (1, 1, 4, 7), "padding, queries and padding of each row"
+    assert ask(4, 9, q_offset=0) == (1, 1, 4, 3), "a static cache that is not full"
+    assert ask(1, 4) == ask(1, 4, both) == (1, 1, 1, 2)
+    assert ask(1, 4, left) == (1, 1, 2, 2)
+    assert ask(1, 4, gap) == ask(1, 4, left, use_vmap=True) == (2, 1, 1, 6)
+    assert ask(4, 4, left, allow_is_bidirectional_skip=True, mask_function=masking_utils.bidirectional_mask_function) == (1, 1, 4, 3)
 
 
 def test_masks_that_are_no_band_are_refused(llama: Any) -> None:
