@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from flashtile.arguments import (
+    check_bool,
     check_cache,
     check_cache_dtype,
     check_dropout,
@@ -50,6 +51,7 @@ class Problem:
     the largest power of two, at most 16, that divides every pointer and stride of q, k, v and a given out, in bytes.
     ``k_scales`` says what quantised keys have a scale for each of, "tensor", "head" or "sequence" (and head), or "none"; ``v_scales``
     says it of values. ``leftpad_k`` says that keys at the beginning of each sequence, as many as a tensor says, are seen by no query.
+    ``after_append`` says that the launch before a decode call's wrote its keys, q or lengths, so that it may begin while that one ends.
     ``deterministic`` asks for the same bits each time, of the gradients of a backward problem; other results never vary.
     ``Problem.decode`` rounds ``seqlen_k`` up, and with ``ragged_q`` also ``seqlen_q`` and ``total_q``; ``Problem.forward``
     rounds all three. So neighbouring calls share one plan: kernels take the real sizes from the call's tensors.
@@ -84,6 +86,7 @@ class Problem:
     leftpad_k: bool = False
     allow_tf32: bool = False
     deterministic: bool = False
+    after_append: bool = False
 
     def __post_init__(self) -> None:
         fill = {
@@ -172,6 +175,7 @@ class Problem:
         out_dtype: torch.dtype | None = None,
         lse: bool = False,
         allow_tf32: bool = False,
+        after_append: bool = False,
     ) -> Problem:
         """The problem of one decode call; raises for every wrong argument and reads no tensor's values."""
         import torch
@@ -190,6 +194,7 @@ class Problem:
         dtype_out = check_out_dtype(q, out, out_dtype)
         check_out(out, (*q.shape[:-1], head_dim_v), dtype_out)
         check_scores(heads_q, batch, causal, softcap, scale, sinks, alibi_slopes, allow_tf32)
+        check_bool("after_append", after_append)
         planned = check_hint(max_seqlen_k, capacity)
         return cls(
             operation="decode", batch=batch,
@@ -201,6 +206,7 @@ class Problem:
             band=Band.of(causal, window), softcap=softcap != 0.0, alibi=alibi_slopes is not None,
             sinks=sinks is not None, lse=lse, page_size=page_size, ragged_q=ragged,
             alignment=alignment_of(q, k_cache, v_cache, out), allow_tf32=allow_tf32 and q.dtype == torch.float32,
+            after_append=after_append,
         )  # fmt: skip
 
     @classmethod

@@ -39,6 +39,7 @@ def decode(
     num_splits: int | None = None,
     plan: DecodePlan | None = None,
     allow_tf32: bool = False,
+    after_append: bool = False,
 ) -> torch.Tensor:
     """Attention of a few new queries over a key-value cache, exact, for inference.
 
@@ -80,6 +81,8 @@ def decode(
         num_splits: how many programs share a sequence's keys; the planner's choice where None.
         plan: a whole plan, obeyed as it is.
         allow_tf32: lets float32 products run in TF32.
+        after_append: a hint that changes no result: `append_kv` is what this stream was given last. Then the kernel takes its place on
+            the GPU while that one ends, and waits there.
 
     Returns:
         out: (*q.shape[:-1], head_dim_v). A batch of 0, no query and a sequence of no keys are valid.
@@ -95,7 +98,7 @@ def decode(
     run = _decode_traced if torch.compiler.is_compiling() else ops.decode.decode
     return run(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale,
-        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out, out_dtype, block_m, num_splits, plan, allow_tf32, False,
+        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out, out_dtype, block_m, num_splits, plan, allow_tf32, after_append, False,
     )[0]  # fmt: skip
 
 
@@ -124,6 +127,7 @@ def decode_with_lse(
     num_splits: int | None = None,
     plan: DecodePlan | None = None,
     allow_tf32: bool = False,
+    after_append: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`decode`, and the logarithm of each softmax's denominator.
 
@@ -137,7 +141,7 @@ def decode_with_lse(
     run = _decode_traced if torch.compiler.is_compiling() else ops.decode.decode
     return run(  # type: ignore[return-value]
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale,
-        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out, out_dtype, block_m, num_splits, plan, allow_tf32, True,
+        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out, out_dtype, block_m, num_splits, plan, allow_tf32, after_append, True,
     )  # fmt: skip
 
 
@@ -165,6 +169,7 @@ def _decode_traced(
     num_splits: int | None,
     plan: DecodePlan | None,
     allow_tf32: bool,
+    after_append: bool,
     want_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Under torch.compile the whole call is one operator; a given ``out`` is copied into, which its graph may fuse."""
@@ -173,6 +178,7 @@ def _decode_traced(
         out_dtype = out.dtype
     result, lse = torch.ops.flashtile.decode(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, left, right, softcap, scale,
-        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out_dtype, block_m, num_splits, text_of(plan, DecodePlan), allow_tf32, want_lse,
+        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out_dtype, block_m, num_splits, text_of(plan, DecodePlan), allow_tf32,
+        after_append, want_lse,
     )  # fmt: skip
     return (result if out is None else copied(result, out)), lse

@@ -32,6 +32,7 @@ def decode_key(
     num_splits: int | None,
     plan: DecodePlan | None,
     allow_tf32: bool,
+    after_append: bool,
     lse: bool,
 ) -> Key | None:
     """The key of one call, in about 2 us of host time; None where the call is wrong or so rare that it is checked each time."""
@@ -44,6 +45,7 @@ def decode_key(
             or v_cache.dtype is not dtype_kv or seqlens_k.dtype is not torch.int32
             or k_cache.device != device or v_cache.device != device or seqlens_k.device != device
             or causal.__class__ is not bool or allow_tf32.__class__ is not bool
+            or after_append.__class__ is not bool
             or not seqlens_k.is_contiguous()
         ):  # fmt: skip
             return None
@@ -118,7 +120,7 @@ def decode_key(
     return (
         queries, dtype, dtype_kv, device, stored, page_size, length_bucket(seqlen_k), heads_kv, head_dim, head_dim_v, alignment,
         seqlens_k.shape, table_rows, packed, causal, window, softcap != 0.0, per_head, scales, leftpad_k is None, dtype_out, chosen,
-        allow_tf32, lse,
+        allow_tf32, after_append, lse,
     )  # fmt: skip
 
 

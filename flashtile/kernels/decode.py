@@ -16,13 +16,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashtile.kernels.call import DecodeRunner
 from flashtile.kernels.combine import combine_spec, combines
 from flashtile.kernels.launch import Launch, Spec, launcher, pointer_of
 from flashtile.kernels.operands import Layout, keys_specs, pipeline_stages, usual_layout, with_keys
-from flashtile.kernels.run import bind_split, split_args, split_constants
+from flashtile.kernels.run import bind_split, split_args, split_constants, waits
 from flashtile.kernels.tile.band import keys_of, visible_keys
 from flashtile.kernels.tile.cache import load_tile, locate
 from flashtile.kernels.tile.quantised import as_half, is_quantised, key_scale, rows_as_half, value_scale
@@ -53,13 +53,15 @@ def decode_kernel(
     q, k, v, out, lse, partials, lengths, pages, scores, band, sinks, kv_scales, num_heads_kv, batch, row_blocks, min_keys_per_split,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOW: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr,
     PAGE_SIZE: tl.constexpr, SPLIT: tl.constexpr, SEQUENCES: tl.constexpr, ONE_STEP: tl.constexpr, UNIT_COST: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WAITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid: (units, splits), or where SEQUENCES > 0 the programs that share the line of all units' key tiles.
 
     A unit is a sequence, key head and row block. Of splits, the last come first: only long sequences have them.
     SEQUENCES is how many lengths a program looks at in one vector, ONE_STEP where those are all.
     """
+    if WAITS:
+        gdc_wait()
     if PDL:
         gdc_launch_dependents()
     if SEQUENCES > 0:
@@ -314,7 +316,12 @@ def decode_spec(problem: Problem, plan: DecodePlan, layout: Layout | None = None
             "STAGES": pipeline_stages(problem, plan.block_n, plan.num_stages),
             "PRECISION": "tf32" if problem.allow_tf32 else "ieee",
         },
-        options={"num_warps": plan.num_warps, "num_stages": plan.num_stages, **_register_limit(plan)},
+        options={
+            "num_warps": plan.num_warps,
+            "num_stages": plan.num_stages,
+            **_register_limit(plan),
+            **({"launch_pdl": True} if waits(problem, plan) else {}),
+        },
     )
 
 

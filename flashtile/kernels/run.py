@@ -60,8 +60,14 @@ def split_constants(problem: Problem, plan: DecodePlan) -> dict[str, Any]:
         "SEQUENCES": sequences,
         "ONE_STEP": problem.batch <= sequences,
         "UNIT_COST": unit_cost(plan),
+        "WAITS": waits(problem, plan),
         "PDL": combines(plan) and plan.dependent_launch,
     }
+
+
+def waits(problem: Problem, plan: DecodePlan) -> bool:
+    """Whether the kernel is launched while the one before it ends, and waits for what that wrote."""
+    return problem.after_append and plan.dependent_launch
 
 
 def splits_all(plan: DecodePlan) -> bool:

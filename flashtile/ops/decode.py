@@ -67,6 +67,7 @@ def decode(
     num_splits: int | None,
     plan: DecodePlan | None,
     allow_tf32: bool,
+    after_append: bool,
     want_lse: bool,
 ) -> Result:
     """One decode call on the tensors' own device; the lse is None unless wanted."""
@@ -74,7 +75,7 @@ def decode(
     hint = max_seqlen_k if max_seqlen_k is None else rounded_hint(max_seqlen_k, k_cache, page_table)
     args = (
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, hint, causal, window, softcap, scale,
-        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out, out_dtype, block_m, num_splits, plan, allow_tf32, want_lse,
+        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out, out_dtype, block_m, num_splits, plan, allow_tf32, after_append, want_lse,
     )  # fmt: skip
     checking = CHECKING.get()
     if _repeat is not None and not checking:
@@ -87,7 +88,7 @@ def decode(
         scale = as_float("scale", scale)
     key = decode_key(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap,
-        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out, out_dtype, block_m, num_splits, plan, allow_tf32, want_lse,
+        sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out, out_dtype, block_m, num_splits, plan, allow_tf32, after_append, want_lse,
     )  # fmt: skip
     prepared = None if key is None else _PREPARED.get(key)
     if prepared is None:
@@ -95,7 +96,7 @@ def decode(
             q, k_cache, v_cache, seqlens_k, page_table=page_table, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
             max_seqlen_k=max_seqlen_k, causal=causal, window=window, softcap=softcap, scale=scale, sinks=sinks,
             alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale, leftpad_k=leftpad_k, out=out, out_dtype=out_dtype, lse=want_lse,
-            allow_tf32=allow_tf32,
+            allow_tf32=allow_tf32, after_append=after_append,
         )  # fmt: skip
         check_choice(plan, DecodePlan, block_m=block_m, num_splits=num_splits)
         holds_keys = k_cache.numel() > 0
@@ -160,13 +161,14 @@ def decode_operator(
     num_splits: int | None,
     plan: str | None,
     allow_tf32: bool,
+    after_append: bool,
     want_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`decode` as torch.compile sees it: the plan is JSON text; lse has no element unless wanted."""
     out, lse = decode(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal,
         (window_left, window_right), softcap, scale, sinks, alibi_slopes, k_scale, v_scale, leftpad_k, None, out_dtype, block_m, num_splits,
-        None if plan is None else _plan_of(plan), allow_tf32, want_lse,
+        None if plan is None else _plan_of(plan), allow_tf32, after_append, want_lse,
     )  # fmt: skip
     return out, q.new_empty(0, dtype=torch.float32) if lse is None else lse
 
@@ -196,6 +198,7 @@ def _(
     num_splits: int | None,
     plan: str | None,
     allow_tf32: bool,
+    after_append: bool,
     want_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     *batch, queries, heads, _ = q.shape

@@ -179,9 +179,9 @@ def test_a_warm_call_neither_checks_nor_plans(monkeypatch: pytest.MonkeyPatch) -
 def key_of(q: torch.Tensor, k_cache: torch.Tensor, seqlens_k: torch.Tensor, **others: Any) -> Any:
     names = (
         "page_table", "cu_seqlens_q", "max_seqlen_q", "max_seqlen_k", "causal", "window", "softcap", "sinks", "alibi_slopes",
-        "k_scale", "v_scale", "out", "out_dtype", "block_m", "num_splits", "plan", "allow_tf32", "lse",
+        "k_scale", "v_scale", "leftpad_k", "out", "out_dtype", "block_m", "num_splits", "plan", "allow_tf32", "after_append", "lse",
     )  # fmt: skip
-    defaults = {"causal": True, "softcap": 0.0, "allow_tf32": False, "lse": False}
+    defaults = {"causal": True, "softcap": 0.0, "allow_tf32": False, "after_append": False, "lse": False}
     return decode_key(q, k_cache, k_cache, seqlens_k, *({**defaults, **others}.get(name) for name in names))  # type: ignore[arg-type]
 
 

@@ -134,6 +134,6 @@ def test_opcheck(ragged: bool, want_lse: bool) -> None:
         torch.ops.flashtile.decode.default,
         (
             args["q"], args["k_cache"], args["v_cache"], args["seqlens_k"], None, args["cu_seqlens_q"], args["max_seqlen_q"], None,
-            True, 5, None, 0.0, None, args["sinks"], *[None] * 8, False, want_lse,
+            True, 5, None, 0.0, None, args["sinks"], *[None] * 8, False, False, want_lse,
         ),
     )  # fmt: skip

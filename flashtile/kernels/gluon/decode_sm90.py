@@ -18,6 +18,7 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_wait
 
 from flashtile.kernels.call import DecodeRunner
 from flashtile.kernels.combine import combine_spec, combines
@@ -26,7 +27,7 @@ from flashtile.kernels.gluon.attend import held_dim
 from flashtile.kernels.gluon.ring import gathers, tile_ring
 from flashtile.kernels.gluon.walk import walk_line, walk_split
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Descriptor, Launch, Spec, launcher
-from flashtile.kernels.run import bind_split, split_args, split_constants
+from flashtile.kernels.run import bind_split, split_args, split_constants, waits
 from flashtile.kernels.tile.views import KeysView
 from flashtile.planner.footprint_gluon import asks_by_page, merges_parts, registers_asked_for
 from flashtile.planner.plans import DecodePlan
@@ -43,8 +44,8 @@ def decode_sm90_kernel(
     planned_keys,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
     PAGE_SIZE: gl.constexpr, SPLIT: gl.constexpr, SEQUENCES: gl.constexpr, ONE_STEP: gl.constexpr, UNIT_COST: gl.constexpr,
-    STAGES: gl.constexpr, NUM_WARPS: gl.constexpr, IN_TURN: gl.constexpr, MERGES: gl.constexpr, PDL: gl.constexpr,
-    ASKED_FOR: gl.constexpr,
+    STAGES: gl.constexpr, NUM_WARPS: gl.constexpr, IN_TURN: gl.constexpr, MERGES: gl.constexpr, WAITS: gl.constexpr,
+    PDL: gl.constexpr, ASKED_FOR: gl.constexpr,
 ):  # fmt: skip
     """Grid: (units, splits), the last splits first; with stream-K, where SEQUENCES > 0, programs."""
     D: gl.constexpr = held_dim(HEAD_DIM)
@@ -62,6 +63,8 @@ def decode_sm90_kernel(
         known = gl.allocate_shared_memory(gl.int32, [STAGES, 1], mbarrier.MBarrierLayout())
     # the copy engine counts in these barriers, and has its own view of shared memory
     fence_async_shared()
+    if WAITS:
+        gdc_wait()
     ring = (k_ring, k_tiles, v_ring, v_tiles, full, empty, known)
     signs = (full, empty, known)
     # warps of their own ask for pages; constants are written inside the calls, for a tuple bound to a name makes numbers of them
@@ -141,7 +144,12 @@ def decode_spec(problem: Problem, plan: DecodePlan) -> Spec:
             "MERGES": _merges_parts(problem, plan),
             "ASKED_FOR": asked_for,
         },
-        options={"num_warps": plan.num_warps, "num_stages": 1} | registers_asked_for(problem, plan),
+        options={
+            "num_warps": plan.num_warps,
+            "num_stages": 1,
+            **registers_asked_for(problem, plan),
+            **({"launch_pdl": True} if waits(problem, plan) else {}),
+        },
     )
 
 

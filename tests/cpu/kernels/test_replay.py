@@ -27,6 +27,7 @@ from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
+from flashtile.testing.append_cases import AppendCase
 from flashtile.testing.cases import QUANTISED_CASES, SMALL_CASES, Case
 from flashtile.testing.forward_cases import FORWARD_CASES, ForwardCase
 from flashtile.testing.forward_inputs import make_forward_inputs
@@ -37,10 +38,11 @@ import triton
 
 from flashtile.checking import checked
 from flashtile.facts import rounded_hint
-from flashtile.kernels import decode, forward, launch, native, replay
+from flashtile.kernels import append, decode, forward, launch, native, replay
 from flashtile.kernels.block import Block, Described, Kernel, NotReplayable, block_of, sizes_of
 from flashtile.kernels.launch import Arg, Descriptor, Launch, Spec
 from flashtile.kernels.replay import RECORDED_CALL, DeviceRunner, Recorder, Replays
+from flashtile.ops import append as append_ops
 from flashtile.ops import decode as ops
 from flashtile.ops import forward as forward_ops
 
@@ -133,6 +135,9 @@ class FakeGpu:
             # a GPU's runner is not wrapped
             monkeypatch.setattr(operation, "bound", lambda module, problem, plan, device: module.bind(problem, plan, device))
         monkeypatch.setattr(ops.Device, "of", lambda device: Device.named("h200"))
+        monkeypatch.setattr(append_ops, "_repeat", None)
+        monkeypatch.setattr(append_ops, "_module_for", lambda device: append)
+        append._runner.cache_clear()  # runners that another test's launcher has bound
         for module in [m for name, m in sys.modules.items() if name.startswith("flashtile.kernels.")]:
             if module is not launch and hasattr(module, "launcher"):
                 monkeypatch.setattr(module, "launcher", self._launcher)
@@ -172,11 +177,17 @@ class FakeGpu:
         """One call of ops.forward by names."""
         return self._call(forward_ops.forward, want_lse, {"causal": False, "dropout_p": 0.0} | given)
 
+    def append(self, want_lse: bool = False, **given: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One call of ops.append by names."""
+        return self._call(append_ops.append, want_lse, {"rotary_interleaved": False, "queries_advance": True} | given)
+
     @staticmethod
     def _call(function: Any, want_lse: bool, given: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        defaults: dict[str, Any] = dict.fromkeys(function.__code__.co_varnames[: function.__code__.co_argcount])
-        defaults |= {"softcap": 0.0, "allow_tf32": False}
-        return function(**(defaults | given | {"want_lse": want_lse}))
+        names = function.__code__.co_varnames[: function.__code__.co_argcount]
+        defaults: dict[str, Any] = dict.fromkeys(names)
+        defaults |= {"softcap": 0.0, "allow_tf32": False, "after_append": False}
+        given |= {"want_lse": want_lse}
+        return function(**{name: value for name, value in (defaults | given).items() if name in names})
 
     def settle(self, operation: Callable[..., Any] | None = None, **given: Any) -> None:
         """Calls until nothing is recorded any more, and forgets what was launched."""
@@ -277,6 +288,38 @@ def check_repeated_forward(gpu: FakeGpu, want_lse: bool, first: dict[str, Any], 
         assert told[:5] == (kernel.function, (grid_x, grid_y, 1), (kernel.threads, 1, 1), kernel.shared, STREAM)
         mine = comparable(told.params, names_of(second, repeated_out, repeated_lse))
         assert mine == comparable(values_of(kernel, block), names_of(second, out, lse))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [AppendCase(), AppendCase(pairs=None), AppendCase(queries=0), AppendCase(page_size=8), AppendCase(own_positions=True),
+     AppendCase(new=(2, 0, 9), queries=(2, 0, 4))],
+    ids=("plain", "not turned", "no queries", "pages", "own positions", "packed"),
+)  # fmt: skip
+def test_a_repeated_append_launches_what_the_longer_way_launches(case: AppendCase, gpu: FakeGpu) -> None:
+    gpu.settle(gpu.append, **case.arguments())
+    second = case.arguments(seed=1)
+    seqlens, q = gpu.append(**second)
+    (told,) = gpu.driver.launched
+    assert not gpu.longer
+    gpu.table.clear()
+    longer_seqlens, longer_q = gpu.append(**second)
+    ((kernel, grid_x, grid_y, block),) = gpu.longer
+    assert told[:5] == (kernel.function, (grid_x, grid_y, 1), (kernel.threads, 1, 1), kernel.shared, STREAM)
+    mine = comparable(told.params, names_of(second, seqlens, q))
+    assert mine == comparable(values_of(kernel, block), names_of(second, longer_seqlens, longer_q))
+    assert seqlens.shape == longer_seqlens.shape and seqlens.dtype == torch.int32 and (q is None) == (longer_q is None)
+    assert q is None or longer_q is None or (q.shape, q.stride(), q.dtype) == (longer_q.shape, longer_q.stride(), longer_q.dtype)
+
+
+def test_a_call_after_an_append_takes_its_place_early(gpu: FakeGpu) -> None:
+    given = tensors()
+    gpu.settle(after_append=True, num_splits=4, **given)
+    gpu.decode(after_append=True, num_splits=4, **given)
+    assert [told.attributes for told in gpu.driver.launched] == [{PDL: 1}, {PDL: 1}]
+    gpu.settle(num_splits=4, **given)
+    gpu.decode(num_splits=4, **given)
+    assert [told.attributes for told in gpu.driver.launched] == [{}, {PDL: 1}]
 
 
 @pytest.mark.parametrize("want_lse", [False, True], ids=["out", "out and lse"])
@@ -574,7 +617,7 @@ def test_kinds_are_bounded(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_with_a_profiler_or_on_another_device_calls_take_the_longer_way(gpu: FakeGpu) -> None:
     call = tensors()
     gpu.settle(**call)
-    args = (*call.values(), *[None] * 4, True, None, 0.0, *[None] * 10, False, False)
+    args = (*call.values(), *[None] * 4, True, None, 0.0, *[None] * 11, False, False, False)
     assert gpu.table.run(*args) is not None
     for listener in gpu.listeners:
         listener.append("a profiler")
