@@ -74,7 +74,7 @@ def attend_cache(
             rows, k_cache, v_cache, seqlens_k, page_table=page_table, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
             max_seqlen_k=hint, causal=scores.causal, window=window_of(scores.window_size), softcap=scores.softcap, scale=scale,
             alibi_slopes=scores.alibi_slopes, k_scale=k_scale, v_scale=v_scale, leftpad_k=cache_leftpad,
-            num_splits=num_splits or None, plan=decode_plan,
+            num_splits=num_splits or None, plan=decode_plan, after_append=appends,
         )  # fmt: skip
         out, lse = result if isinstance(result, tuple) else (result, None)
     return cut(out, head_dim_v), lse
