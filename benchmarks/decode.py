@@ -21,7 +21,7 @@ from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 
 # what each grid gets of the time that is left, where several run
-SHARES = {"host": 2, "seqlen1": 10, "speculative": 3, "paged": 2, "ragged": 4, "floor": 3, "search": 10}
+SHARES = {"host": 2, "seqlen1": 10, "speculative": 3, "paged": 2, "ragged": 4, "fp8": 3, "floor": 3, "search": 10}
 PEERLESS = ("floor", "search")  # these are held to something else, and the peers' time is better spent elsewhere
 
 

@@ -18,13 +18,17 @@ from flashtile.rounding import length_bucket
 from flashtile.testing import traffic
 
 CAPACITY_STEP = 16
-DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-GRID_NAMES = ("seqlen1", "speculative", "paged", "ragged", "host", "floor", "search", "cpu")
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1, "int8": 1}
+STORED = {"e4m3": "float8_e4m3fn", "int8": "int8"}  # quantised caches, as names of entries have them
+GRID_NAMES = ("seqlen1", "speculative", "paged", "ragged", "host", "floor", "search", "cpu", "fp8")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One problem; ``lengths`` holds the keys of each sequence, ``page_size`` is 0 for a contiguous cache."""
+    """One problem; ``lengths`` holds the keys of each sequence, ``page_size`` is 0 for a contiguous cache.
+
+    ``dtype_kv`` is that of a quantised cache, which has a scale for all keys and one for all values.
+    """
 
     name: str
     lengths: tuple[int, ...]
@@ -34,6 +38,7 @@ class Entry:
     head_dim: int = 128
     dtype: str = "bfloat16"
     page_size: int = 0
+    dtype_kv: str = ""
     beside: Entry | None = None
 
     @property
@@ -51,13 +56,13 @@ class Entry:
     @property
     def kv_bytes(self) -> int:
         """Bytes of K and V that one call has to read."""
-        return 2 * sum(self.lengths) * self.num_heads_kv * self.head_dim * DTYPE_BYTES[self.dtype]
+        return 2 * sum(self.lengths) * self.num_heads_kv * self.head_dim * DTYPE_BYTES[self.dtype_kv or self.dtype]
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of K and V that one input set occupies (a contiguous ragged cache has room for the longest everywhere)."""
         keys = sum(self.lengths) if self.page_size else self.batch * self.longest
-        return 2 * keys * self.num_heads_kv * self.head_dim * DTYPE_BYTES[self.dtype]
+        return 2 * keys * self.num_heads_kv * self.head_dim * DTYPE_BYTES[self.dtype_kv or self.dtype]
 
     @property
     def capacity(self) -> int:
@@ -67,9 +72,11 @@ class Entry:
 
     def problem(self) -> Problem:
         """What the planner sees of it."""
+        stored, scales = self.dtype_kv or self.dtype, "tensor" if self.dtype_kv else "none"
         return Problem(
             batch=self.batch, seqlen_q=self.seqlen_q, seqlen_k=length_bucket(self.capacity), num_heads_q=self.num_heads_q,
             num_heads_kv=self.num_heads_kv, head_dim=self.head_dim, dtype_q=self.dtype, page_size=self.page_size,
+            dtype_k=stored, dtype_v=stored, k_scales=scales, v_scales=scales,
         )  # fmt: skip
 
     def facts(self) -> dict[str, Any]:
@@ -83,10 +90,11 @@ class Entry:
         return facts
 
 
-def even(batch: int, keys: int, heads: tuple[int, int], seqlen_q: int = 1, page_size: int = 0) -> Entry:
-    """``batch`` sequences of ``keys`` keys each."""
-    suffix = (f" q{seqlen_q}" if seqlen_q > 1 else "") + (f" page {page_size}" if page_size else "")
-    return Entry(f"{batch}x{keys} {heads[0]}/{heads[1]}{suffix}", (keys,) * batch, *heads, seqlen_q=seqlen_q, page_size=page_size)
+def even(batch: int, keys: int, heads: tuple[int, int], seqlen_q: int = 1, page_size: int = 0, stored: str = "") -> Entry:
+    """``batch`` sequences of ``keys`` keys each; ``stored`` is one of STORED where the cache is quantised."""
+    suffix = (f" q{seqlen_q}" if seqlen_q > 1 else "") + (f" page {page_size}" if page_size else "") + (f" {stored}" if stored else "")
+    name, dtype_kv = f"{batch}x{keys} {heads[0]}/{heads[1]}{suffix}", STORED.get(stored, "")
+    return Entry(name, (keys,) * batch, *heads, seqlen_q=seqlen_q, page_size=page_size, dtype_kv=dtype_kv)
 
 
 GQA, MHA, WIDE, MQA = (32, 8), (32, 32), (64, 8), (16, 1)
@@ -179,20 +187,29 @@ def cpu() -> list[Entry]:
     return in_bf16 + in_fp32
 
 
+def fp8() -> list[Entry]:
+    """Quantised caches, each beside the same keys and values in bfloat16."""
+    shapes = ((32, 4096, 1, 0), (1, 131072, 1, 0), (1, 4096, 1, 0), (8, 2048, 1, 0), (1, 32768, 1, 0), (128, 1024, 1, 0),
+              (32, 4096, 1, 16), (16, 4096, 4, 0), (16, 4096, 8, 0), (1, 512, 1, 0))  # fmt: skip
+    in_e4m3 = [(*shape, "e4m3") for shape in shapes]
+    in_int8 = [(*shape, "int8") for shape in shapes[:2]]
+    return [replace(even(b, n, GQA, q, page, stored), beside=even(b, n, GQA, q, page)) for b, n, q, page, stored in [*in_e4m3, *in_int8]]
+
+
 def grid(name: str) -> list[Entry]:
     """The entries of the grid called ``name``."""
     makers: dict[str, Callable[[], list[Entry]]] = {
         "seqlen1": seqlen1, "speculative": speculative, "paged": paged, "ragged": ragged,
-        "host": host, "floor": floor, "search": search, "cpu": cpu,
+        "host": host, "floor": floor, "search": search, "cpu": cpu, "fp8": fp8,
     }  # fmt: skip
     return makers[name]()
 
 
-_NAME = re.compile(r"(\d+)x(\d+) (\d+)/(\d+)(?: q(\d+))?(?: page (\d+))?")
+_NAME = re.compile(r"(\d+)x(\d+) (\d+)/(\d+)(?: q(\d+))?(?: page (\d+))?(?: (e4m3|int8))?")
 
 
 def named(text: str) -> list[Entry]:
-    """A grid's entries by its name, or one entry by its own (``8x2048 32/8 q4 page 16``, in a grid or not); raises ValueError."""
+    """A grid's entries by its name, or one entry by its own (``8x2048 32/8 q4 page 16 e4m3``, in a grid or not); raises ValueError."""
     if text in GRID_NAMES:
         return grid(text)
     for name in GRID_NAMES:
@@ -200,9 +217,10 @@ def named(text: str) -> list[Entry]:
             if entry.name == text:
                 return [replace(entry, beside=None)]
     if match := _NAME.fullmatch(text):
-        batch, keys, heads_q, heads_kv, seqlen_q, page_size = (int(part) if part else 0 for part in match.groups())
-        return [even(batch, keys, (heads_q, heads_kv), seqlen_q=seqlen_q or 1, page_size=page_size)]
-    raise ValueError(f"{text}: no grid ({', '.join(GRID_NAMES)}), no entry of one, and not of the form 8x2048 32/8 q4 page 16")
+        *numbers, stored = match.groups()
+        batch, keys, heads_q, heads_kv, seqlen_q, page_size = (int(part) if part else 0 for part in numbers)
+        return [even(batch, keys, (heads_q, heads_kv), seqlen_q=seqlen_q or 1, page_size=page_size, stored=stored or "")]
+    raise ValueError(f"{text}: no grid ({', '.join(GRID_NAMES)}), no entry of one, and not of the form 8x2048 32/8 q4 page 16 e4m3")
 
 
 def shrunk(entry: Entry, max_keys: int = 192, max_batch: int = 3) -> Entry:

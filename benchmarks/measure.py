@@ -79,7 +79,10 @@ def measure(entry: Entry, options: Options) -> dict[str, Any]:
 
 def warm(entries: list[Entry], options: Options) -> None:
     """Calls every peer once on a small problem of each kind among ``entries``; what fails says so where it is timed."""
-    kinds = {(e.num_heads_q, e.num_heads_kv, e.seqlen_q > 1, e.page_size): shrunk(e, max_keys=512, max_batch=1) for e in reversed(entries)}
+    kinds = {
+        (e.num_heads_q, e.num_heads_kv, e.seqlen_q > 1, e.page_size, e.dtype_kv): shrunk(e, max_keys=512, max_batch=1)
+        for e in reversed(entries)
+    }
     for entry in kinds.values():
         sets = InputSets(entry, options.device, 1)
         trials = Trials(options.device)

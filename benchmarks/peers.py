@@ -56,8 +56,14 @@ def operator(library: str, name: str) -> Callable[..., list[torch.Tensor]]:
         raise Refused(f"{library} is not loaded") from error
 
 
+def _refuse_codes(sets: InputSets) -> None:
+    if sets.entry.dtype_kv:
+        raise Refused("it knows no quantised keys")
+
+
 def fa2(sets: InputSets) -> Contestant:
     """FlashAttention-2's fwd_kvcache with its own split rule."""
+    _refuse_codes(sets)
     op = operator("_vllm_fa2_C", "fwd_kvcache")
     table = sets.page_table
     if table is not None and sets.entry.page_size % 16:
@@ -72,6 +78,8 @@ def fa2(sets: InputSets) -> Contestant:
 
 def fa3(sets: InputSets) -> Contestant:
     """FlashAttention-3 with its own rules for splits and for packing heads into rows."""
+    if sets.entry.dtype_kv:
+        raise Refused("float8 keys are for a float8 q, which is another problem")
     op = operator("_vllm_fa3_C", "fwd")
 
     def call(i: int) -> torch.Tensor:
@@ -110,6 +118,7 @@ def sdpa(sets: InputSets) -> Contestant:
 
 
 def _sdpa(sets: InputSets, backend: SDPBackend | None) -> Contestant:
+    _refuse_codes(sets)
     entry = sets.entry
     if sets.page_table is not None:
         raise Refused("SDPA knows no pages")
@@ -168,8 +177,9 @@ def _flashinfer_decode(sets: InputSets, tensor_cores: bool) -> Contestant:
         _workspace(f"tc={tensor_cores}", sets.device), "NHD", use_tensor_cores=tensor_cores
     )
     wrapper.plan(pages.starts, pages.ids, pages.in_last, entry.num_heads_q, entry.num_heads_kv, entry.head_dim, pages.size,
-                 q_data_type=sets.dtype, kv_data_type=sets.dtype)  # fmt: skip
-    return lambda i: wrapper.run(sets.q[i].flatten(0, 1), pages.caches[i]).view_as(sets.q[i])
+                 q_data_type=sets.dtype, kv_data_type=sets.k[0].dtype)  # fmt: skip
+    scales = _flashinfer_scales(sets)
+    return lambda i: wrapper.run(sets.q[i].flatten(0, 1), pages.caches[i], **scales).view_as(sets.q[i])
 
 
 def _flashinfer_prefill(sets: InputSets) -> Contestant:
@@ -178,8 +188,19 @@ def _flashinfer_prefill(sets: InputSets) -> Contestant:
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace("prefill", sets.device), "NHD", backend="fa2")
     starts = torch.arange(entry.batch + 1, device=sets.device, dtype=torch.int32) * entry.seqlen_q
     wrapper.plan(starts, pages.starts, pages.ids, pages.in_last, entry.num_heads_q, entry.num_heads_kv, entry.head_dim, pages.size,
-                 causal=True, q_data_type=sets.dtype, kv_data_type=sets.dtype)  # fmt: skip
-    return lambda i: wrapper.run(sets.q[i].flatten(0, 1), pages.caches[i]).view_as(sets.q[i])
+                 causal=True, q_data_type=sets.dtype, kv_data_type=sets.k[0].dtype)  # fmt: skip
+    scales = _flashinfer_scales(sets)
+    return lambda i: wrapper.run(sets.q[i].flatten(0, 1), pages.caches[i], **scales).view_as(sets.q[i])
+
+
+def _flashinfer_scales(sets: InputSets) -> dict[str, float]:
+    """FlashInfer takes a number for all keys and one for all values, and of quantised caches those in float8."""
+    if sets.kv_scale is None:
+        return {}
+    if sets.entry.dtype_kv != "float8_e4m3fn":
+        raise Refused(f"it knows no keys in {sets.entry.dtype_kv}")
+    scale = float(sets.kv_scale)
+    return {"k_scale": scale, "v_scale": scale}
 
 
 def _flashinfer():  # type: ignore[no-untyped-def]

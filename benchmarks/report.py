@@ -18,7 +18,7 @@ from benchmarks import backward_report, choices, forward_report, markdown, speed
 from benchmarks.markdown import times, us
 from benchmarks.targets import Row
 
-GRIDS = ("seqlen1", "speculative", "paged", "ragged", "floor", "search", "sweep", "host", "cpu")
+GRIDS = ("seqlen1", "speculative", "paged", "ragged", "fp8", "floor", "search", "sweep", "host", "cpu")
 TABLES = ("targets", *GRIDS, *forward_report.TABLES, *backward_report.TABLES, "sanitize")
 HERE = Path(__file__).parent
 LABELS = {
@@ -46,7 +46,10 @@ def line(row: Row) -> str:
     words = [f"{name:32} {own['gpu_us']:9.2f} us"]
     if (share := targets.of_floor(row)) is not None:
         words.append(f"{share:6.1%} of the floor")
-    if (beside := targets.beside_ratio(row)) is not None:
+    sooner = targets.sooner_than_beside(row) if row.get("dtype_kv") else None
+    if sooner is not None:
+        words.append(f"{sooner:.2f}x as fast as in 16 bits")
+    elif (beside := targets.beside_ratio(row)) is not None:
         words.append(f"{beside:.2f}x beside")
     rivals = (*targets.RIVALS, "sdpa")
     if (rival := targets.best_rival(row, rivals)) is not None:
@@ -154,6 +157,21 @@ def _against_beside(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
     return header, cells
 
 
+def _against_16_bits(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
+    shown = [name for name in ("flashinfer_tc", "flashinfer_cc") if any(targets.microseconds(row, name) for row in rows)]
+    labels = [LABELS[name] for name in shown]
+    header = ["problem", "MB", "tile, warps, stages, splits", "read floor", "flashtile", "TB/s", "in 16 bits", "times as fast", *labels]
+    cells = []
+    for row in rows:
+        own = targets.microseconds(row)
+        cells.append([
+            row["name"], _megabytes(row), _tile(row.get("plan")), us(row.get("floor_us")), us(own),
+            f"{row['kv_bytes'] / own * 1e-6:.2f}" if own else "-", us(targets.microseconds(row, "beside")),
+            times(targets.sooner_than_beside(row)), *(us(targets.microseconds(row, name)) for name in shown),
+        ])  # fmt: skip
+    return header, cells
+
+
 def _megabytes(row: Row) -> str:
     return f"{row['kv_bytes'] / 1e6:.0f}" if "kv_bytes" in row else "-"
 
@@ -202,6 +220,7 @@ def _host_times(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 _COLUMNS: dict[str, Callable[[list[Row]], tuple[list[str], list[list[str]]]]] = {
     "paged": _against_beside,
     "ragged": _against_beside,
+    "fp8": _against_16_bits,
     "floor": _against_floor,
     "search": _against_search,
     "sweep": _against_sweep,

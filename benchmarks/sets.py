@@ -11,6 +11,7 @@ from benchmarks.grids import Entry
 
 COLD_BYTES = 400_000_000
 MAX_SETS = 1024
+QUANTISED_SPREAD = 20.0  # what values are multiplied by before they are quantised
 
 
 def num_sets(entry: Entry, device: torch.device) -> int:
@@ -42,9 +43,17 @@ class InputSets:
             shape = (entry.batch, entry.capacity, *heads)
         draw = lambda size: torch.randn(size, device=device, dtype=self.dtype, generator=generator)  # noqa: E731
         self.q = draw((count, entry.batch, entry.seqlen_q, entry.num_heads_q, entry.head_dim)).unbind(0)
-        self.k = draw((count, *shape)).unbind(0)
-        self.v = draw((count, *shape)).unbind(0)
+        self.k = self._stored(draw((count, *shape))).unbind(0)
+        self.v = self._stored(draw((count, *shape))).unbind(0)
+        self.kv_scale = torch.full((1,), 1 / QUANTISED_SPREAD, device=device) if entry.dtype_kv else None
         self.seqlens_k = torch.tensor(entry.lengths, device=device, dtype=torch.int32)
+
+    def _stored(self, values: torch.Tensor) -> torch.Tensor:
+        """Values of a size of about 1 as the cache has them."""
+        if not self.entry.dtype_kv:
+            return values
+        spread = values.mul_(QUANTISED_SPREAD)
+        return (spread.round_().clamp_(-128, 127) if self.entry.dtype_kv == "int8" else spread).to(getattr(torch, self.entry.dtype_kv))
 
     def _scatter_pages(self, generator: torch.Generator) -> int:
         """Gives each sequence its pages in random order, as a cache has them after a while; returns how many there are."""
@@ -58,15 +67,26 @@ class InputSets:
 
     def args(self, i: int) -> dict[str, Any]:
         """Keyword arguments of ``flashtile.decode`` for set ``i``."""
-        return {"q": self.q[i], "k_cache": self.k[i], "v_cache": self.v[i], "seqlens_k": self.seqlens_k, "page_table": self.page_table}
+        args = {"q": self.q[i], "k_cache": self.k[i], "v_cache": self.v[i], "seqlens_k": self.seqlens_k, "page_table": self.page_table}
+        return args | self._scales()
+
+    def _scales(self) -> dict[str, Any]:
+        return {} if self.kv_scale is None else {"k_scale": self.kv_scale, "v_scale": self.kv_scale}
 
     def sequence(self, i: int, b: int) -> dict[str, Any]:
         """The same for sequence ``b`` alone."""
         one = slice(b, b + 1)
-        args = {"q": self.q[i][one], "seqlens_k": self.seqlens_k[one]}
+        args = {"q": self.q[i][one], "seqlens_k": self.seqlens_k[one]} | self._scales()
         if self.page_table is None:
             return args | {"k_cache": self.k[i][one], "v_cache": self.v[i][one], "page_table": None}
         pages = ceil(self.entry.lengths[b] / self.entry.page_size)
         table = self.page_table[b, :pages]
         cut = torch.arange(pages, device=self.device, dtype=torch.int32)[None]
-        return args | {"k_cache": self.k[i][table.long()], "v_cache": self.v[i][table.long()], "page_table": cut}
+        k, v = (_pages(cache, table) for cache in (self.k[i], self.v[i]))
+        return args | {"k_cache": k, "v_cache": v, "page_table": cut}
+
+
+def _pages(cache: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """The pages of a cache that a table (pages,) names, copied; torch gathers no float8."""
+    bits = torch.uint8 if cache.itemsize == 1 else cache.dtype
+    return cache.view(bits)[table.long()].view(cache.dtype)

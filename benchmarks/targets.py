@@ -16,6 +16,7 @@ SPECULATIVE_MANY = 1.05  # 8 and 16 queries
 FLOORS = ((60_000_000, 70_000_000, 0.88), (512_000_000, 10**15, 0.97))  # bytes from, bytes to, share of the read floor
 PAGED = {16: 0.95, 64: 0.98, 1: 0.85}
 RAGGED = 0.93
+QUANTISED = {"32x4096 32/8 e4m3": 1.70, "1x131072 32/8 e4m3": 1.75}  # times as fast as over a cache of 16 bits
 HOST_US = {2: 12.0, 1: 8.0}  # by kernels launched
 REGRET_MOST, REGRET_SHARE, REGRET_ALL = 0.03, 0.90, 0.08
 CPU_ENTRY, CPU_RATIO, CPU_EACH, CPU_LEAST_US = "1x4096 32/8", 5.0, 0.95, 100.0
@@ -55,6 +56,12 @@ def beside_ratio(row: Row) -> float | None:
     if not own or not other:
         return None
     return (row["kv_bytes"] / own) / (row["beside"]["kv_bytes"] / other)
+
+
+def sooner_than_beside(row: Row) -> float | None:
+    """The time of the problem beside over ours: of a quantised cache, that of the same keys and values in 16 bits."""
+    own, other = microseconds(row), microseconds(row, "beside")
+    return other / own if own and other else None
 
 
 def of_floor(row: Row) -> float | None:
@@ -141,6 +148,15 @@ def _beside(rows: list[Row], least_of: dict[int, float] | float, what: str) -> V
     return Verdict(", ".join(f"{name} {value:.2f}" for name, (_, value) in ratios.items()) + f" of {what}", tuple(misses))
 
 
+def _quantised(rows: list[Row]) -> Verdict | None:
+    ratios = {row["name"]: value for row in rows if (value := sooner_than_beside(row))}
+    if not ratios:
+        return None
+    misses = [f"{name}: {ratios[name]:.2f}x, target {least:.2f}x" for name, least in QUANTISED.items() if ratios.get(name, least) < least]
+    held = {name: value for name, value in ratios.items() if name in QUANTISED} or ratios
+    return Verdict(", ".join(f"{name} {value:.2f}x" for name, value in held.items()) + " as fast as over bfloat16", tuple(misses))
+
+
 def _floor(rows: list[Row]) -> Verdict | None:
     shares = {row["name"]: (value, least) for row in rows if (least := least_of_floor(row)) and (value := of_floor(row))}
     if not shares:
@@ -195,9 +211,10 @@ class Goal:
 
 def goals(results: dict[str, list[Row]]) -> list[Goal]:
     """What decode is held to on one H200, and what the rows of each grid reach."""
-    rows = {grid: results.get(grid, []) for grid in ("seqlen1", "speculative", "floor", "paged", "ragged", "host")}
+    rows = {grid: results.get(grid, []) for grid in ("seqlen1", "speculative", "floor", "paged", "ragged", "host", "fp8")}
     return [*_seqlen1_goals(rows["seqlen1"]), *_floor_goals(rows["floor"]), *_speculative_goals(rows["speculative"]),
-            *_paged_goals(rows["paged"]), *_ragged_goals(rows["ragged"]), *_host_goals(rows["host"])]  # fmt: skip
+            *_paged_goals(rows["paged"]), *_ragged_goals(rows["ragged"]), *_quantised_goals(rows["fp8"]),
+            *_host_goals(rows["host"])]  # fmt: skip
 
 
 def _goal(what: str, bar: str, grid: str, values: list[float | None], least: float, show: str = "{:.2f}x") -> Goal:
@@ -262,6 +279,14 @@ def _ragged_goals(rows: list[Row]) -> list[Goal]:
     ]  # fmt: skip
 
 
+def _quantised_goals(rows: list[Row]) -> list[Goal]:
+    by_name = {row["name"]: row for row in rows}
+    return [
+        _goal(f"{name}, over the cache in bfloat16", f">= {least:.2f}x", "fp8", [sooner_than_beside(by_name.get(name, {}))], least)
+        for name, least in QUANTISED.items()
+    ]
+
+
 def _host_goals(rows: list[Row]) -> list[Goal]:
     found = []
     for count, words in ((2, "two kernels"), (1, "one kernel")):
@@ -276,6 +301,7 @@ def verdict(grid: str, rows: list[Row]) -> Verdict | None:
     """What a grid's rows say about its target; None where nothing was timed."""
     judges = {
         "seqlen1": _seqlen1, "speculative": _speculative, "floor": _floor, "search": _search, "sweep": _search, "host": _host, "cpu": _cpu,
+        "fp8": _quantised,
         "paged": lambda rows: _beside(rows, PAGED, "the contiguous cache's speed"),
         "ragged": lambda rows: _beside(rows, RAGGED, "the speed of an even batch of the same bytes"),
     }  # fmt: skip

@@ -49,7 +49,8 @@ FMA_LOADED_SHARE = 0.4  # FMA operands pass through registers anyway
 VECTOR_LOADED_REGISTERS = 90  # what such loads cost the vector kernel beside
 HALF_BYTES = 2  # of what quantised keys and values are multiplied as
 QUANTISED_REGISTERS = 0.7  # an element of a quantised key tile, on its way to float16,
-QUANTISED_SHARED_REGISTERS = 0.4  # and by way of shared memory
+QUANTISED_SHARED_REGISTERS = 0.4  # and by way of shared memory,
+QUANTISED_SWAPPED_REGISTERS = 2.0  # or as the first operand of swapped products, which is held whole
 MIN_COPY_BYTES = 4  # the least that an asynchronous copy brings
 COPY_BYTES = 16
 
@@ -183,6 +184,7 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
         operands = min(MAX_Q_REGISTERS, tile.block_m * dim * k_bytes / 4 / device.warp_size)
     if problem.quantised:
         share = QUANTISED_SHARED_REGISTERS if mma.warps > 1 else QUANTISED_REGISTERS
+        share = QUANTISED_SWAPPED_REGISTERS if tile.swapped else share
         fragments += int(share * tile.block_n * max(dim, dim_v) / threads)
     return int(base + misaligned + copies + accumulator + scores + operands + fragments)
 

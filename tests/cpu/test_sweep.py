@@ -66,7 +66,9 @@ def test_a_bad_spec_says_so(spec: str) -> None:
         plans(spec)
 
 
-@pytest.mark.parametrize("name", ["1x777 16/1", "16x4096 32/8 q8", "3x100 8/2 q2 page 16", "ragged conversation page 16"])
+@pytest.mark.parametrize(
+    "name", ["1x777 16/1", "16x4096 32/8 q8", "3x100 8/2 q2 page 16", "3x100 8/2 page 16 e4m3", "ragged conversation page 16"]
+)
 def test_an_entry_knows_its_problem_without_tensors(name: str) -> None:
     (entry,) = grids.named(name)
     small = grids.shrunk(entry)
