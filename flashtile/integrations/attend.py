@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import torch
 
+from flashtile import ops
 from flashtile.api import attention, attention_varlen, decode
 from flashtile.flash_attn.cache import DECODE_ROWS
+from flashtile.flash_attn.conventions import readable
 
 
 class Scores(NamedTuple):
@@ -21,6 +23,12 @@ class Scores(NamedTuple):
     softcap: float
     scale: float
     sinks: torch.Tensor | None
+
+
+def rows_before_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, k and v of (batch, heads, rows, ...) tensors: views, unless their layout, head dim or autocast asks for copies."""
+    query, key, value = ops.cast_by_autocast(query, key, value) or (query, key, value)
+    return readable(query.transpose(1, 2)), readable(key.transpose(1, 2)), readable(value.transpose(1, 2))
 
 
 def is_inference(dropout: float, *tensors: torch.Tensor | None) -> bool:

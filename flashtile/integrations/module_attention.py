@@ -13,8 +13,8 @@ import torch
 
 from flashtile.api import attention_varlen, decode
 from flashtile.errors import ShapeError, UnsupportedError, message
-from flashtile.flash_attn.conventions import cut, readable, scale_for
-from flashtile.integrations.attend import Scores, chosen, dense, is_inference, spanned
+from flashtile.flash_attn.conventions import cut, scale_for
+from flashtile.integrations.attend import Scores, chosen, dense, is_inference, rows_before_heads, spanned
 from flashtile.integrations.key_spans import whole_rows
 
 
@@ -57,7 +57,7 @@ def module_attention(
     causal = _is_causal(module) if is_causal is None else bool(is_causal)
     window = None if sliding_window is None else (sliding_window - 1, None if causal else sliding_window - 1)
     sinks = None if s_aux is None else s_aux.float()
-    q, k, v = (readable(x.transpose(1, 2)) for x in (query, key, value))
+    q, k, v = rows_before_heads(query, key, value)
     scores = Scores(causal, window, softcap or 0.0, scale_for(query, scaling), sinks)
     inference = is_inference(dropout, query, key, value, sinks)
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from flashtile.errors import UnsupportedError
-from flashtile.flash_attn.conventions import cut, readable, scale_for
-from flashtile.integrations.attend import Scores, chosen, dense, is_inference, spanned
+from flashtile.flash_attn.conventions import cut, scale_for
+from flashtile.integrations.attend import Scores, chosen, dense, is_inference, rows_before_heads, spanned
 from flashtile.integrations.flash_backend import register_flash_implementation
 from flashtile.integrations.key_spans import chosen_of, padded
 
@@ -84,7 +84,7 @@ def scaled_dot_product_attention(
         key, value = key[..., :seqlen_q, :], value[..., :seqlen_q, :]
     window = (None, seqlen_q - key.shape[-2]) if is_causal else None
     scores = Scores(False, window, 0.0, scale_for(query, scale), None)
-    q, k, v = (readable(x.reshape(math.prod(lead), *x.shape[-3:]).transpose(1, 2)) for x in (query, key, value))
+    q, k, v = rows_before_heads(*(x.reshape(math.prod(lead), *x.shape[-3:]) for x in (query, key, value)))
     if attn_mask is None:
         out = dense(q, k, v, scores, dropout_p)
     else:
@@ -110,6 +110,8 @@ def _why_not(
         return "tensors of a subclass or nested ones"
     if any(x.device.type not in ("cpu", "cuda") or x.dtype not in _DTYPES for x in tensors):
         return f"{query.dtype} on {query.device.type}"
+    if not query.dtype == key.dtype == value.dtype and not torch.is_autocast_enabled(query.device.type):
+        return "dtypes that differ"
     if query.ndim < 3 or key.ndim != query.ndim or value.ndim != query.ndim or not query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
         return "leading dimensions that differ, or none"
     if max(query.shape[-1], value.shape[-1]) > _MAX_HEAD_DIM:

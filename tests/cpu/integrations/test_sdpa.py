@@ -91,6 +91,22 @@ def test_padding_masks(shape: tuple[int, ...] | str, seqlen_q: int, calls: list[
     assert calls == (["spanned", "spanned"] if seqlen_q > 1 else ["spanned", "chosen"])
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("seqlen_q", [1, 7])
+def test_autocast(seqlen_q: int) -> None:
+    """Results have autocast's dtype, by whichever way; a cache of that dtype goes with a query in float32."""
+    q, k, v = tensors(seqlen_q=seqlen_q, seqlen_k=9)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = F.scaled_dot_product_attention(q, k, v)
+        with sdpa.routed():
+            for keys in (torch.float32, torch.bfloat16):
+                got = F.scaled_dot_product_attention(q, k.to(keys), v.to(keys))
+                assert got.dtype == torch.bfloat16
+                torch.testing.assert_close(got, expected, atol=1e-2, rtol=1e-2)
+    with sdpa.routed(), pytest.warns(UserWarning, match="dtypes that differ"), pytest.raises(RuntimeError, match="dtype"):
+        F.scaled_dot_product_attention(q, k.bfloat16(), v.bfloat16())
+
+
 def test_a_mask_without_padding_costs_nothing(calls: list[str]) -> None:
     compare(*tensors(), attn_mask=torch.ones(2, 1, 1, 7, dtype=torch.bool))
     assert calls == ["dense", "dense"]

@@ -176,6 +176,18 @@ def test_a_model_that_sees_both_ways(llama: Any) -> None:
     assert not torch.allclose(got[1], llama(**prompts("left")).logits[1], **LOGITS), "the model is causal after all"
 
 
+@torch.no_grad()
+def test_autocast(llama: Any) -> None:
+    def logits(model: Any) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            past = model(**prompts()).past_key_values
+            step: torch.Tensor = model(torch.tensor([[3], [4], [5]]), past_key_values=past).logits
+        return step
+
+    expected, got = by_both(llama, logits)
+    assert got.dtype == expected.dtype and (got - expected).norm() < 0.05 * expected.norm()
+
+
 def test_dropout_in_training_follows_the_seed(llama: Any) -> None:
     model = make_model("llama", "flashtile", attention_dropout=0.5).train()
     losses = []
