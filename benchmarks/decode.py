@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import grids, peers, timing
+from benchmarks import grids, kvcache, peers, timing
 from benchmarks.compilers import Compilers
 from benchmarks.measure import Options, measure, warm
 from benchmarks.report import line
@@ -21,8 +21,8 @@ from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 
 # what each grid gets of the time that is left, where several run
-SHARES = {"host": 2, "seqlen1": 10, "speculative": 3, "paged": 2, "ragged": 4, "fp8": 3, "floor": 3, "search": 10}
-PEERLESS = ("floor", "search")  # these are held to something else, and the peers' time is better spent elsewhere
+SHARES = {"host": 2, "kvcache": 2, "seqlen1": 10, "speculative": 3, "paged": 2, "ragged": 4, "fp8": 3, "floor": 3, "search": 10}
+PEERLESS = ("floor", "kvcache", "search")  # these are held to something else, and the peers' time is better spent elsewhere
 
 
 def main(
@@ -61,16 +61,22 @@ def main(
     with closing(Compilers(where, compilers)) as pool:
 
         def measured(entry: grids.Entry, name: str, seconds: float, step: Callable[[str], None]) -> dict[str, Any]:
+            if name == "kvcache":
+                return kvcache.measure_kvcache(entry, options)
             if name == "search":
                 return regret(entry, where, max(6.0, 1.5 * seconds), pool, full_search)
             peerless = name in PEERLESS and len(options.peers) > 1
             return measure(entry, replace(options, peers=()) if peerless else options)
 
         protocol = timing.PROTOCOL if where.type == "cuda" else timing.WALL_PROTOCOL
-        runner = Runner("decode", where, out, commit, missing, measured, line, protocol, resume, dry_run)
+        runner = Runner("decode", where, out, commit, missing, measured, _outcome, protocol, resume, dry_run)
         _prepare(entries, options, pool, 0.3 * budget, warm_peers)
         for name, budget_now in shares(names, SHARES, end - time.monotonic()).items():
             runner.run(name, entries[name], budget_now())
+
+
+def _outcome(row: dict[str, Any]) -> str:
+    return kvcache.outcome(row) if kvcache.ROTARY in row.get("results", {}) else line(row)
 
 
 def _entries(name: str, dry_run: bool) -> list[grids.Entry]:

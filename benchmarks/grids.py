@@ -20,7 +20,7 @@ from flashtile.testing import traffic
 CAPACITY_STEP = 16
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1, "int8": 1}
 STORED = {"e4m3": "float8_e4m3fn", "int8": "int8"}  # quantised caches, as names of entries have them
-GRID_NAMES = ("seqlen1", "speculative", "paged", "ragged", "host", "floor", "search", "cpu", "fp8")
+GRID_NAMES = ("seqlen1", "speculative", "paged", "ragged", "host", "kvcache", "floor", "search", "cpu", "fp8")
 
 
 @dataclass(frozen=True)
@@ -160,6 +160,12 @@ def host() -> list[Entry]:
     return [even(1, 512, GQA), even(1, 4096, GQA), even(8, 2048, GQA), even(64, 64, GQA)]
 
 
+def kvcache() -> list[Entry]:
+    """A step with and without an append and rotary embeddings before it: where they weigh most, in pages, and where they should not."""
+    return [even(1, 4096, GQA), even(1, 4096, GQA, page_size=16), even(1, 512, GQA), even(8, 2048, GQA), even(1, 4096, GQA, seqlen_q=4),
+            even(32, 4096, GQA), even(128, 1024, GQA)]  # fmt: skip
+
+
 def floor() -> list[Entry]:
     """67 MB of keys and values, then half a gigabyte and more: against a kernel that merely reads them."""
     return [even(b, n, heads) for b, n, heads in (
@@ -200,7 +206,7 @@ def grid(name: str) -> list[Entry]:
     """The entries of the grid called ``name``."""
     makers: dict[str, Callable[[], list[Entry]]] = {
         "seqlen1": seqlen1, "speculative": speculative, "paged": paged, "ragged": ragged,
-        "host": host, "floor": floor, "search": search, "cpu": cpu, "fp8": fp8,
+        "host": host, "kvcache": kvcache, "floor": floor, "search": search, "cpu": cpu, "fp8": fp8,
     }  # fmt: skip
     return makers[name]()
 
