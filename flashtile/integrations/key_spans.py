@@ -74,7 +74,7 @@ def key_spans(
     banded = not use_vmap and not chunked and getattr(mask_function, "__name__", "") in _BANDS
     if q_length == 1:
         if banded and attention_mask is None:
-            return _lengths(torch.zeros((batch_size,), dtype=torch.int32, device=device) + filled)
+            return _same_lengths(batch_size, filled, device)[None, None, None]
         if banded and attention_mask is not None and _host_may_read(attention_mask):
             lengths = _after_padding(_visible_rows(attention_mask, kv_length, kv_offset), filled)
             if lengths is not None:
@@ -91,7 +91,13 @@ def key_spans(
         return _packed(batch_size, q_length, mask_function, device)
     if not isinstance(filled, torch.Tensor) and filled == kv_length:
         return None
-    return whole_rows(batch_size, q_length, torch.zeros((batch_size,), dtype=torch.int32, device=device) + filled)
+    return whole_rows(batch_size, q_length, _same_lengths(batch_size, filled, device))
+
+
+def _same_lengths(batch_size: int, length: int | torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    if isinstance(length, torch.Tensor):
+        return length.to(torch.int32).reshape(1).repeat(batch_size)
+    return torch.full((batch_size,), length, dtype=torch.int32, device=device)
 
 
 def _lengths(*rows: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,8 @@ from flashtile.flash_attn.conventions import cut, scale_for
 from flashtile.integrations.attend import Scores, chosen, dense, is_inference, rows_before_heads, spanned
 from flashtile.integrations.key_spans import whole_rows
 
+_NOT_HERE = ("position_bias", "head_mask", "cache")
+
 
 def module_attention(
     module: torch.nn.Module,
@@ -59,7 +61,6 @@ def module_attention(
     sinks = None if s_aux is None else s_aux.float()
     q, k, v = rows_before_heads(query, key, value)
     scores = Scores(causal, window, softcap or 0.0, scale_for(query, scaling), sinks)
-    inference = is_inference(dropout, query, key, value, sinks)
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         out = _packed(q, k, v, cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k, scores, dropout)
     elif attention_mask is None:
@@ -71,23 +72,36 @@ def module_attention(
         )
     elif attention_mask.shape[2] == 4:
         out = spanned(q, k, v, attention_mask[0, 0], scores, dropout)
-    elif attention_mask.shape[2] == 2 or attention_mask.shape == (1, 1, 1, q.shape[0]):
-        lengths, *padding = attention_mask[0, 0].unbind()
-        if inference:
-            out = decode(q, k, v, lengths, leftpad_k=padding[0] if padding else None, **scores._asdict())
-        else:
-            spans = whole_rows(q.shape[0], 1, lengths - sum(padding), *padding)
-            out = spanned(q, k, v, spans[0, 0], scores, dropout)
-    elif inference:
+    elif attention_mask.shape == (1, 1, 1, q.shape[0]):
+        out = _one_query(q, k, v, attention_mask.view(-1), None, scores, dropout)
+    elif attention_mask.shape[2] == 2:
+        out = _one_query(q, k, v, attention_mask[0, 0, 0], attention_mask[0, 0, 1], scores, dropout)
+    elif is_inference(dropout, query, key, value, sinks):
         out = chosen(q, k, v, attention_mask[:, 0, 0], scores)
     else:
         raise UnsupportedError("attention_mask: a single query over keys with gaps has no gradient and no dropout. Pass several queries.")
     return cut(out, value.shape[-1]), None
 
 
+def _one_query(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: torch.Tensor,
+    padding: torch.Tensor | None,
+    scores: Scores,
+    dropout: float,
+) -> torch.Tensor:
+    """Of each sequence over its first keys, of which the first are ``padding``; both (batch,) int32."""
+    if is_inference(dropout, q, k, v, scores.sinks):
+        return decode(q, k, v, lengths, leftpad_k=padding, **scores._asdict())
+    spans = whole_rows(q.shape[0], 1, lengths if padding is None else lengths - padding, padding)
+    return spanned(q, k, v, spans[0, 0], scores, dropout)
+
+
 def _refuse(kwargs: dict[str, Any]) -> None:
-    for name in ("position_bias", "head_mask", "cache"):
-        if kwargs.get(name) is not None:
+    for name in _NOT_HERE:
+        if name in kwargs and kwargs[name] is not None:
             raise UnsupportedError(f'{name}: expected None, got a value. Use attn_implementation="sdpa" or "eager" for this model.')
     if kwargs.get("output_attentions"):
         warnings.warn('output_attentions: attention weights are never computed. Use attn_implementation="eager".', stacklevel=3)

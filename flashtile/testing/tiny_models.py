@@ -25,15 +25,20 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 
 
 def make_model(family: str, attention: str = "eager", seed: int = 0, **changes: Any) -> Any:
-    """A model of one of FAMILIES in eval mode; weights are so large that greedy tokens vary, and sinks and logits matter."""
+    """A model of one of FAMILIES in eval mode, `randomise`d; ``changes`` are to its configuration."""
     import transformers
 
     name, own = FAMILIES[family]
     config = getattr(transformers, name)(**{**_SIZES, **own, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 or "sinks" in name:
-                parameter.normal_(std=1.0 if "sinks" in name else 0.3, generator=generator)
+    randomise(model, seed)
     return model
+
+
+@torch.no_grad()
+def randomise(model: torch.nn.Module, seed: int) -> None:
+    """Weights so large that greedy tokens vary, and that sinks and logits matter."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim > 1 or "sinks" in name:
+            parameter.normal_(std=1.0 if "sinks" in name else 0.3, generator=generator)

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", reason="needs the extra `transformers`, whic
 import flashtile.integrations.transformers as integration
 from flashtile.errors import ShapeError, UnsupportedError
 from flashtile.integrations.key_spans import key_spans
-from flashtile.testing.tiny_models import FAMILIES, WINDOW, make_model
+from flashtile.testing.tiny_models import FAMILIES, WINDOW, make_model, randomise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENS = 8
@@ -186,6 +186,36 @@ def test_autocast(llama: Any) -> None:
 
     expected, got = by_both(llama, logits)
     assert got.dtype == expected.dtype and (got - expected).norm() < 0.05 * expected.norm()
+
+
+def test_an_encoder_and_a_decoder() -> None:
+    """Attention that sees both ways, over itself and over another sequence, by several beams."""
+    import transformers
+
+    heads = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 4)
+    sizes = {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "encoder_layers": 2, "decoder_layers": 2, "d_model": 32, "vocab_size": 64}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None}
+    model: Any = transformers.BartForConditionalGeneration(transformers.BartConfig(**heads, **sizes, **tokens)).eval()
+    randomise(model, seed=0)
+    expected, got = by_both(model, lambda m: m.generate(**prompts("right"), max_new_tokens=TOKENS, num_beams=2, do_sample=False))
+    assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_an_encoder_with_windows(padding: str) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    windows = {"local_attention": 6, "global_attn_every_n_layers": 2}
+    config = transformers.ModernBertConfig(
+        **sizes, **windows, pad_token_id=0, cls_token_id=1, sep_token_id=2, eos_token_id=2, bos_token_id=1
+    )
+    model = transformers.ModernBertModel(config).eval()
+    randomise(model, seed=0)
+    expected, got = by_both(model, lambda m: m(**prompts(padding)).last_hidden_state)
+    real = prompts(padding)["attention_mask"].bool()
+    torch.testing.assert_close(got[real], expected[real], **LOGITS)
 
 
 def test_dropout_in_training_follows_the_seed(llama: Any) -> None:
