@@ -18,7 +18,6 @@ from benchmarks import backward_block, backward_grids, backward_peers, backward_
 from benchmarks.backward_block import Block
 from benchmarks.backward_grids import EVERY_NAME, BackwardShape
 from benchmarks.backward_measure import PROTOCOL, measure, plan_of
-from benchmarks.compilers import Compilers
 from benchmarks.forward_grids import shrunk
 from benchmarks.forward_sets import problem_of
 from benchmarks.runner import Runner, device_here, died_in_peers, shares, wanted_peers
@@ -28,6 +27,7 @@ from flashtile.planner.choose import plan_forward
 from flashtile.planner.device import Device
 from flashtile.planner.plans import Plan
 from flashtile.problem import Problem
+from flashtile.testing.compilers import Compilers
 
 Entry = BackwardShape | Block
 # what each grid gets of the time that is left, where several run

@@ -22,7 +22,6 @@ from benchmarks.backward_check import GradientOracle
 from benchmarks.backward_grids import BackwardShape
 from benchmarks.backward_measure import PROTOCOL, enter_ours, plan_of, time_all
 from benchmarks.backward_sets import BackwardSets
-from benchmarks.compilers import Compilers
 from benchmarks.forward_grids import shrunk
 from benchmarks.forward_sets import num_sets
 from benchmarks.runner import Budget, Runner, device_here, wanted_peers
@@ -31,6 +30,7 @@ from benchmarks.trials import Trials
 from flashtile.planner.device import Device
 from flashtile.planner.plans import BackwardPlan
 from flashtile.problem import Problem
+from flashtile.testing.compilers import Compilers
 
 FIELDS = {field.name for field in fields(BackwardPlan)} - {"source"}
 STEP_SECONDS = 60.0

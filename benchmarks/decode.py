@@ -12,13 +12,13 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import grids, kvcache, peers, timing
-from benchmarks.compilers import Compilers
 from benchmarks.measure import Options, measure, warm
 from benchmarks.report import line
 from benchmarks.runner import Runner, device_here, shares, wanted_peers
 from benchmarks.search import regret
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
+from flashtile.testing.compilers import Compilers
 
 # what each grid gets of the time that is left, where several run
 SHARES = {"host": 2, "kvcache": 2, "seqlen1": 10, "speculative": 3, "paged": 2, "ragged": 4, "fp8": 3, "floor": 3, "search": 10}

@@ -15,7 +15,6 @@ import torch
 import typer
 
 from benchmarks import fa4, forward_grids, forward_peers, timing
-from benchmarks.compilers import Compilers
 from benchmarks.forward_grids import Shape
 from benchmarks.forward_measure import PROTOCOL, Options, measure, plan_of
 from benchmarks.runner import Runner, device_here, died_in_peers, shares, wanted_peers
@@ -23,6 +22,7 @@ from benchmarks.speed_tables import line
 from flashtile.planner.device import Device
 from flashtile.planner.plans import Plan
 from flashtile.problem import Problem
+from flashtile.testing.compilers import Compilers
 
 # what each grid gets of the time that is left, where several run
 SHARES = {"dense": 36, "chunked": 2, "varlen": 2, "window": 2, "dims": 10, "gqa": 10, "host": 2, "portable": 10, "rescale": 12}

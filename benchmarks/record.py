@@ -1,13 +1,9 @@
-"""results/*.json: what was measured, with commit, device, versions and protocol; written after every entry."""
+"""The head of results/*.json: commit, device, versions and protocol of what was measured."""
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import subprocess
-from collections.abc import Collection
-from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -15,56 +11,7 @@ from typing import Any
 
 import torch
 
-SCHEMA = 1
-
-
-@dataclass
-class Record:
-    """One result file. ``begin`` notes which entry runs, and ``step`` whose turn it is: a resumed run knows what killed the last."""
-
-    path: Path
-    head: dict[str, Any]
-    entries: list[dict[str, Any]] = field(default_factory=list)
-    running: str | None = None
-
-    @classmethod
-    def open(cls, path: Path, head: dict[str, Any], resume: bool, left_out: Collection[str] = ()) -> Record:
-        """A new file, or an earlier one to go on with; an entry during which one of those ``left_out`` died is measured again."""
-        record = cls(path, head)
-        if resume and path.exists():
-            earlier = json.loads(path.read_text())
-            record.entries = [entry for entry in earlier["entries"] if not entry.get("skipped")]
-            crashed, step = earlier.get("running"), earlier.get("step")
-            if crashed and step not in left_out:
-                where = f" ({step})" if step else ""
-                record.add({"name": crashed, "failed": f"the process died or was stopped here{where}"})
-        return record
-
-    def has(self, name: str) -> bool:
-        return any(entry["name"] == name for entry in self.entries)
-
-    def begin(self, name: str) -> None:
-        self.running = name
-        self._write()
-
-    def step(self, name: str) -> None:
-        """Notes whose turn it is in the entry that runs."""
-        self._write(name)
-
-    def add(self, entry: dict[str, Any]) -> None:
-        self.entries.append(entry)
-        self.running = None
-        self._write()
-
-    def _write(self, step: str | None = None) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        data = {"schema": SCHEMA, **self.head, "entries": self.entries}
-        if self.running:
-            data["running"] = self.running
-            data["step"] = step
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(data, indent=1) + "\n")
-        os.replace(partial, self.path)
+from flashtile.testing.record import Record as Record
 
 
 def heading(grid: str, device: torch.device, commit: str, protocol: str, peers_missing: dict[str, str]) -> dict[str, Any]:

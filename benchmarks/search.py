@@ -21,7 +21,6 @@ import torch
 import flashtile
 from benchmarks import timing
 from benchmarks.check import Oracle, poisoned
-from benchmarks.compilers import Compilers
 from benchmarks.grids import Entry
 from benchmarks.measure import ours, planned
 from benchmarks.refusals import WrongResult
@@ -31,6 +30,7 @@ from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
 from flashtile.planner.tiles import LIMITS
 from flashtile.problem import Problem
+from flashtile.testing.compilers import Compilers
 
 BLOCK_NS, WARPS, STAGES = (32, 64, 128), (2, 4, 8), (2, 3, 4)
 QUICK_ROUNDS, FINAL_ROUNDS, FINALISTS = 5, 15, 3

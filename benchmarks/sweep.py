@@ -20,7 +20,6 @@ import typer
 import flashtile
 from benchmarks import axes, grids, peers, timing
 from benchmarks.check import Oracle, poisoned
-from benchmarks.compilers import Compilers
 from benchmarks.measure import ours, planned
 from benchmarks.record import Record, heading
 from benchmarks.refusals import WrongResult
@@ -30,6 +29,7 @@ from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
+from flashtile.testing.compilers import Compilers
 
 CHOICE, FLOOR = "choice", "floor"
 SHOWN = ("block_m", "block_n", "num_warps", "num_stages", "num_splits", "num_programs")

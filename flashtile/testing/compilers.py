@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -9,9 +10,7 @@ from multiprocessing import active_children, get_context
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
 
-from flashtile.kernels.launch import compile_spec
 from flashtile.ops import kernel_module
 from flashtile.planner.plans import Plan
 from flashtile.problem import Problem
@@ -24,12 +23,17 @@ class Compilers:
 
     def __init__(self, device: torch.device, workers: int) -> None:
         self._pool: ProcessPoolExecutor | None = None
-        self._compiled: set[Any] = set()
-        self._jobs: list[Future[None]] = []
+        self._jobs: dict[Any, Future[None]] = {}
+        self._arch = ""
         if device.type == "cuda" and workers > 1:
             major, minor = torch.cuda.get_device_capability(device)
-            self._target = GPUTarget("cuda", 10 * major + minor, 32)
+            self._arch = f"sm_{10 * major + minor}"
             self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+
+    @property
+    def waiting(self) -> int:
+        """Kinds of plan that are handed out and not compiled yet."""
+        return sum(not job.done() for job in self._jobs.values())
 
     def compile(self, wanted: Iterable[tuple[Problem, Plan]], seconds: float = SECONDS_A_BATCH) -> int:
         """Compiles what no earlier call has; returns how many kinds of plan that were."""
@@ -41,29 +45,29 @@ class Compilers:
         """Hands the workers what no earlier call has, where that is more than one kind of plan; returns how many."""
         if self._pool is None:
             return 0
-        new = {key: job for job in wanted if (key := _kind(*job)) not in self._compiled}
+        new = {key: job for job in wanted if (key := _kind(*job)) not in self._jobs}
         if len(new) < 2:
             return 0
-        self._compiled |= set(new)
-        self._jobs = [self._pool.submit(_compile, problem, plan, self._target) for problem, plan in new.values()]
+        self._jobs |= {key: self._pool.submit(_compile, problem, plan, self._arch) for key, (problem, plan) in new.items()}
         return len(new)
 
-    def wait(self, seconds: float = SECONDS_A_BATCH) -> None:
-        """Until all is compiled, ``seconds`` at most; a worker that is then still at work is ended."""
+    def wait(self, seconds: float = SECONDS_A_BATCH, only: Iterable[tuple[Problem, Plan]] | None = None) -> None:
+        """Until all is compiled, or ``only`` these plans, ``seconds`` at most; workers that are then still at work are ended."""
         end = time.monotonic() + seconds
+        jobs = list(self._jobs.values()) if only is None else [job for one in only if (job := self._jobs.get(_kind(*one)))]
         try:
-            for job in self._jobs:
+            for job in jobs:
                 job.result(timeout=max(0.0, end - time.monotonic()))
         except Exception as error:  # a broken worker costs time alone: the plans are compiled where they are timed
-            print(f"compiling ahead ends: {type(error).__name__} {error}", flush=True)
+            print(f"compiling ahead ends: {type(error).__name__} {error}", file=sys.stderr, flush=True)
             self.close()
-        self._jobs = []
 
     def close(self) -> None:
         """Ends the workers, also one that hangs in a kernel."""
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
+            self._jobs = {}
             for child in active_children():
                 child.kill()
 
@@ -76,10 +80,13 @@ def _kind(problem: Problem, plan: Plan) -> Any:
         return problem, plan
 
 
-def _compile(problem: Problem, plan: Plan, target: GPUTarget) -> None:
+def _compile(problem: Problem, plan: Plan, arch: str) -> None:
     """In a worker; what does not compile says so where it is timed."""
     try:
+        from flashtile.kernels.compiled import target_of
+        from flashtile.kernels.launch import compile_spec
+
         for spec in kernel_module(plan).specs(problem, plan):
-            compile_spec(spec, target)
+            compile_spec(spec, target_of(arch))
     except Exception:
         return
