@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers", reason="needs the extra `transformers`, which the oldest environment leaves out")
+pytest.importorskip("transformers", reason="needs transformers: an extra, from Python 3.11 on, which the oldest environment leaves out")
 
 from benchmarks import transformers_generate
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="needs the extra `transformers`, which the oldest environment leaves out")
+pytest.importorskip("transformers", reason="needs transformers: an extra, from Python 3.11 on, which the oldest environment leaves out")
 
 import flashtile.integrations.transformers as integration
 from flashtile.errors import ShapeError, UnsupportedError
