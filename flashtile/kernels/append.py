@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashtile.kernels.call import AppendCall
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch, Spec, launcher, on_device, pointer_of
@@ -53,7 +53,7 @@ class Kind(NamedTuple):
     interleaved: bool
     turns_q: bool
     queries_advance: bool
-    dependents: bool
+    dependent: bool  # launched as a dependent of the last kernel, and lets the next one be one
 
 
 @triton.jit
@@ -65,9 +65,11 @@ def append_kernel(
     """Grid: for each sequence ``key_blocks`` programs for k, as many for v, and ``query_blocks`` for q.
 
     A program takes every so-manieth block of rows, so that all are taken whatever the lengths of packed tokens are. ``tables`` is
-    None, and so is ``q``, where nothing is turned.
+    None, and so is ``q``, where nothing is turned. PDL: it takes its place while the last kernel ends, waits there, and lets the next
+    one do the same.
     """
     if PDL:
+        gdc_wait()
         gdc_launch_dependents()
     job = tl.program_id(0) % (2 * key_blocks + query_blocks)
     b = tl.program_id(0) // (2 * key_blocks + query_blocks)
@@ -158,9 +160,9 @@ def append_spec(kind: Kind) -> Spec:
         constants={
             "BLOCK_M": _block_m(kind), "HEAD_DIM": kind.head_dim, "HEAD_DIM_V": kind.head_dim_v, "PAGE_SIZE": kind.page_size,
             "PAIRS": kind.pairs, "PAIRS_HELD": held(kind.pairs), "REST_HELD": held(kind.head_dim - 2 * kind.pairs),
-            "INTERLEAVED": kind.interleaved, "QUERIES_ADVANCE": kind.queries_advance, "PDL": kind.dependents,
+            "INTERLEAVED": kind.interleaved, "QUERIES_ADVANCE": kind.queries_advance, "PDL": kind.dependent,
         },
-        options={"num_warps": _WARPS, "num_stages": 1},
+        options={"num_warps": _WARPS, "num_stages": 1, **({"launch_pdl": True} if kind.dependent else {})},
     )  # fmt: skip
 
 
@@ -179,13 +181,13 @@ def runner_for(call: AppendCall) -> Callable[[AppendCall], None]:
         k.dtype, alignment, call.cu_seqlens_k_new is not None, turns and call.cu_seqlens_q is not None,
         0 if call.page_table is None else k_cache.shape[1], k.shape[-1], v.shape[-1], dtype_table, aligned,
         dtype_table is not None and call.positions is not None, pairs, call.interleaved, turns, turns and call.queries_advance,
-        _lets_dependents_in(k.device),
+        _launches_dependents(k.device),
     )  # fmt: skip
     return _runner(kind, k.device)
 
 
 @functools.lru_cache(maxsize=64)
-def _lets_dependents_in(device: torch.device) -> bool:
+def _launches_dependents(device: torch.device) -> bool:
     return Device.of(device).dependent_launch
 
 
