@@ -7,10 +7,9 @@ sends each call of ``torch.nn.functional.scaled_dot_product_attention`` in the b
 under ``torch.compile``. What flashtile cannot take as it is goes to torch, which a warning says once for each reason.
 
 The block does not see calls that C++ makes by itself (``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` have such a way, for
-inference), those of a compiled graph that was made outside, and in eager mode those within ``F.multi_head_attention_forward``, about
-which torch asks a mode as a whole. It does not look at torch's own choice of a backend (``torch.nn.attention.sdpa_kernel``). A mode is
-asked about every torch function in its block, which takes a microsecond or two each: where that counts, compile the model, or call
-`scaled_dot_product_attention` itself.
+inference), those of a compiled graph that was made outside, and, while compiling, those within ``F.multi_head_attention_forward``. It does
+not look at torch's own choice of a backend (``torch.nn.attention.sdpa_kernel``). A mode is asked about every torch function in its block,
+which takes a microsecond or two each: where that counts, compile the model, or call `scaled_dot_product_attention` itself.
 
 `register_flash_implementation` is the other way, from below: torch's own calls, and C++'s, by flashtile's kernels on CUDA.
 """
@@ -20,6 +19,7 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -37,20 +37,6 @@ __all__ = ["Routed", "register_flash_implementation", "routed", "scaled_dot_prod
 _SAID: set[str] = set()
 _MAX_HEAD_DIM = 256
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-class Routed(TorchFunctionMode):
-    """The mode that `routed` returns. May be entered again, and within itself."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return scaled_dot_product_attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def routed() -> Routed:
-    """A context in which torch's scaled_dot_product_attention is flashtile's."""
-    return Routed()
 
 
 def scaled_dot_product_attention(
@@ -174,3 +160,29 @@ def _by_torch(reason: str, *args: Any) -> torch.Tensor:
         warnings.warn(f"scaled_dot_product_attention is left to torch: {reason}.", stacklevel=4)
     query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa = args
     return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _with_ours(function: Any) -> Any:
+    """A function of torch.nn.functional that finds ours where it looks for scaled_dot_product_attention."""
+    names = {**function.__globals__, "scaled_dot_product_attention": scaled_dot_product_attention}
+    return FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+
+
+# About this function torch asks a mode as a whole, and not about what it calls.
+_MULTI_HEAD = _with_ours(F.multi_head_attention_forward)
+
+
+class Routed(TorchFunctionMode):
+    """The mode that `routed` returns. May be entered again, and within itself."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            return scaled_dot_product_attention(*args, **(kwargs or {}))
+        if func is F.multi_head_attention_forward and not torch.compiler.is_compiling():
+            return _MULTI_HEAD(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def routed() -> Routed:
+    """A context in which torch's scaled_dot_product_attention is flashtile's."""
+    return Routed()

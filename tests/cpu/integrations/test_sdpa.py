@@ -198,6 +198,23 @@ def test_dropout_follows_the_seed(calls: list[str]) -> None:
     assert calls == ["dense"] * 3
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_multi_head_attention_in_training(compiled: bool, calls: list[str]) -> None:
+    layer = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 9, 32)
+
+    def attend(x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = layer(x, x, x, need_weights=False)[0]
+        return out
+
+    expected = attend(x)
+    torch._dynamo.reset()
+    run = torch.compile(attend, backend="eager") if compiled else attend
+    with sdpa.routed():
+        torch.testing.assert_close(run(x), expected, **CLOSE)
+    assert compiled or calls == ["dense"]
+
+
 @pytest.mark.parametrize("inside", [False, True])
 def test_compiled(inside: bool) -> None:
     """The block around a compiled function, and within it: one graph, with flashtile's operator in it."""
