@@ -26,6 +26,8 @@ CASES = (
     replace(BASE, name="pages of 64", page_size=64),
     replace(BASE, name="pages of 1", page_size=1),
     replace(BASE, name="head dim 64", head_dim=64, head_dim_v=64, dtype="float16"),
+    replace(BASE, name="e4m3", dtype_kv="float8_e4m3fn", k_scales="head", v_scales="sequence"),
+    replace(BASE, name="int8, pages of 16", dtype_kv="int8", k_scales="tensor", v_scales="head", page_size=16),
     replace(BASE, name="head dims 192 and 128", head_dim=192),
     replace(BASE, name="head dim 256", head_dim=256, head_dim_v=256),
     replace(BASE, name="softcap and ALiBi, HND", softcap=9.0, alibi=True, layout="HND", seqlens_q=2),

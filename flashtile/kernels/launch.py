@@ -338,8 +338,12 @@ def _encoded(meta: Any, tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 def _described(tensor: torch.Tensor) -> SimpleNamespace:
-    """A tensor as Triton's encoder of tensor maps reads it."""
-    return SimpleNamespace(base=tensor, shape=list(tensor.shape), strides=list(tensor.stride()), padding="zero", round_f32_to_tf32=False)
+    """A tensor as Triton's encoder of tensor maps reads it; one of a byte an element, as elements of two such bytes."""
+    shape, strides = list(tensor.shape), list(tensor.stride())
+    if tensor.itemsize == 1:
+        shape[-1] //= 2
+        strides[:-1] = [stride // 2 for stride in strides[:-1]]
+    return SimpleNamespace(base=tensor, shape=shape, strides=strides, padding="zero", round_f32_to_tf32=False)
 
 
 def _interpreter_launch(spec: Spec) -> Callable[..., None]:

@@ -107,7 +107,7 @@ def shared_memory_bytes(problem: Problem, tile: TileShape, device: Device) -> in
     if problem.quantised:
         # float16 from here on: q, the probabilities, and what an instruction reads of K or of V from shared memory
         k_bytes = v_bytes = HALF_BYTES
-        converted = tile.block_n * max(dim, dim_v) * HALF_BYTES if reads_shared else 0
+        converted = tile.block_n * max(dim, dim_v) * HALF_BYTES if reads_shared or mma is None else 0
     q_bytes = tile.block_m * dim * k_bytes
     own_rows = tile.num_warps * 16 <= tile.block_m
     in_registers = reads_shared and own_rows and not tile.swapped and not gathered and v_bytes < 4

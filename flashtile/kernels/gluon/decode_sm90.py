@@ -174,14 +174,13 @@ def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> DecodeRunn
     launch = launcher(decode_spec(problem, plan), device)
     gathered = gathers(problem.page_size, plan.block_n) and not asks_by_page(problem, plan)
 
-    paired = problem.quantised
+    codes_an_element = 2 if problem.quantised else 1
+
+    def view(keys: torch.Tensor) -> tuple[int, ...]:
+        return keys.data_ptr(), *(stride // codes_an_element for stride in keys.stride()[:3])
 
     def with_keys(k: torch.Tensor, v: torch.Tensor) -> tuple[Launch, Any, Any]:
-        if paired:
-            k, v = k.view(torch.int16), v.view(torch.int16)
-        if gathered:
-            return launch, (k.data_ptr(), *k.stride()[:3]), (v.data_ptr(), *v.stride()[:3])
-        return launch, k, v
+        return (launch, view(k), view(v)) if gathered else (launch, k, v)
 
     return bind_split(
         problem, plan, device, torch.Tensor.data_ptr, with_keys, (length_bucket(problem.seqlen_k),), _merges_parts(problem, plan)

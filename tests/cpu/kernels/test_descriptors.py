@@ -189,6 +189,15 @@ def test_other_tritons_are_handed_the_tensors_described(monkeypatch: pytest.Monk
         assert described.padding == "zero"
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_codes_of_one_byte_are_described_in_pairs(dtype: torch.dtype) -> None:
+    cache = torch.zeros(3, 4, 50, 64).to(dtype).transpose(1, 2)[:, :, ::2]
+    pairs = launch._described(cache)
+    as_pairs = cache.view(torch.int16)
+    assert pairs.base is cache
+    assert (pairs.shape, pairs.strides) == (list(as_pairs.shape), list(as_pairs.stride()))
+
+
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_profiler_is_served_with_descriptions(version: str, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
