@@ -47,6 +47,7 @@ SMALL_COPY_REGISTERS = 0.7  # a copy of less than 16 bytes
 FMA_FEATURE_REGISTERS = 5  # what a feature takes beside for 32 keys of an FMA dot, which fills the registers by itself
 FMA_LOADED_SHARE = 0.4  # FMA operands pass through registers anyway
 VECTOR_LOADED_REGISTERS = 90  # what such loads cost the vector kernel beside
+QUANTISED_LOADED_FACTOR = 1.5  # more of LOADED_REGISTERS for bytes, which become two registers each on their way
 HALF_BYTES = 2  # of what quantised keys and values are multiplied as
 QUANTISED_REGISTERS = 0.7  # an element of a quantised key tile, on its way to float16,
 QUANTISED_SHARED_REGISTERS = 0.4  # and by way of shared memory,
@@ -199,7 +200,7 @@ def _misaligned(problem: Problem, elements: float, device: Device) -> float:
     if problem.alignment >= COPY_BYTES:
         return 0.0
     if problem.alignment < MIN_COPY_BYTES or not device.architecture.async_copies:
-        return LOADED_REGISTERS[device.backend] * elements
+        return LOADED_REGISTERS[device.backend] * elements * (QUANTISED_LOADED_FACTOR if problem.quantised else 1.0)
     return SMALL_COPY_REGISTERS * elements * DTYPE_BYTES[problem.dtype_k] / problem.alignment
 
 
