@@ -14,7 +14,7 @@ from flashtile import reference
 from flashtile.cli import contest
 from flashtile.cli.device import RunDevice, pick_device
 from flashtile.cli.output import console, microseconds, table
-from flashtile.cli.shape import Dtype
+from flashtile.cli.shape import Dtype, DtypeKv, DtypeKvOption
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
@@ -22,6 +22,7 @@ from flashtile.problem import Problem
 from flashtile.testing.peers import PEERS, DecodeInputs
 from flashtile.testing.tolerance import relative_l2
 
+_STORED = {DtypeKv.float8_e4m3fn: torch.float8_e4m3fn, DtypeKv.int8: torch.int8}
 HEADS = ("32/8", "32/32", "64/8", "16/1")
 GPU_SIZES = ((1, 512), (1, 4096), (1, 32768), (1, 131072), (8, 2048), (8, 16384), (32, 4096), (128, 1024), (128, 4096))
 CPU_HEADS = ("32/8", "16/1")
@@ -45,6 +46,7 @@ def decode(
     keys: Annotated[list[int] | None, typer.Option("--keys", min=1, help="Keys a sequence; repeatable.")] = None,
     head_dim: Annotated[int, typer.Option("--head-dim", min=8, help="Size of a query, a key and a value.")] = 128,
     dtype: Annotated[Dtype, typer.Option("--dtype", help="Of queries, keys and values.")] = Dtype.bfloat16,
+    dtype_kv: DtypeKvOption = None,
     device: RunDevice = "auto",
     peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time the other libraries too.")] = True,
     seed: Annotated[int, typer.Option("--seed", help="Draws the numbers.")] = 0,
@@ -53,8 +55,10 @@ def decode(
     """Time decode (one query a sequence) on a grid of problems, peers beside it; each result is checked first."""
     where = pick_device(device)
     sizes = _grid(where, heads, batch, keys)
-    bench_one = lambda size: _bench_one(size, head_dim, dtype.torch, where, peers, seed)  # noqa: E731
-    contest.run("decode", sizes, bench_one, where, dtype.value, head_dim, _render, as_json)
+    stored = None if dtype_kv is None else _STORED[dtype_kv]
+    bench_one = lambda size: _bench_one(size, head_dim, dtype.torch, stored, where, peers and stored is None, seed)  # noqa: E731
+    dtypes = dtype.value if dtype_kv is None else f"{dtype.value} over {dtype_kv.value}"
+    contest.run("decode", sizes, bench_one, where, dtypes, head_dim, _render, as_json)
 
 
 def _grid(device: torch.device, heads: list[str] | None, batch: list[int] | None, keys: list[int] | None) -> list[Size]:
@@ -66,20 +70,22 @@ def _grid(device: torch.device, heads: list[str] | None, batch: list[int] | None
     return [Size(b, k, hq, hk) for hq, hk in pairs for b, k in sizes]
 
 
-def _bench_one(size: Size, head_dim: int, dtype: torch.dtype, device: torch.device, with_peers: bool, seed: int) -> dict[str, Any]:
+def _bench_one(
+    size: Size, head_dim: int, dtype: torch.dtype, dtype_kv: torch.dtype | None, device: torch.device, with_peers: bool, seed: int
+) -> dict[str, Any]:
     heads = (size.num_heads_q, size.num_heads_kv)
-    make = lambda number: DecodeInputs.random(size.batch, size.seqlen_k, heads, head_dim, dtype, device, number)  # noqa: E731
+    make = lambda number: DecodeInputs.random(size.batch, size.seqlen_k, heads, head_dim, dtype, device, number, dtype_kv)  # noqa: E731
     sets = contest.input_sets(make, lambda x: x.num_bytes, device, seed)
     first = sets[0]
     expected, expected_lse = _expected(first)
     count = len(expected)
-    plan = plan_decode(Problem.decode(first.q, first.k, first.v, first.seqlens_k), Device.of(device))
-    out, lse = flashtile.decode_with_lse(first.q, first.k, first.v, first.seqlens_k)
+    plan = plan_decode(Problem.decode(**first.args), Device.of(device))
+    out, lse = flashtile.decode_with_lse(**first.args)
     check = contest.verdict(out[:count], lse[:count], expected, expected_lse)
     able, refused = contest.able_peers(
         PEERS if with_peers else (), first, device, dtype, lambda result: relative_l2(result[:count], expected)
     )
-    times = contest.timed({"flashtile": lambda x: flashtile.decode(x.q, x.k, x.v, x.seqlens_k), **able}, sets, device)
+    times = contest.timed({"flashtile": lambda x: flashtile.decode(**x.args), **able}, sets, device)
     return {
         **asdict(size),
         "check": check,
@@ -94,7 +100,8 @@ def _bench_one(size: Size, head_dim: int, dtype: torch.dtype, device: torch.devi
 def _expected(x: DecodeInputs) -> tuple[torch.Tensor, torch.Tensor]:
     """The reference on the first sequences: enough of them to reach 64 thousand keys, at least one."""
     count = max(1, min(x.k.shape[0], (64 << 10) // x.k.shape[1]))
-    return reference.decode(x.q[:count], x.k[:count], x.v[:count], x.seqlens_k[:count])
+    scales: dict[str, Any] = {"k_scale": x.kv_scale, "v_scale": x.kv_scale}
+    return reference.decode(x.q[:count], x.k[:count], x.v[:count], x.seqlens_k[:count], **scales)
 
 
 def _plan_facts(plan: DecodePlan) -> dict[str, Any]:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+_SPREAD = 20.0  # what values are multiplied by before they are quantised
+
 
 @dataclass(frozen=True)
 class DecodeInputs:
@@ -24,15 +26,27 @@ class DecodeInputs:
     k: torch.Tensor
     v: torch.Tensor
     seqlens_k: torch.Tensor
+    kv_scale: torch.Tensor | None = None  # (1,), of quantised keys and values
 
     @classmethod
     def random(
-        cls, batch: int, seqlen_k: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device, seed: int
-    ) -> DecodeInputs:
+        cls, batch: int, seqlen_k: int, heads: tuple[int, int], head_dim: int, dtype: torch.dtype, device: torch.device, seed: int,
+        dtype_kv: torch.dtype | None = None,
+    ) -> DecodeInputs:  # fmt: skip
         generator = torch.Generator(device=device).manual_seed(seed)
         shapes = ((batch, 1, heads[0], head_dim), (batch, seqlen_k, heads[1], head_dim), (batch, seqlen_k, heads[1], head_dim))
         q, k, v = (torch.randn(shape, dtype=dtype, device=device, generator=generator) for shape in shapes)
-        return cls(q, k, v, torch.full((batch,), seqlen_k, dtype=torch.int32, device=device))
+        lengths = torch.full((batch,), seqlen_k, dtype=torch.int32, device=device)
+        if dtype_kv is None:
+            return cls(q, k, v, lengths)
+        k, v = ((_SPREAD * keys).round().clamp(-127, 127).to(dtype_kv) for keys in (k, v))
+        return cls(q, k, v, lengths, torch.full((1,), 1 / _SPREAD, device=device))
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """Keyword arguments of ``flashtile.decode``."""
+        args = {"q": self.q, "k_cache": self.k, "v_cache": self.v, "seqlens_k": self.seqlens_k}
+        return args | {"k_scale": self.kv_scale, "v_scale": self.kv_scale}
 
     @property
     def num_bytes(self) -> int:

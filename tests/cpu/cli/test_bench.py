@@ -34,11 +34,20 @@ def test_without_peers_only_ours_is_timed() -> None:
     assert [set(row["seconds"]) for row in document["results"]] == [{"flashtile"}]
 
 
+@pytest.mark.parametrize("stored", ["float8_e4m3fn", "int8"])
+def test_a_quantised_cache_is_checked_and_timed_without_peers(stored: str) -> None:
+    result = CliRunner().invoke(app, [*TINY, "--dtype-kv", stored, "--json"])
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["dtype"] == f"bfloat16 over {stored}"
+    assert [(row["check"], set(row["seconds"])) for row in document["results"]] == [("passed", {"flashtile"})]
+
+
 def test_a_wrong_result_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     right = flashtile.decode_with_lse
 
-    def wrong(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = right(*args)
+    def wrong(**args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = right(**args)
         return out * 1.1, lse
 
     monkeypatch.setattr(flashtile, "decode_with_lse", wrong)

@@ -186,3 +186,21 @@ def test_forward_is_told_to_a_person_with_a_table_of_the_other_tiles() -> None:
     assert "kernel gluon.forward_sm90, chosen by the rule" in result.stdout
     assert "Limited by exp" in result.stdout
     assert "16 of triton.forward" in result.stdout
+
+
+@pytest.mark.parametrize(("stored", "scales"), [("float8_e4m3fn", "head"), ("int8", "none")])
+def test_a_quantised_cache_is_explained(stored: str, scales: str) -> None:
+    flags = ["explain", "--device", "h200", "--batch", "32", "--dtype-kv", stored, "--kv-scales", scales]
+    result = CliRunner().invoke(app, flags)
+    assert result.exit_code == 0, result.stderr
+    assert f"bfloat16 over {stored} keys and values on H200" in " ".join(result.stdout.split())
+    document = json.loads(CliRunner().invoke(app, [*flags, "--json"]).stdout)
+    assert document["problem"]["k_scales"] == document["problem"]["v_scales"] == scales
+    plain = json.loads(CliRunner().invoke(app, ["explain", "--device", "h200", "--batch", "32", "--json"]).stdout)
+    assert document["bytes_read"] * 2 == plain["bytes_read"]
+    assert document["predicted_us"] * 1.6 < plain["predicted_us"]
+
+
+def test_a_quantised_cache_is_for_decode() -> None:
+    result = CliRunner().invoke(app, ["explain", "forward", "--device", "h200", "--dtype-kv", "int8"])
+    assert result.exit_code != 0
