@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -238,12 +238,15 @@ def compile_point(point: Point) -> Outcome:
     return Outcome(point, plan, decode, combine)
 
 
-def compile_all(points: Iterable[Point], jobs: int = 2) -> Iterator[Outcome]:
+def compile_all(points: Iterable[Point], jobs: int = 2) -> Generator[Outcome, None, None]:
     """Outcomes as they come, from ``jobs`` processes of their own: Triton's interpreter may be on in this one."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_leave_interpreter) as pool:
-        for done in as_completed([pool.submit(compile_point, point) for point in points]):
-            yield done.result()
+        try:
+            for done in as_completed([pool.submit(compile_point, point) for point in points]):
+                yield done.result()
+        finally:  # of a caller that stops early
+            pool.shutdown(cancel_futures=True)
 
 
 def _leave_interpreter() -> None:

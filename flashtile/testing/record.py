@@ -54,6 +54,10 @@ class Record:
         self.running = None
         self._write()
 
+    def save(self) -> None:
+        """Writes the file as it stands: after entries that were appended at once."""
+        self._write()
+
     def _write(self, step: str | None = None) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         data = {"schema": SCHEMA, **self.head, "entries": self.entries}
