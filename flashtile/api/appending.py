@@ -24,6 +24,8 @@ def append_kv(
     rotary_seqlens: torch.Tensor | None = None,
     rotary_interleaved: bool = False,
     queries_advance: bool = True,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Writes new keys and values into a cache behind those that are there, in one launch; `decode` takes what it returns.
 
@@ -34,7 +36,8 @@ def append_kv(
         k_cache: (batch, capacity, num_heads_kv, head_dim), or with ``page_table`` (num_pages, page_size, num_heads_kv, head_dim);
             written in place. Any strides with a contiguous last dimension, any head_dim.
         v_cache: the same with a last dimension (head_dim_v) of its own.
-        k, v: the new ones, (batch, seqlen_new, num_heads_kv, head_dim or head_dim_v), of the caches' dtype; or with
+        k, v: the new ones, (batch, seqlen_new, num_heads_kv, head_dim or head_dim_v), of the caches' dtype, or floating beside
+            caches of float8_e4m3fn or int8, which hold the nearest code of k over k_scale, within their range; or with
             ``cu_seqlens_k_new`` packed (total_new, num_heads_kv, ...).
         seqlens_k: (batch,) int32: the keys of each sequence so far. Clamped on the device to what the cache holds: ``capacity``, or
             ``max_pages * page_size``. New keys beyond that are dropped.
@@ -49,6 +52,7 @@ def append_kv(
         rotary_interleaved: pairs are neighbours, elements 2 i and 2 i + 1; else i and i + pairs.
         queries_advance: query i stands i positions behind the first, as it does where attention is causal or local; else all stand
             at the first new position.
+        k_scale, v_scale: as for `decode`: float32 of one element, (num_heads_kv,) or (batch, num_heads_kv), 1 where None.
 
     Returns:
         seqlens_k: (batch,) int32: the keys of each sequence from now on, at most what the cache holds.
@@ -64,6 +68,6 @@ def append_kv(
     run = torch.ops.flashtile.append_kv if torch.compiler.is_compiling() else ops.append.append
     seqlens, turned_q = run(
         k_cache, v_cache, k, v, seqlens_k, page_table, cu_seqlens_k_new, q, cu_seqlens_q, max_seqlen_q, rotary_cos, rotary_sin,
-        rotary_seqlens, rotary_interleaved, queries_advance,
+        rotary_seqlens, rotary_interleaved, queries_advance, k_scale, v_scale,
     )  # fmt: skip
     return seqlens, q if q is None or rotary_cos is None else turned_q

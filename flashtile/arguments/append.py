@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flashtile.arguments.keys import check_cache, check_heads
+from flashtile.arguments.quantised import check_kv_scales
 from flashtile.arguments.queries import check_queries, check_starts
 from flashtile.arguments.rotary import check_tables
 from flashtile.arguments.tensors import check_int32, check_last_dim
@@ -31,19 +32,28 @@ def check_append(
     rotary_seqlens: torch.Tensor | None,
     rotary_interleaved: object,
     queries_advance: object,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> None:
     """Raises for a wrong argument; no tensor is read."""
     _check_tensors(
         k_cache=k_cache, v_cache=v_cache, k=k, v=v, seqlens_k=seqlens_k, page_table=page_table, cu_seqlens_k_new=cu_seqlens_k_new,
         q=q, cu_seqlens_q=cu_seqlens_q, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens,
+        k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     check_bool("rotary_interleaved", rotary_interleaved)
     check_bool("queries_advance", queries_advance)
     check_int32("seqlens_k", seqlens_k, rank=1)
     batch = seqlens_k.shape[0]
     heads_kv, _, _, _ = check_cache(k_cache, v_cache, page_table, batch)
+    check_kv_scales(k_cache, heads_kv, batch, k_scale=k_scale, v_scale=v_scale)
     _check_new("k", k, k_cache, cu_seqlens_k_new, batch)
     _check_new("v", v, v_cache, cu_seqlens_k_new, batch)
+    if k.dtype != v.dtype or k_cache.dtype != v_cache.dtype:
+        got = f"{k.dtype}, {v.dtype}, {k_cache.dtype} and {v_cache.dtype}"
+        raise DtypeError(message("k, v and their caches", "one dtype for both, new and stored", got, "Cast one of them."))
+    if k.dtype == k_cache.dtype and (k_scale is not None or v_scale is not None):
+        raise ArgumentError(message("k_scale and v_scale", f"None beside k of the cache's {k.dtype}", "a tensor", "Codes are not scaled."))
     if k.shape[:-1] != v.shape[:-1]:
         raise ShapeError(
             message("v", f"k's leading shape {tuple(k.shape[:-1])}", tuple(v.shape[:-1]), "Only the last dimension may differ.")
@@ -82,7 +92,10 @@ def _check_new(name: str, new: torch.Tensor, cache: torch.Tensor, cu_seqlens_k_n
     if cu_seqlens_k_new is not None:
         check_starts("cu_seqlens_k_new", cu_seqlens_k_new, batch)
     check_last_dim(name, new)
-    if new.dtype != cache.dtype:
+    import torch
+
+    floats = new.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    if new.dtype != cache.dtype and not (floats and cache.dtype in (torch.float8_e4m3fn, torch.int8)):
         raise DtypeError(message(name, f"{name}_cache's dtype, {cache.dtype}", new.dtype, f"Cast it with {name}.to({cache.dtype})."))
     if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride())):
         wanted, got = "memory of its own for every element", f"strides {cache.stride()}"

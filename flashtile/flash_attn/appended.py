@@ -33,16 +33,19 @@ def append(
     cu_seqlens_q: torch.Tensor | None,
     max_seqlen_q: int | None,
     scores: Scores,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q, turned where there are tables, and the lengths from now on. The queries of full attention all stand at the first position."""
     if new.k is None or new.v is None:
         raise ArgumentError(message("k and v", "both or neither", "one of them", "Both caches grow by the same tokens."))
     local = scores.causal or any(side is not None and side >= 0 for side in scores.window_size)
+    scales = {} if new.k.dtype == k_cache.dtype else {"k_scale": k_scale, "v_scale": v_scale}  # codes come as they are stored
     seqlens, turned = append_kv(
         k_cache, v_cache, _with_rows(new.k), _with_rows(new.v), seqlens_k, page_table=page_table, cu_seqlens_k_new=new.cu_seqlens_k_new,
         q=_with_rows(q) if new.rotary_cos is not None else None, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
         rotary_cos=new.rotary_cos, rotary_sin=new.rotary_sin, rotary_seqlens=new.rotary_seqlens,
-        rotary_interleaved=new.rotary_interleaved, queries_advance=local,
+        rotary_interleaved=new.rotary_interleaved, queries_advance=local, **scales,
     )  # fmt: skip
     return q if turned is None else turned, seqlens
 

@@ -53,7 +53,7 @@ def attend_cache(
     capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
     seqlens_k, hint = _lengths(cache_seqlens, capacity, batch, q.device)
     if appends:
-        q, seqlens_k = append(new, q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, scores)
+        q, seqlens_k = append(new, q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, scores, k_scale, v_scale)
         hint = None
     scale, head_dim_v = scale_for(q, scores.softmax_scale), v_cache.shape[-1]
     rows, k_cache, v_cache = readable(q), readable(k_cache), readable(v_cache)

@@ -16,10 +16,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from flashtile.kernels.call import AppendCall
 from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch, Spec, launcher, on_device, pointer_of
-from flashtile.kernels.operands import rows_view
+from flashtile.kernels.operands import kv_scales_view, rows_view
 from flashtile.kernels.tile.cache import is_page, page_of
+from flashtile.kernels.tile.quantised import stored
 from flashtile.kernels.tile.rotary import SequencesView, TablesView, angles_at, held, move_turned, tokens_of
-from flashtile.kernels.tile.views import KeysView, PagesView, RowsView, row_offsets
+from flashtile.kernels.tile.views import KeysView, KvScalesView, PagesView, RowsView, row_offsets
 from flashtile.planner.device import Device
 from flashtile.rounding import alignment_of
 
@@ -40,6 +41,8 @@ class Kind(NamedTuple):
     """What a call's kernel is compiled for."""
 
     dtype: torch.dtype
+    dtype_cache: torch.dtype
+    scales: tuple[bool, bool]  # whether keys and values have a scale
     alignment: int
     packed_new: bool
     packed_q: bool
@@ -58,7 +61,8 @@ class Kind(NamedTuple):
 
 @triton.jit
 def append_kernel(
-    q, turned_q, k, v, k_cache, v_cache, tables, pages, cache, queries, news, num_heads_q, num_heads_kv, query_blocks, key_blocks,
+    q, turned_q, k, v, k_cache, v_cache, kv_scales, tables, pages, cache, queries, news,
+    num_heads_q, num_heads_kv, query_blocks, key_blocks,
     BLOCK_M: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_DIM_V: tl.constexpr, PAGE_SIZE: tl.constexpr, PAIRS: tl.constexpr,
     PAIRS_HELD: tl.constexpr, REST_HELD: tl.constexpr, INTERLEAVED: tl.constexpr, QUERIES_ADVANCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -96,17 +100,27 @@ def append_kernel(
                 page = page_of(pages, b, key, inside, PAGE_SIZE)
                 inside = inside & is_page(pages, page)
                 block, slot = page, key % PAGE_SIZE
+            # a scale is written inside the calls: it may be None, which a name bound in a branch may not
             if job < key_blocks:
                 source = k.ptr + row_offsets(k, b_rows, first + token, head)
                 target = k_cache.ptr + _place(k_cache, block, slot, head)
                 if tables.cos is not None:
                     cos, sin = angles_at(tables, position + token, inside, PAIRS, PAIRS_HELD)
-                    move_turned(source, target, inside, cos, sin, PAIRS, PAIRS_HELD, HEAD_DIM, REST_HELD, INTERLEAVED, False)
+                    move_turned(
+                        source, target, inside, cos, sin,
+                        _scale(k, k_cache, kv_scales.k, kv_scales.k_stride_b, kv_scales.k_stride_h, b, head),
+                        PAIRS, PAIRS_HELD, HEAD_DIM, REST_HELD, INTERLEAVED, False,
+                    )  # fmt: skip
                 else:
-                    _move(source, target, inside, HEAD_DIM)
+                    _move(
+                        source, target, inside,
+                        _scale(k, k_cache, kv_scales.k, kv_scales.k_stride_b, kv_scales.k_stride_h, b, head), HEAD_DIM,
+                    )  # fmt: skip
             else:
-                source = v.ptr + row_offsets(v, b_rows, first + token, head)
-                _move(source, v_cache.ptr + _place(v_cache, block, slot, head), inside, HEAD_DIM_V)
+                _move(
+                    v.ptr + row_offsets(v, b_rows, first + token, head), v_cache.ptr + _place(v_cache, block, slot, head), inside,
+                    _scale(v, v_cache, kv_scales.v, kv_scales.v_stride_b, kv_scales.v_stride_h, b, head), HEAD_DIM_V,
+                )  # fmt: skip
     elif q.ptr is not None:
         first, end = tokens_of(queries, b)
         b_rows = b * 0 if queries.cu_seqlens is not None else b
@@ -119,7 +133,7 @@ def append_kernel(
             cos, sin = angles_at(tables, at, real, PAIRS, PAIRS_HELD)
             source = q.ptr + row_offsets(q, b_rows, first + token, head)
             target = turned_q.ptr + row_offsets(turned_q, b_rows, first + token, head)
-            move_turned(source, target, real, cos, sin, PAIRS, PAIRS_HELD, HEAD_DIM, REST_HELD, INTERLEAVED, False)
+            move_turned(source, target, real, cos, sin, None, PAIRS, PAIRS_HELD, HEAD_DIM, REST_HELD, INTERLEAVED, False)
 
 
 @triton.jit
@@ -129,11 +143,24 @@ def _place(view, block, slot, head):
 
 
 @triton.jit
-def _move(source, target, real, DIM: tl.constexpr):
-    """Heads of DIM elements, bit by bit, from pointers ``source`` (rows,) to ``target``."""
+def _scale(new, cache, ptr, stride_b, stride_h, b, head):
+    """What the cache's codes of heads (rows,) are multiplied by, [rows, 1]; None where it holds what is new as it comes."""
+    if new.ptr.dtype.element_ty == cache.ptr.dtype.element_ty:
+        scale = None
+    elif ptr is None:
+        scale = tl.full([head.shape[0], 1], 1.0, tl.float32)
+    else:
+        scale = tl.load(ptr + b.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h)[:, None]
+    return scale
+
+
+@triton.jit
+def _move(source, target, real, scale, DIM: tl.constexpr):
+    """Heads of DIM elements from pointers ``source`` (rows,) to ``target``: bit by bit, or as codes where there is a ``scale``."""
     d = tl.arange(0, triton.next_power_of_2(DIM))
     mask = real[:, None] & (d < DIM)[None, :]
-    tl.store(target[:, None] + d[None, :], tl.load(source[:, None] + d[None, :], mask=mask), mask=mask)
+    x = tl.load(source[:, None] + d[None, :], mask=mask)
+    tl.store(target[:, None] + d[None, :], stored(x, scale, target.dtype.element_ty), mask=mask)
 
 
 def append_spec(kind: Kind) -> Spec:
@@ -141,7 +168,10 @@ def append_spec(kind: Kind) -> Spec:
     i32, i64, starts = Arg("i32"), Arg("i64"), Arg("*i32")
     stride = Arg("i64", max(1, kind.alignment // kind.dtype.itemsize))
     pointer = Arg("*" + _name_of(kind.dtype), kind.alignment)
-    rows, keys = RowsView(pointer, stride, stride, stride), KeysView(pointer, stride, stride, stride)
+    rows = RowsView(pointer, stride, stride, stride)
+    stride = Arg("i64", max(1, kind.alignment // kind.dtype_cache.itemsize))
+    keys = KeysView(Arg("*" + _name_of(kind.dtype_cache), kind.alignment), stride, stride, stride)
+    scales = [(Arg("*fp32"), i64, i64) if given else (None, None, None) for given in kind.scales]
     queries = rows if kind.turns_q else RowsView(None, None, None, None)
     tables = TablesView(None, None, None, None, None)
     if kind.dtype_table is not None:
@@ -150,7 +180,8 @@ def append_spec(kind: Kind) -> Spec:
     return Spec(
         append_kernel,
         args={
-            "q": queries, "turned_q": queries, "k": rows, "v": rows, "k_cache": keys, "v_cache": keys, "tables": tables,
+            "q": queries, "turned_q": queries, "k": rows, "v": rows, "k_cache": keys, "v_cache": keys,
+            "kv_scales": KvScalesView(*scales[0], *scales[1]), "tables": tables,
             "pages": PagesView(starts, i64, i32) if kind.page_size else PagesView(None, None, None),
             "cache": CacheView(starts, i32, starts),
             "queries": SequencesView(starts if kind.packed_q else None, i32 if kind.turns_q else None),
@@ -178,7 +209,8 @@ def runner_for(call: AppendCall) -> Callable[[AppendCall], None]:
     if q is not None and turned_q is not None:
         alignment = min(alignment, alignment_of(q, k, v, turned_q))
     kind = Kind(
-        k.dtype, alignment, call.cu_seqlens_k_new is not None, turns and call.cu_seqlens_q is not None,
+        k.dtype, k_cache.dtype, (call.k_scale is not None, call.v_scale is not None), alignment,
+        call.cu_seqlens_k_new is not None, turns and call.cu_seqlens_q is not None,
         0 if call.page_table is None else k_cache.shape[1], k.shape[-1], v.shape[-1], dtype_table, aligned,
         dtype_table is not None and call.positions is not None, pairs, call.interleaved, turns, turns and call.queries_advance,
         _launches_dependents(k.device),
@@ -216,7 +248,8 @@ def _runner(kind: Kind, device: torch.device) -> Callable[[AppendCall], None]:
             tables = (pointer(cos), pointer(sin), cos.shape[0], None if call.positions is None else pointer(call.positions), None)
         launch.run(
             batch * (2 * key_blocks + query_blocks), 1, stream, q_view, turned_view, rows_view(k, pointer), rows_view(call.v, pointer),
-            rows_view(k_cache, pointer), rows_view(call.v_cache, pointer), tables, pages,
+            rows_view(k_cache, pointer), rows_view(call.v_cache, pointer), kv_scales_view(call.k_scale, call.v_scale, pointer),
+            tables, pages,
             (pointer(call.seqlens), capacity, pointer(call.new_seqlens)), queries, news, heads_q, heads_kv, query_blocks, key_blocks,
             *launch.constants,
         )  # fmt: skip

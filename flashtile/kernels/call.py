@@ -156,6 +156,9 @@ class AppendCall(NamedTuple):
     turned_q         like q, written; None where q is not turned
     interleaved      pairs are neighbours, elements 2 i and 2 i + 1; else i and i + pairs
     queries_advance  query i stands at position i from the first; else all at the first
+    k_scale          float32 of one element, (hk,) or (b, hk): what is stored in a quantised cache is k over it; None for 1, or where
+                     k comes as it is stored
+    v_scale          the same for values
     """
 
     k: torch.Tensor
@@ -174,6 +177,8 @@ class AppendCall(NamedTuple):
     turned_q: torch.Tensor | None
     interleaved: bool
     queries_advance: bool
+    k_scale: torch.Tensor | None = None
+    v_scale: torch.Tensor | None = None
 
     @property
     def out(self) -> torch.Tensor:

@@ -33,13 +33,16 @@ def run(call: AppendCall) -> None:
     call.new_seqlens.copy_((seqlens + counts).clamp(max=capacity))
     keys, values = _flat(call.k)[tokens.row], _flat(call.v)[tokens.row]
     if call.cos is not None and call.sin is not None:
+        keys = keys if call.k_cache.dtype == keys.dtype else keys.float()  # what becomes a code is not rounded twice
         keys = _turned(keys, call.cos, call.sin, positions[tokens.sequence] + tokens.place, call.interleaved)
         if call.q is not None and call.turned_q is not None:
             queries, _ = _tokens_of(call.q, call.cu_seqlens_q)
             at = positions[queries.sequence] + (queries.place if call.queries_advance else 0)
             _flat(call.turned_q)[queries.row] = _turned(_flat(call.q)[queries.row], call.cos, call.sin, at, call.interleaved)
     block, slot, inside = _places(call, tokens.sequence, seqlens[tokens.sequence] + tokens.place, capacity)
-    for new, cache in ((keys, call.k_cache), (values, call.v_cache)):
+    for new, cache, scale in ((keys, call.k_cache, call.k_scale), (values, call.v_cache, call.v_scale)):
+        if new.dtype != cache.dtype:
+            new = _codes_of(new, scale, tokens.sequence, len(counts), cache.dtype)
         bits = torch.uint8 if cache.itemsize == 1 else cache.dtype  # torch puts no float8
         cache.view(bits)[block[inside], slot[inside]] = new.view(bits)[inside]
 
@@ -60,6 +63,14 @@ def _tokens_of(x: torch.Tensor, cu_seqlens: torch.Tensor | None) -> tuple[_Token
     sequence = torch.arange(len(counts)).repeat_interleave(counts)
     place = torch.arange(len(sequence)) - (counts.cumsum(0) - counts)[sequence]
     return _Tokens(sequence, place, first[sequence] + place), counts
+
+
+def _codes_of(x: torch.Tensor, scale: torch.Tensor | None, sequence: torch.Tensor, batch: int, dtype: torch.dtype) -> torch.Tensor:
+    """Tokens (tokens, heads, dim) over their scale as a quantised cache holds them: the nearest, beyond its range its end."""
+    x = x.float()
+    if scale is not None:
+        x = x / scale.expand(batch, x.shape[1])[sequence][..., None]
+    return x.round().clamp(-128, 127).to(dtype) if dtype == torch.int8 else x.clamp(-448.0, 448.0).to(dtype)
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, at: torch.Tensor, interleaved: bool) -> torch.Tensor:

@@ -81,7 +81,7 @@ def rotary_kernel(
             sin = -sin
         source = x.ptr + row_offsets(x, b_rows, start + position, h)
         target = out.ptr + row_offsets(out, b_rows, start + position, h)
-        move_turned(source, target, real, cos, sin, PAIRS, PAIRS_HELD, HEAD_DIM, REST_HELD, INTERLEAVED, IN_PLACE)
+        move_turned(source, target, real, cos, sin, None, PAIRS, PAIRS_HELD, HEAD_DIM, REST_HELD, INTERLEAVED, IN_PLACE)
     elif sequences.cu_seqlens is not None:
         start = tl.minimum(tl.maximum(tl.load(sequences.cu_seqlens + b), 0), sequences.tokens)
         all_d = tl.arange(0, triton.next_power_of_2(HEAD_DIM))

@@ -36,12 +36,14 @@ def append(
     rotary_seqlens: torch.Tensor | None,
     rotary_interleaved: bool,
     queries_advance: bool,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> Appended:
     """One append on the tensors' own device."""
     global _repeat
     args = (
         k_cache, v_cache, k, v, seqlens_k, page_table, cu_seqlens_k_new, q, cu_seqlens_q, max_seqlen_q, rotary_cos, rotary_sin,
-        rotary_seqlens, rotary_interleaved, queries_advance,
+        rotary_seqlens, rotary_interleaved, queries_advance, k_scale, v_scale,
     )  # fmt: skip
     checking = CHECKING.get()
     if _repeat is not None and not checking:
@@ -56,6 +58,7 @@ def append(
     call = AppendCall(
         k, v, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_k_new, None if turned_q is None else q, cu_seqlens_q,
         cos, sin, rotary_seqlens, torch.empty_like(seqlens_k), turned_q, rotary_interleaved, queries_advance,
+        k_scale, v_scale,
     )  # fmt: skip
     if checking:
         check_append_values(call)
@@ -93,11 +96,13 @@ def append_operator(
     rotary_seqlens: torch.Tensor | None,
     rotary_interleaved: bool,
     queries_advance: bool,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`append` as torch.compile sees it: the turned q has no element where nothing turns it."""
     seqlens, turned_q = append(
         k_cache, v_cache, k, v, seqlens_k, page_table, cu_seqlens_k_new, q, cu_seqlens_q, max_seqlen_q, rotary_cos, rotary_sin,
-        rotary_seqlens, rotary_interleaved, queries_advance,
+        rotary_seqlens, rotary_interleaved, queries_advance, k_scale, v_scale,
     )  # fmt: skip
     return seqlens, k.new_empty(0) if turned_q is None else turned_q
 
@@ -119,6 +124,8 @@ def _(
     rotary_seqlens: torch.Tensor | None,
     rotary_interleaved: bool,
     queries_advance: bool,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     seqlens = torch.empty_like(seqlens_k)
     if q is None or rotary_cos is None:

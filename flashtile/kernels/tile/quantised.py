@@ -51,6 +51,33 @@ def as_half(codes):
 
 
 @triton.jit
+def as_codes(x, dtype: tl.constexpr):
+    """The codes of a float32 tile, uint8 for e4m3 or int8: the nearest value, ties to even, and beyond the range its end."""
+    if dtype == tl.int8:
+        # what is added leaves no bits for fractions
+        nearest = tl.minimum(tl.maximum(x, -128.0), 127.0) + 12582912.0
+        return (nearest.to(tl.int32, bitcast=True) - 0x4B400000).to(tl.int8)
+    else:
+        size = tl.minimum(tl.abs(x), 448.0)
+        bits = size.to(tl.int32, bitcast=True)
+        # three bits of mantissa, and the exponent with a bias that is less by 120; below 2**-6, multiples of 2**-9
+        normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
+        small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+        code = tl.where(size < 0.015625, small, normal)
+        code = tl.where(x == x, code, 0x7F)
+        return (code | ((x.to(tl.int32, bitcast=True) >> 24) & 0x80)).to(tl.uint8)
+
+
+@triton.jit
+def stored(x, scale, dtype: tl.constexpr):
+    """x as a cache of ``dtype`` holds it: over its scale, where there are codes; ``scale`` is None where there are none."""
+    if scale is None:
+        return x.to(dtype)
+    else:
+        return as_codes(x.to(tl.float32) / scale, dtype)
+
+
+@triton.jit
 def rows_as_half(q):
     """(q in float16, factor (rows,)) with q = half * factor: bfloat16's rows, each moved by a power of two into float16's range.
 

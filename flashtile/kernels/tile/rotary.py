@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from flashtile.kernels.tile.quantised import stored
+
 
 class TablesView(NamedTuple):
     """cos and sin, each (rows, pairs) side by side, and where tokens stand: a sequence's first token at ``offsets[b] + offset``
@@ -52,13 +54,14 @@ def angles_at(tables, at, real, PAIRS: tl.constexpr, PAIRS_HELD: tl.constexpr):
 
 @triton.jit
 def move_turned(
-    source, target, real, cos, sin,
+    source, target, real, cos, sin, scale,
     PAIRS: tl.constexpr, PAIRS_HELD: tl.constexpr, HEAD_DIM: tl.constexpr, REST_HELD: tl.constexpr,
     INTERLEAVED: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     """Heads that begin at pointers ``source`` (rows,) go to ``target``, the first 2 * PAIRS elements turned.
 
-    ``source`` may be ``target``: with IN_PLACE it is, and the rest of each head stays where it is.
+    ``source`` may be ``target``: with IN_PLACE it is, and the rest of each head stays where it is. ``scale`` [rows, 1] is that of a
+    ``target`` that holds codes, else None.
     """
     dtype: tl.constexpr = target.dtype.element_ty
     if INTERLEAVED:
@@ -69,19 +72,19 @@ def move_turned(
         first, second = tl.split(tl.reshape(both, [both.shape[0], PAIRS_HELD, 2]))
         turned = tl.join(first * cos - second * sin, first * sin + second * cos)
         turned = tl.reshape(turned, [both.shape[0], 2 * PAIRS_HELD])
-        tl.store(target[:, None] + d[None, :], turned.to(dtype), mask=mask)
+        tl.store(target[:, None] + d[None, :], stored(turned, scale, dtype), mask=mask)
     else:
         # [rows, PAIRS_HELD]
         pair = tl.arange(0, PAIRS_HELD)
         mask = real[:, None] & (pair < PAIRS)[None, :]
         first = tl.load(source[:, None] + pair[None, :], mask=mask, other=0.0).to(tl.float32)
         second = tl.load(source[:, None] + PAIRS + pair[None, :], mask=mask, other=0.0).to(tl.float32)
-        tl.store(target[:, None] + pair[None, :], (first * cos - second * sin).to(dtype), mask=mask)
-        tl.store(target[:, None] + PAIRS + pair[None, :], (first * sin + second * cos).to(dtype), mask=mask)
+        tl.store(target[:, None] + pair[None, :], stored(first * cos - second * sin, scale, dtype), mask=mask)
+        tl.store(target[:, None] + PAIRS + pair[None, :], stored(first * sin + second * cos, scale, dtype), mask=mask)
     if HEAD_DIM > 2 * PAIRS and not IN_PLACE:
         rest = 2 * PAIRS + tl.arange(0, REST_HELD)
         mask = real[:, None] & (rest < HEAD_DIM)[None, :]
-        tl.store(target[:, None] + rest[None, :], tl.load(source[:, None] + rest[None, :], mask=mask), mask=mask)
+        tl.store(target[:, None] + rest[None, :], stored(tl.load(source[:, None] + rest[None, :], mask=mask), scale, dtype), mask=mask)
 
 
 def held(count: int) -> int:

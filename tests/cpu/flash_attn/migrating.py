@@ -85,7 +85,9 @@ CHUNKS = "Refused unless 0: no kernel has a mask of chunks."
 MARGIN = "Refused unless 0: no kernel leaves SMs free on request."
 NO_MARGIN = "Accepted; no SMs are left free."
 SCALES = "Refused: no kernel has a float8 q."
-NEW_KEYS = "Of the caches' dtype. New keys beyond the capacity, and on pages outside the cache, are dropped."
+NEW_KEYS = (
+    "Of the caches' dtype, or floating beside a cache of codes. New keys beyond the capacity, and on pages outside the cache, are dropped."
+)
 TABLES = "Of any floating dtype. A token beyond the tables is not turned. Only beside `k` and `v`, as there."
 LEFT = "Refused: keys begin where the sequence does."
 DESCALES = "Of a float8 or int8 cache beside a q of 16 bits; one number, (nheads_k,) or (batch, nheads_k)."

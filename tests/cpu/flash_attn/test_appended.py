@@ -130,6 +130,25 @@ def test_descales_are_those_of_the_cache(quantised: torch.dtype) -> None:
     torch.testing.assert_close(out, three.flash_attn_with_kvcache(q, *wide, cache_seqlens=40), atol=2e-2, rtol=2e-2)
 
 
+@pytest.mark.parametrize("as_codes", [False, True])
+@pytest.mark.parametrize("quantised", [torch.float8_e4m3fn, torch.int8])
+def test_new_keys_of_a_quantised_cache(quantised: torch.dtype, as_codes: bool) -> None:
+    """New keys come as floats, which are scaled and rounded, or as codes, which are not; either way they are what is attended to."""
+    rng = torch.Generator().manual_seed(3)
+    q = torch.randn(2, 1, 4, 64, generator=rng).to(torch.bfloat16)
+    caches = [(torch.randn(2, 50, 2, 64, generator=rng) * 20).to(quantised) for _ in range(2)]
+    scales = {name: torch.rand(2, 2, generator=rng) / 10 + 0.05 for name in ("k_descale", "v_descale")}
+    codes = [(torch.randn(2, 1, 2, 64, generator=rng) * 20).round().to(quantised) for _ in range(2)]
+    new = codes if as_codes else [(x.float() * scale[:, None, :, None]).float() for x, scale in zip(codes, scales.values())]
+    whole = [cache.clone() for cache in caches]
+    for cache, x in zip(whole, codes):
+        cache[:, 40:41] = x
+    expected = three.flash_attn_with_kvcache(q, *whole, cache_seqlens=41, **scales)
+    out = three.flash_attn_with_kvcache(q, *caches, *new, cache_seqlens=40, **scales)
+    assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(caches, whole))
+    assert torch.equal(out, expected)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [

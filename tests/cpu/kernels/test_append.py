@@ -58,6 +58,7 @@ def run_by(module: Any, args: dict[str, Any]) -> tuple[torch.Tensor, torch.Tenso
         args["k"], args["v"], args["k_cache"], args["v_cache"], args["seqlens_k"], args.get("page_table"), args.get("cu_seqlens_k_new"),
         None if turned is None else q, args.get("cu_seqlens_q"), cos, args.get("rotary_sin"), args.get("rotary_seqlens"),
         torch.full_like(args["seqlens_k"], -7), turned, args.get("rotary_interleaved", False), args.get("queries_advance", True),
+        args.get("k_scale"), args.get("v_scale"),
     )  # fmt: skip
     module.runner_for(call)(call)
     return call.new_seqlens, q if turned is None else turned
@@ -76,6 +77,79 @@ def test_starts_that_make_no_sense_write_nothing_outside() -> None:
     for kernels, cpus in zip(*results):
         torch.testing.assert_close(kernels, cpus)
     assert results[0][0].tolist() == [7, 36, 11]
+
+
+SCALES = {"none": None, "one": (1,), "head": (2,), "sequence": (3, 2)}
+
+
+def quantised(row: dict[str, Any], stored: torch.dtype, k_scales: str, v_scales: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """An append to caches of codes, and the same to caches as wide as what is new; both hold zeros so far."""
+    args = AppendCase(**row).arguments()
+    args |= {name: torch.zeros_like(args[name], dtype=torch.float64) for name in ("k_cache", "v_cache")}
+    codes = args | {name: args[name].to(stored) for name in ("k_cache", "v_cache")}
+    rng = torch.Generator().manual_seed(3)
+    for name, shape in (("k_scale", SCALES[k_scales]), ("v_scale", SCALES[v_scales])):
+        if shape is not None:
+            codes[name] = (torch.rand(shape, generator=rng) + 0.1) * 0.04
+    return codes, args
+
+
+@pytest.mark.parametrize("by", ["kernel", "cpu"])
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize(
+    ("row", "k_scales", "v_scales"),
+    [({"pairs": None}, "one", "sequence"), ({}, "head", "none"), ({"interleaved": True, "page_size": 8}, "sequence", "head"),
+     ({"new": (2, 0, 9), "dtype": "float32"}, "none", "one")],
+    ids=range(4),
+)  # fmt: skip
+def test_caches_of_codes_hold_the_nearest(row: dict[str, Any], k_scales: str, v_scales: str, stored: torch.dtype, by: str) -> None:
+    if by == "kernel":
+        pytest.importorskip("triton")
+        from flashtile.kernels import append as module
+    else:
+        from flashtile.kernels import cpu_append as module  # type: ignore[no-redef]
+    codes, wide = quantised(row, stored, k_scales, v_scales)
+    run_by(module, codes)
+    expected = written(wide)
+    table = wide.get("page_table")
+    sequence = torch.arange(3)
+    if table is not None:
+        sequence = torch.zeros(len(codes["k_cache"]), dtype=torch.long)
+        for b, pages in enumerate(table.tolist()):
+            sequence[[page for page in pages if page < len(sequence)]] = b
+    for name, exact in (("k_scale", expected.k_cache), ("v_scale", expected.v_cache)):
+        cache = codes[f"{name[0]}_cache"]
+        scale = codes.get(name, torch.ones(1)).double().expand(3, 2)[sequence][:, None, :, None]
+        most = 127.0 if stored == torch.int8 else 448.0
+        wanted = (exact / scale).clamp(-most - (stored == torch.int8), most)
+        step = torch.ones_like(wanted) if stored == torch.int8 else (wanted.abs() / 8).clamp(min=2.0**-9)
+        error = (cache.double() - wanted).abs()
+        assert (error <= step / 2 * (1 + 1e-5) + 1e-5).all(), f"{name}: off by {(error / step).max()} steps"
+        assert not (cache.double() == 0).all()
+
+
+@pytest.mark.parametrize("x", [0.0, -0.0, 448.0, 464.0, 1e9, -1e30, float("inf"), -float("inf"), float("nan"), 2.0**-9, 2.0**-10, 1.0625])
+def test_codes_of_odd_numbers(x: float) -> None:
+    pytest.importorskip("triton")
+    from flashtile.kernels import append
+
+    args = AppendCase(pairs=None, dtype="float32", new=1).arguments()
+    args |= {"k": torch.full_like(args["k"], x), "v": torch.full_like(args["v"], x)}
+    args |= {name: torch.zeros_like(args[name]).to(torch.float8_e4m3fn) for name in ("k_cache", "v_cache")}
+    run_by(append, args)
+    expected = torch.tensor(x).clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert (args["v_cache"].view(torch.uint8)[0, 3] & 0x7F == expected & 0x7F).all()
+    assert x != x or (args["v_cache"].view(torch.uint8)[0, 3] == expected).all()
+
+
+def test_codes_come_as_they_are() -> None:
+    args = AppendCase(pairs=None, queries=0).arguments()
+    for name in ("k", "v", "k_cache", "v_cache"):
+        args[name] = args[name].nan_to_num(0.0).to(torch.float8_e4m3fn)
+    flashtile.append_kv(**args)
+    assert torch.equal(args["v_cache"][0, 3:8].view(torch.uint8), args["v"][0].view(torch.uint8))
+    with pytest.raises(ArgumentError, match="k_scale and v_scale"):
+        flashtile.append_kv(**args, k_scale=torch.ones(1))
 
 
 def test_no_sequence_and_nothing_new() -> None:
@@ -100,7 +174,7 @@ def test_the_operator_is_what_it_says() -> None:
         args[cache] = torch.zeros_like(args[cache])
     names = (
         "k_cache", "v_cache", "k", "v", "seqlens_k", "page_table", "cu_seqlens_k_new", "q", "cu_seqlens_q", "max_seqlen_q", "rotary_cos",
-        "rotary_sin", "rotary_seqlens", "rotary_interleaved", "queries_advance",
+        "rotary_sin", "rotary_seqlens", "rotary_interleaved", "queries_advance", "k_scale", "v_scale",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.flashtile.append_kv.default, tuple(args.get(name) for name in names))
 
