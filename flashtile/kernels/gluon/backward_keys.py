@@ -116,6 +116,7 @@ def sum_over_queries(
             mbarrier.arrive(q_empty.index(stage), count=1)
             stage = next_stage
             phase = next_phase
+        v_own = v_tiles[1].index(2 * slot_anew(notes, tiles_done, C) + C)
         dv_coming, ds = add_values(
             s, v_own, dout_ring, lse_ring, delta_ring, dout_full, tokens, stage, phase, block, place, scale_log2, dv,
             C, BLOCK_M, D, DV, False,
@@ -142,6 +143,18 @@ def sum_over_queries(
         clear_gradient(dk_view, owned, keys.total_q, num_heads_kv, HEAD_DIM)
         clear_gradient(dv_view, owned, keys.total_q, num_heads_kv, HEAD_DIM_V)
     tma.store_wait(0)
+
+
+@gluon.jit
+def slot_anew(notes, tiles_done, C: gl.constexpr):
+    """The tile's slot, which is ``tiles_done & 1``, as a number that the assembler cannot tell from another.
+
+    What a loop and the code behind it compute alike of an address, ptxas (12.8) computes once, ahead of the loop, and jumps past that
+    where the loop has no step at all: products behind it would read whatever memory the last tile's address says.
+    """
+    b, _, _, _, _, _, _, _ = read_note(notes, tiles_done, C)
+    # a sequence's number has no sign
+    return (tiles_done & 1) + (b >> 31)
 
 
 @gluon.jit
