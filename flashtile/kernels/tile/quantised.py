@@ -74,7 +74,7 @@ def stored(x, scale, dtype: tl.constexpr):
     if scale is None:
         return x.to(dtype)
     else:
-        return as_codes(x.to(tl.float32) / scale, dtype)
+        return as_codes(tl.div_rn(x.to(tl.float32), tl.broadcast_to(scale, x.shape)), dtype)
 
 
 @triton.jit
