@@ -1,14 +1,14 @@
 """What a decode plan costs: a small model with one named constant for each thing that takes time.
 
-It is meant to rank plans and to say why one loses, not to replace a measurement. Fitted to one H200 (bfloat16, head
-dim 128, GPU time in a replayed graph, cold L2); other devices scale by their figures.
+It is meant to rank plans and to say why one loses, not to replace a measurement. The constants are data
+(``planner/constants.py``), measured on one H200; other devices scale by their figures.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from flashtile.planner.catalog import GLUON_SM90, TRITON
+from flashtile.planner.constants import Constants, constants_of
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import footprint_of, padded
 from flashtile.planner.footprint_gluon import merges_parts
@@ -16,23 +16,6 @@ from flashtile.planner.resources import Footprint
 from flashtile.planner.tiles import TileShape
 from flashtile.problem import DTYPE_BYTES, Problem
 
-START_US = {TRITON: 2.4, GLUON_SM90: 0.6}  # launch of the first kernel, reading lengths, writing out
-DRAM_LATENCY_US = 0.9  # from asking for the first tile until it is there
-SM_BANDWIDTH_SHARE = {TRITON: 1.5, GLUON_SM90: 2.1}  # one SM reads at most this many times its even share of the bandwidth
-L2_BANDWIDTH_SHARE = 2.6  # re-reads by other row blocks hit L2, which is this much faster than DRAM
-MATRIX_ITERATION_US = 0.25  # dependent chain of one key tile: product, row statistics, product
-ROW_FRAGMENT_US = 0.5  # each further 16 rows of a warp's chain, where one instruction does not hold them all
-VECTOR_ITERATION_US = 0.60  # the same with sums across threads instead of matrix instructions
-SWAPPED_ITERATION_US = 0.8  # row statistics cross warps, probabilities change layout on the way to the second product
-SWAPPED_SCORE_FACTOR = 2  # vector instructions a score when statistics run along the instruction's large side
-EXTRA_WARP_US = 0.10  # each warp beyond four, once a program: barriers and reductions across warps
-SCORE_OPERATIONS = 8  # vector instructions a score: scale, mask, maximum, sum, conversion
-VECTOR_KEY_OPERATIONS = 2.5  # vector instructions a key element and row in place of the matrix product
-QUANTISED_KEY_OPERATIONS = 1.0  # vector instructions an element of quantised keys and values: to float16
-FMA_EFFICIENCY = 0.5  # share of the vector rate that an FMA dot reaches
-OVERLAP_LOSS = 0.07  # share of what runs beside the bound that shows all the same
-COMBINE_US = 0.4  # combine: reading the first partial, writing out; programs that merge wait for the first partial as long
-COMBINE_SPLIT_US = 0.012  # combine: each further split; and of programs that merge what they share, each further part
 CPU_START_US = 15.0  # one call into the CPU engine
 CPU_SPLIT_US = 4.0  # each split there
 
@@ -40,7 +23,8 @@ CPU_SPLIT_US = 4.0  # each split there
 class Cost(NamedTuple):
     """Microseconds by cause. memory, matrix, vector and latency overlap: the longest of them is the bound.
 
-    ``combine_us`` is what merging partial results takes, in a kernel of its own or by the programs that left them.
+    ``combine_us`` is what merging partial results takes, in a kernel of its own or by the programs that left them;
+    ``overlap_loss`` the share of what runs beside the bound that shows all the same.
     """
 
     memory_us: float
@@ -49,12 +33,13 @@ class Cost(NamedTuple):
     latency_us: float
     start_us: float
     combine_us: float
+    overlap_loss: float = 0.0
 
     @property
     def total_us(self) -> float:
         longest = max(self.memory_us, self.matrix_us, self.vector_us, self.latency_us)
         beside = self.memory_us + self.matrix_us + self.vector_us + self.latency_us - longest
-        return self.start_us + longest + OVERLAP_LOSS * beside + self.combine_us
+        return self.start_us + longest + self.overlap_loss * beside + self.combine_us
 
     @property
     def bound(self) -> str:
@@ -108,13 +93,23 @@ def predict_us(problem: Problem, plan: TileShape, device: Device, num_splits: in
     return cost_of(work_of(problem), plan, footprint_of(problem, plan, device), splits, device, programs)
 
 
-def cost_of(work: Work, tile: TileShape, footprint: Footprint, num_splits: int, device: Device, num_programs: int = 0) -> Cost:
+def cost_of(
+    work: Work,
+    tile: TileShape,
+    footprint: Footprint,
+    num_splits: int,
+    device: Device,
+    num_programs: int = 0,
+    constants: Constants | None = None,
+) -> Cost:
     """The same with work and footprint at hand: a program walks its key tiles, an SM serves its programs, DRAM serves all.
 
-    ``num_programs``, where it is not 0, shares the key tiles out evenly (stream-K), as if all lengths were alike.
+    ``num_programs``, where it is not 0, shares the key tiles out evenly (stream-K), as if all lengths were alike. ``constants`` are
+    the device's, unless others are being tried.
     """
     if not device.is_gpu:
         return _cpu_cost(work, tile.block_m, num_splits, device)
+    c = constants or constants_of(device.name)
     block_n, sms = tile.block_n, device.num_sms
     units = row_blocks_of(work, tile.block_m) * work.num_heads_kv
     tiles = -(-work.keys // block_n)
@@ -124,9 +119,9 @@ def cost_of(work: Work, tile: TileShape, footprint: Footprint, num_splits: int, 
     walked = programs_per_sm * tiles_per_program
     rounds = -(-programs_per_sm // footprint.resident)
 
-    matrix_us, vector_us, chain_us = _iteration(work, tile, footprint, device)
+    matrix_us, vector_us, chain_us = _iteration(work, tile, footprint, device, c)
     step_us = _alone(tile, matrix_us, vector_us, chain_us)
-    latency_us = rounds * (tiles_per_program * step_us + EXTRA_WARP_US * max(0, tile.num_warps - 4))
+    latency_us = rounds * (tiles_per_program * step_us + c.extra_warp_us * max(0, tile.num_warps - 4))
 
     # everything once from DRAM, what other row blocks read again from L2; no SM beyond its share and its bytes in flight
     streams = work.batch * work.num_heads_kv
@@ -134,16 +129,17 @@ def cost_of(work: Work, tile: TileShape, footprint: Footprint, num_splits: int, 
     again = max(0, units - streams) * work.keys * work.kv_bytes_per_key
     tile_bytes = block_n * work.kv_bytes_per_key
     in_flight = min(footprint.resident, max(1, programs_per_sm)) * max(1, tile.num_stages - 1) * tile_bytes
-    sm_bytes_per_us = min(SM_BANDWIDTH_SHARE[tile.kernel] * device.bandwidth / sms * 1e-6, in_flight / DRAM_LATENCY_US)
+    sm_bytes_per_us = min(c.sm_bandwidth_share[tile.kernel] * device.bandwidth / sms * 1e-6, in_flight / c.dram_latency_us)
     sm_once = walked * tile_bytes * min(1.0, streams / max(1, units))
-    read_us = max(once / device.bandwidth * 1e6, sm_once / sm_bytes_per_us) + again / (L2_BANDWIDTH_SHARE * device.bandwidth) * 1e6
+    read_us = max(once / device.bandwidth * 1e6, sm_once / sm_bytes_per_us) + again / (c.l2_bandwidth_share * device.bandwidth) * 1e6
     return Cost(
-        memory_us=DRAM_LATENCY_US + read_us + step_us,
+        memory_us=c.dram_latency_us + read_us + step_us,
         matrix_us=walked * matrix_us,
         vector_us=walked * vector_us,
-        latency_us=DRAM_LATENCY_US + latency_us,
-        start_us=START_US[tile.kernel],
-        combine_us=_merging_us(work, tile, units, num_splits, num_programs, device),
+        latency_us=c.dram_latency_us + latency_us,
+        start_us=c.start_us[tile.kernel],
+        combine_us=_merging_us(work, tile, units, num_splits, num_programs, device, c),
+        overlap_loss=c.overlap_loss,
     )
 
 
@@ -151,7 +147,7 @@ def iteration_us(work: Work, tile: TileShape, footprint: Footprint, device: Devi
     """How long one key tile takes a program that has an SM for itself; on a CPU, a key for one thread."""
     if not device.is_gpu:
         return 2e6 * tile.block_m * (work.dim + work.dim_v) * device.num_sms / device.matrix_rate
-    return _alone(tile, *_iteration(work, tile, footprint, device))
+    return _alone(tile, *_iteration(work, tile, footprint, device, constants_of(device.name)))
 
 
 def _alone(tile: TileShape, matrix_us: float, vector_us: float, chain_us: float) -> float:
@@ -159,49 +155,50 @@ def _alone(tile: TileShape, matrix_us: float, vector_us: float, chain_us: float)
     return chain_us + matrix_us + vector_us * max(1.0, 4.0 / tile.num_warps)
 
 
-def _iteration(work: Work, tile: TileShape, footprint: Footprint, device: Device) -> tuple[float, float, float]:
+def _iteration(work: Work, tile: TileShape, footprint: Footprint, device: Device, c: Constants) -> tuple[float, float, float]:
     """One key tile of one program: microseconds of an SM's matrix units, of its vector units, and of waiting in between."""
     mma = footprint.mma
     rows = tile.block_m if tile.swapped or mma is None else max(tile.block_m, mma.m // mma.warps)  # an instruction computes all of its rows
     scores = rows * tile.block_n
     dims = work.dim + work.dim_v
     sm_instructions_per_us = device.vector_rate / 2 / device.num_sms * 1e-6
-    operations = scores * SCORE_OPERATIONS * (SWAPPED_SCORE_FACTOR if tile.swapped else 1)
-    operations += int(QUANTISED_KEY_OPERATIONS * tile.block_n * dims) if work.quantised else 0
+    operations = scores * c.score_operations * (c.swapped_score_factor if tile.swapped else 1)
+    operations += c.quantised_key_operations * tile.block_n * dims if work.quantised else 0
     exp_us = scores * device.num_sms / device.exp_rate * 1e6
     if tile.block_m == 1:
-        operations += int(VECTOR_KEY_OPERATIONS * tile.block_n * dims)
-        return 0.0, operations / sm_instructions_per_us + exp_us, VECTOR_ITERATION_US
-    rate = device.vector_rate * FMA_EFFICIENCY if mma is None else device.matrix_rate * mma.rate
+        operations += c.vector_key_operations * tile.block_n * dims
+        return 0.0, operations / sm_instructions_per_us + exp_us, c.vector_iteration_us
+    rate = device.vector_rate * c.fma_efficiency if mma is None else device.matrix_rate * mma.rate
     matrix_us = 2.0 * scores * dims * device.num_sms / rate * 1e6
-    chain_us = MATRIX_ITERATION_US + (SWAPPED_ITERATION_US if tile.swapped else 0.0)
+    chain_us = c.matrix_iteration_us + (c.swapped_iteration_us if tile.swapped else 0.0)
     if mma is not None and not tile.swapped:
         rows_at_once = mma.m * max(1, tile.num_warps // mma.warps) if mma.warps > 1 else mma.m
-        chain_us += ROW_FRAGMENT_US * max(0, tile.block_m // rows_at_once - 1)
+        chain_us += c.row_fragment_us * max(0, tile.block_m // rows_at_once - 1)
     return matrix_us, operations / sm_instructions_per_us + exp_us, chain_us
 
 
-def _merging_us(work: Work, tile: TileShape, units: int, num_splits: int, num_programs: int, device: Device) -> float:
+def _merging_us(work: Work, tile: TileShape, units: int, num_splits: int, num_programs: int, device: Device, constants: Constants) -> float:
     """What merging takes by whoever does it; programs that do it themselves share no unit where each has as many whole ones."""
     if not num_programs:
-        return combine_us(work, num_splits, device)
+        return combine_us(work, num_splits, device, constants)
     if merges_parts(tile, max(work.dim, work.dim_v), num_splits, num_programs):
-        return 0.0 if units % num_programs == 0 else _meeting_us(work, tile.block_m, num_programs, device)
-    return device.launch_us + _meeting_us(work, tile.block_m, num_programs, device) if num_programs > 1 else 0.0
+        return 0.0 if units % num_programs == 0 else _meeting_us(work, tile.block_m, num_programs, device, constants)
+    return device.launch_us + _meeting_us(work, tile.block_m, num_programs, device, constants) if num_programs > 1 else 0.0
 
 
-def combine_us(work: Work, num_splits: int, device: Device) -> float:
+def combine_us(work: Work, num_splits: int, device: Device, constants: Constants | None = None) -> float:
     """Each partial row is written once and read once; a warp walks a row's splits one after the other."""
     if num_splits <= 1:
         return 0.0
+    c = constants or constants_of(device.name)
     moved = 2 * work.all_rows * work.num_heads_kv * num_splits * work.partial_bytes_per_row
-    return device.launch_us + COMBINE_US + COMBINE_SPLIT_US * num_splits + 1e6 * moved / (L2_BANDWIDTH_SHARE * device.bandwidth)
+    return device.launch_us + c.combine_us + c.combine_split_us * num_splits + 1e6 * moved / (c.l2_bandwidth_share * device.bandwidth)
 
 
-def _meeting_us(work: Work, block_m: int, num_programs: int, device: Device) -> float:
+def _meeting_us(work: Work, block_m: int, num_programs: int, device: Device, c: Constants) -> float:
     """Two programs meet in a unit at each boundary between programs, and leave a partial each."""
     moved = 4 * num_programs * min(block_m, work.rows) * work.partial_bytes_per_row
-    return COMBINE_US + 2 * COMBINE_SPLIT_US + 1e6 * moved / (L2_BANDWIDTH_SHARE * device.bandwidth)
+    return c.combine_us + 2 * c.combine_split_us + 1e6 * moved / (c.l2_bandwidth_share * device.bandwidth)
 
 
 def _cpu_cost(work: Work, block_m: int, num_splits: int, device: Device) -> Cost:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from flashtile.planner.catalog import GLUON_SM90, TRITON
-from flashtile.planner.cost import MATRIX_ITERATION_US, SM_BANDWIDTH_SHARE, Work, combine_us, row_blocks_of, work_of
+from flashtile.planner.constants import constants_of
+from flashtile.planner.cost import Work, combine_us, row_blocks_of, work_of
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import footprint_of
 from flashtile.planner.resources import Footprint
@@ -128,7 +129,8 @@ SPLIT_RULES: dict[str, SplitRule] = {TRITON: _by_time, GLUON_SM90: _by_units}
 def reading_us(work: Work, tile: TileShape, programs: int, tiles_each: int, device: Device) -> float:
     """DRAM's time for all keys, or the busiest SM's for the programs of one wave that it holds, whichever is longer."""
     even_us = 1e6 * tile.block_n * work.kv_bytes_per_key / device.bandwidth
-    tile_us = max(MATRIX_ITERATION_US, even_us * device.num_sms / SM_BANDWIDTH_SHARE[tile.kernel])
+    constants = constants_of(device.name)
+    tile_us = max(constants.matrix_iteration_us, even_us * device.num_sms / constants.sm_bandwidth_share[tile.kernel])
     all_us = even_us * work.batch * work.num_heads_kv * (-(-work.keys // tile.block_n))
     return max(all_us, -(-programs // device.num_sms) * tiles_each * tile_us)
 
