@@ -6,6 +6,7 @@
 #   make test-gpu       the tests that need a GPU
 #   make matrix         compile every kernel for every architecture, and keep what the compiler said
 #   make lint           ruff and mypy
+#   make docs           the site of docs/ into build/site, with warnings as errors
 #   make format         let ruff rewrite what it can
 #   make clean          remove what these made
 #
@@ -26,10 +27,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 OLDEST_READY := $(OLDEST)/.ready
 INSTALL := -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-SOURCES := flashtile compat tests benchmarks examples
+SOURCES := flashtile compat tests benchmarks examples docs/conf.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-gpu matrix lint format clean
+.PHONY: help demo test test-oldest test-gpu matrix lint docs format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -55,6 +56,10 @@ lint: $(READY)
 	@$(BIN)/ruff check $(SOURCES)
 	@$(BIN)/ruff format --check $(SOURCES)
 	@$(BIN)/mypy
+
+docs: $(READY)
+	@$(BIN)/sphinx-build -q -W --keep-going -c docs . build/site $(ARGS)
+	@echo build/site/docs/index.html
 
 format: $(READY)
 	@$(BIN)/ruff check --fix $(SOURCES)
@@ -82,4 +87,4 @@ $(OLDEST_READY): pyproject.toml constraints-oldest.txt
 
 clean:
 	rm -rf $(VENV) $(OLDEST) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +
+	find $(filter-out %.py,$(SOURCES)) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -25,6 +25,10 @@ STYLES: dict[str, tuple[str, str]] = {
     "flashtile": ("#D55E00", "o"), "fa2": ("#999999", "v"), "fa3": ("#0072B2", "s"), "flashinfer_tc": ("#009E73", "^"),
     "flashinfer_cc": ("#CC79A7", "x"), "cudnn": ("#56B4E9", "D"), "torch_flash": ("#F0E442", "P"),
 }  # fmt: skip
+STYLE = {
+    "svg.hashsalt": "flashtile", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9, "axes.grid": True,
+    "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False,
+}  # fmt: skip
 Points = list[tuple[int, float]]
 
 
@@ -61,9 +65,7 @@ def draw(rows: list[Row], subtitle: str, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    style = {"svg.hashsalt": "flashtile", "svg.fonttype": "path", "font.family": "DejaVu Sans", "font.size": 9, "axes.grid": True,
-             "grid.alpha": 0.25, "axes.spines.top": False, "axes.spines.right": False}  # fmt: skip
-    with mpl.rc_context(style):
+    with mpl.rc_context(STYLE):
         figure, (upper, lower) = plt.subplots(2, 1, figsize=(7.6, 6.8), sharex=True, height_ratios=(3, 2), layout="constrained")
         upper.plot(*zip(*medians(floor_points(rows))), color="black", linestyle="--", linewidth=1.2, label=FLOOR)
         lower.axhline(100, color="black", linestyle="--", linewidth=1.2)
@@ -85,11 +87,16 @@ def draw(rows: list[Row], subtitle: str, path: Path) -> None:
         lower.set_xticks(ticks, ["1 MB", "10 MB", "100 MB", "1 GB", "10 GB"])
         upper.legend(frameon=False, ncols=2, loc="upper left")
         figure.suptitle(f"Decode, one query a sequence, bfloat16, head dim 128\n{subtitle}", fontsize=9)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # without date and version the same results make the same bytes
-        unsigned = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
-        figure.savefig(path, metadata=unsigned)
-        plt.close(figure)
+        save(figure, path)
+
+
+def save(figure: Any, path: Path) -> None:
+    """Writes a figure and closes it; without date and version, the same results make the same bytes."""
+    from matplotlib import pyplot as plt
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None})
+    plt.close(figure)
 
 
 def main(

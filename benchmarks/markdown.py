@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 
-def table(header: list[str], cells: list[list[str]]) -> str:
-    marks = ["---"] + ["---:"] * (len(header) - 1)
+def table(header: list[str], cells: list[list[str]], mark: str = "---:") -> str:
+    """Columns after the first are numbers, on the right; ``mark`` "---" is for words."""
+    marks = ["---"] + [mark] * (len(header) - 1)
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, marks, *cells]) + "\n"
 
 
