@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 import flashtile
-from flashtile.cli import bench, bench_backward, bench_forward, demo, env, explain, replay, study, warmup
+from flashtile.cli import bench, bench_backward, bench_forward, demo, env, explain, replay, study, tune, warmup
 from flashtile.cli.output import errors
 from flashtile.errors import AttentionError
 
@@ -43,6 +43,7 @@ app.command()(replay.replay)
 app.command()(explain.explain)
 app.add_typer(bench_app, name="bench")
 app.command()(study.study)
+app.command()(tune.tune)
 app.command()(warmup.warmup)
 app.command()(env.env)
 

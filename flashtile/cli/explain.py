@@ -24,6 +24,8 @@ from flashtile.planner.explain import explain as explain_plan
 from flashtile.planner.forward_alternatives import ForwardAlternative
 from flashtile.planner.forward_explain import ForwardExplanation
 from flashtile.planner.plans import BackwardPlan, Plan
+from flashtile.planner.table import own_tile
+from flashtile.planner.user_tables import path_of
 from flashtile.problem import Problem
 
 if TYPE_CHECKING:
@@ -76,6 +78,9 @@ def explain(
         notes.append(f"{seqlen_k} keys are planned as {problem.seqlen_k}: in steps, so that a growing cache is rarely planned anew.")
     if seqlen_q is not None and problem.seqlen_q != seqlen_q:
         notes.append(f"{seqlen_q} queries are planned as {problem.seqlen_q}: in steps, so that calls of like lengths share a plan.")
+    if plan.source == "tuned":
+        own = operation is shape.Operation.decode and own_tile(problem, figures) is not None
+        notes.append(f"The tile is from {path_of(figures.name) if own else 'a shipped table'}, because it measured faster than the rule's.")
     if as_json:
         print_json({**json.loads(explanation.to_json()), "notes": notes, "compiled": _facts_json(facts)})
     else:

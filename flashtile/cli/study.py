@@ -17,6 +17,7 @@ from flashtile.study.document import Document, load
 from flashtile.study.measure import DeviceLost
 from flashtile.study.points import CACHES, STAGES, Task
 from flashtile.study.run import Study, opened, run
+from flashtile.testing.record import Record
 
 SHOWN = 40  # problems in the table
 
@@ -49,8 +50,15 @@ def study(
             f"No GPU on {device_name(where)}: times are the model's predictions for {wish.figures.name}, and kernels are only compiled.",
             markup=False, highlight=False, soft_wrap=True,
         )  # fmt: skip
-    record = opened(out, wish, contest.versions(), commit)
-    lost = None
+    document = follow(wish, opened(out, wish, contest.versions(), commit), out, budget, jobs)
+    if as_json:
+        print_json({"file": str(out), "basis": document.basis, "device": document.head["device"], **findings.summary(document)})
+    else:
+        _render(document, out)
+
+
+def follow(wish: Study, record: Record, path: Path, budget: float, jobs: int | None) -> Document:
+    """Runs a study behind a progress bar, and reads its file back; exit code 3 where the GPU is lost."""
     began = time.monotonic()
     with progress() as bar:
         line = bar.add_task("study", total=round(budget))
@@ -59,18 +67,13 @@ def study(
             bar.update(line, description=f"study: {text}", completed=min(round(budget), round(time.monotonic() - began)))
 
         try:
-            done = run(wish, record, budget, jobs, shown)
+            run(wish, record, budget, jobs, shown)
         except DeviceLost as error:
-            lost, done = error, 0
-    record.save()
-    document = load(out)
-    if as_json:
-        print_json({"file": str(out), "basis": document.basis, "device": document.head["device"], **findings.summary(document)})
-    else:
-        _render(document, out, done)
-    if lost is not None:
-        errors.print(f"flashtile: the GPU was lost ({lost}); run the same command again to go on.", markup=False, soft_wrap=True)
-        raise typer.Exit(3)
+            errors.print(f"flashtile: the GPU was lost ({error}); run the same command again to go on.", markup=False, soft_wrap=True)
+            raise typer.Exit(3) from error
+        finally:
+            record.save()
+    return load(path)
 
 
 def _check_words(option: str, given: list[str] | None, known: tuple[str, ...]) -> None:
@@ -82,7 +85,7 @@ def _wanted(task: Task, only: dict[str, list[Any] | None]) -> bool:
     return all(values is None or (task.stage if name == "stage" else getattr(task.point, name)) in values for name, values in only.items())
 
 
-def _render(document: Document, out: Path, done: int) -> None:
+def _render(document: Document, out: Path) -> None:
     best = table(
         f"The best query tile, {document.basis} on {document.head['device']}", "problem", "best tile", "time", "planner", "fixed 64", left=2
     )
@@ -94,4 +97,4 @@ def _render(document: Document, out: Path, done: int) -> None:
         console.print(best)
     for line in findings.in_words(document):
         console.print(line, markup=False, highlight=False)
-    console.print(f"{done} tasks now, {len(document.entries)} in {out}. The same command again goes on.", markup=False, highlight=False)
+    console.print(f"{len(document.entries)} tasks in {out}; the same command again goes on.", markup=False, highlight=False)

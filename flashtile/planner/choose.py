@@ -7,6 +7,7 @@ obeyed or refused.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 from flashtile.errors import ArgumentError, UnsupportedError, message
 from flashtile.planner.backward_rules import backward_infeasible, choose_backward_plan
@@ -19,7 +20,7 @@ from flashtile.planner.forward_work import row_tiles
 from flashtile.planner.plans import BLOCK_MS, BackwardPlan, DecodePlan, ForwardPlan, Source
 from flashtile.planner.rules import choose_tile_and_splits, infeasible, why_none_fits
 from flashtile.planner.splits import Splits, choose_splits, combine_shape, even_splits, schedule
-from flashtile.planner.table import TILE_FIELDS, tuned_tile
+from flashtile.planner.table import TILE_FIELDS, own_tile, tuned_tile
 from flashtile.planner.tiles import LIMITS, Tile, variants_in_words
 from flashtile.planner.wishes import first_able, known, obeyed
 from flashtile.problem import Problem
@@ -55,11 +56,19 @@ def plan_decode(
         raise UnsupportedError(
             "block_m cannot be obeyed:", {kernel.name: lacking for kernel in kernels_of("decode") if device.backend in kernel.backends}
         )
-    tuned = _tuned_plan(problem, device) if block_m is None else None
+    tuned = None
+    if block_m is None:
+        tuned = _tuned_plan(problem, device, own_tile(problem, device)) or _tuned_plan(problem, device, tuned_tile(problem, device))
     if tuned is not None:
         return tuned if num_splits is None else with_splits(tuned, problem, device, num_splits).with_(source="explicit")
     wished = block_m is not None or num_splits is not None
     return first_able("decode", problem, device, lambda kernel: _plan_of(problem, device, kernel, block_m, num_splits), wished)
+
+
+def plan_as_shipped(problem: Problem, device: Device) -> DecodePlan:
+    """What ``plan_decode`` gives everyone who has no tuned table of their own."""
+    tuned = _tuned_plan(problem, device, tuned_tile(problem, device))
+    return tuned or first_able("decode", problem, device, lambda kernel: _plan_of(problem, device, kernel, None, None), wished=False)
 
 
 def _plan_of(problem: Problem, device: Device, kernel: str, block_m: int | None, num_splits: int | None) -> DecodePlan | list[str]:
@@ -112,9 +121,8 @@ def with_splits(plan: DecodePlan, problem: Problem, device: Device, num_splits: 
     )
 
 
-def _tuned_plan(problem: Problem, device: Device) -> DecodePlan | None:
-    """The plan of the measured tile, if there is one that can run."""
-    tuned = tuned_tile(problem, device)
+def _tuned_plan(problem: Problem, device: Device, tuned: dict[str, Any] | None) -> DecodePlan | None:
+    """The plan of a measured tile, if there is one and it can run."""
     if tuned is None or kernel_named(tuned["kernel"]).reasons_against(problem, device):
         return None
     plan = plan_for_tile(problem, device, Tile(**{name: tuned[name] for name in TILE_FIELDS}), "tuned")

@@ -1,5 +1,7 @@
 """Tuned tables: tiles measured to be best, kept as JSON beside the code and reviewed like it.
 
+The user's own (``user_tables.py``), of the very GPU, come before the shipped ones, of an architecture.
+
 ``tuned/<arch>.json`` holds ``{"arch": ..., "rows": [{"key": [...], "tile": {...}}, ...]}``. A key is ``key_of(problem)``
 of any problem of its bucket. A decode tile names its kernel, block_m, swapped, block_n, num_warps and num_stages, and
 num_splits where the rule for splits is to be overruled too, by a grid; a forward tile has the fields of ForwardTile, a backward
@@ -14,6 +16,7 @@ from importlib import resources
 from typing import Any
 
 from flashtile.planner.device import Device, nearest_architecture
+from flashtile.planner.user_tables import user_table
 from flashtile.problem import Problem
 
 Key = tuple[str | int, ...]
@@ -39,6 +42,13 @@ def tuned_tile(problem: Problem, device: Device) -> dict[str, Any] | None:
     """The measured tile for the problem's bucket, if the device's architecture has a table with one."""
     table = tuned_table(nearest_architecture(device.arch)) if device.is_gpu else {}
     return table.get(key_of(problem)) if table else None
+
+
+def own_tile(problem: Problem, device: Device) -> dict[str, Any] | None:
+    """The same from the user's table of this GPU. It was measured without pages: others have to hold key tiles whole."""
+    table = user_table(device.name, device.arch) if device.is_gpu and problem.operation == "decode" else {}
+    tile = table.get(key_of(problem)) if table else None
+    return None if tile is None or problem.page_size % tile["block_n"] else tile
 
 
 @lru_cache(maxsize=64)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from flashtile.planner.catalog import TRITON, kernels_of
-from flashtile.planner.choose import plan_decode, plan_for_tile, with_splits
+from flashtile.planner.choose import plan_as_shipped, plan_for_tile, with_splits
 from flashtile.planner.cost import row_blocks_of, work_of
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
@@ -21,9 +21,9 @@ MOST_SPLITS = 1024
 
 
 def plans_of(task: Task, device: Device) -> list[DecodePlan]:
-    """The task's plans, each once, the planner's choice first."""
+    """The task's plans, each once, the planner's choice first: that of who has no tuned table of their own."""
     problem = task.point.problem
-    choice = plan_decode(problem, device)
+    choice = plan_as_shipped(problem, device)
     found = {"tiles": _tiles, "splits": _splits, "shapes": _shapes}[task.stage](problem, device)
     seen = {_launched(choice): choice}
     for plan in found:
@@ -60,7 +60,7 @@ def _tiles(problem: Problem, device: Device) -> Iterator[DecodePlan]:
 
 def _splits(problem: Problem, device: Device) -> Iterator[DecodePlan]:
     """Powers of two and whole waves of splits, for the planner's tile and for 16, 64 and 128 rows."""
-    choice = plan_decode(problem, device)
+    choice = plan_as_shipped(problem, device)
     tiles = [tile for tile in _fitting(problem, device) if not tile.swapped and tile.block_m in (16, 64, 128)]
     for plan in [choice, *(plan_for_tile(problem, device, tile) for tile in tiles)]:
         yield plan
