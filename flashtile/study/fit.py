@@ -1,0 +1,94 @@
+"""The cost model's constants fitted to measured plans: one number after the other, up or down while the error falls."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from math import exp, log
+from statistics import median
+from typing import NamedTuple
+
+from flashtile.planner.constants import Constants
+from flashtile.planner.cost import cost_of
+from flashtile.planner.device import Device
+from flashtile.study.analysis import percentile
+from flashtile.study.samples import Sample
+
+HELD_OUT = 3  # every third problem is not fitted to
+STEPS = (0.3, 0.1, 0.03, 0.01)  # of a number's logarithm
+SLOW_WEIGHT = 0.3  # of plans that take more than SLOW times their problem's best: nobody chooses among those
+SLOW = 2.0
+RANGES = {  # what a number means bounds it: shares of a rate, and the least that a step can take
+    "overlap_loss": (0.0, 0.6), "fma_efficiency": (0.1, 1.0), "dram_latency_us": (0.5, 2.0), "l2_bandwidth_share": (1.0, 6.0),
+    "matrix_iteration_us": (0.05, 1.5), "score_operations": (4.0, 24.0),
+}  # fmt: skip
+
+
+class Errors(NamedTuple):
+    """Relative errors of predicted times over some plans: the median, the 90th percentile, how many plans and problems."""
+
+    median: float
+    percentile_90: float
+    plans: int
+    problems: int
+
+    def __str__(self) -> str:
+        counts = f"{self.plans} plans of {self.problems} problems"
+        return f"{self.median:.1%} in the median, {self.percentile_90:.1%} at the 90th percentile ({counts})"
+
+
+def predicted_us(sample: Sample, constants: Constants, device: Device) -> float:
+    return cost_of(sample.work, sample.tile, sample.footprint, sample.num_splits, device, sample.num_programs, constants).total_us
+
+
+def errors_of(samples: Iterable[Sample], constants: Constants, device: Device) -> Errors | None:
+    """How far the model is off; None without samples."""
+    some = list(samples)
+    if not some:
+        return None
+    off = sorted(abs(predicted_us(one, constants, device) / one.us - 1) for one in some)
+    return Errors(median(off), percentile(off, 90), len(off), len({one.name for one in some}))
+
+
+def halves(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
+    """(fitted to, held out): by problem, so that no problem is in both."""
+    held = set(sorted({one.name for one in samples})[1::HELD_OUT])
+    return [one for one in samples if one.name not in held], [one for one in samples if one.name in held]
+
+
+def fit(samples: Sequence[Sample], start: Constants, device: Device, seconds: float = 120.0) -> Constants:
+    """The constants with the least mean error of the predictions' logarithms; no worse than ``start``. Needs no solver: 19 numbers.
+
+    A number that no sample depends on stays as it is.
+    """
+    end = time.monotonic() + seconds
+    best: dict[str, float] = {}
+    for one in samples:
+        best[one.name] = min(one.us, best.get(one.name, one.us))
+    weights = [SLOW_WEIGHT if one.us > SLOW * best[one.name] else 1.0 for one in samples]
+
+    def loss(numbers: dict[str, float]) -> float:
+        constants = Constants.of_flat(numbers)
+        off = (abs(log(predicted_us(one, constants, device) / one.us)) for one in samples)
+        return sum(weight * error for weight, error in zip(weights, off)) / sum(weights)
+
+    numbers = start.flat()
+    least = loss(numbers)
+    for step in STEPS:
+        improved = True
+        while improved and time.monotonic() < end:
+            improved = False
+            for name in numbers:
+                for sign in (1, -1):
+                    while time.monotonic() < end:
+                        tried = numbers | {name: _moved(name, numbers[name], sign * step)}
+                        found = loss(tried)
+                        if found >= least * (1 - 1e-5):
+                            break
+                        numbers, least, improved = tried, found, True
+    return Constants.of_flat({name: float(f"{number:.4g}") for name, number in numbers.items()})
+
+
+def _moved(name: str, number: float, step: float) -> float:
+    least, most = RANGES.get(name.partition(" ")[0], (1e-4, 1e3))
+    return min(most, max(least, number * exp(step) if number else 0.01))
