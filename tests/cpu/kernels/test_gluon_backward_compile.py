@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from flashtile.kernels.gluon.backward_sm90 import heads_at_once
 
 FULL, CAUSAL, WINDOW = Band(None, None), Band(None, 0), Band(1023, 16)
 PACKED: dict[str, Any] = {"batch": 3, "total_q": 4096, "ragged_q": True, "ragged_k": True}
+OWN_HEADS: dict[str, Any] = {"num_heads_q": 8, "num_heads_kv": 8}  # then a tile's loop may have no step
 USUAL: dict[str, Any] = {"block_m": 64, "num_stages": 3, "dq_block_n": 64, "dq_num_stages": 4}
 SHORT: dict[str, Any] = {"block_m": 128, "num_stages": 3, "dq_block_n": 128, "dq_num_stages": 3}
 # name: (what the problem has beside defaults, the plan's tile, most instructions that touch spilled registers in a main loop)
@@ -31,6 +34,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "head dim 64, causal": ({"band": CAUSAL, "head_dim": 64}, SHORT | {"num_programs": 0}, 0),
     "head dim 64, packed, causal": ({"band": CAUSAL, "head_dim": 64} | PACKED, SHORT, 2),
     "head dims 96 and 64, causal": ({"band": CAUSAL, "head_dim": 96, "head_dim_v": 64}, USUAL, 0),
+    "head dim 128, packed, causal, no groups": ({"band": CAUSAL} | OWN_HEADS | PACKED, USUAL, 8),
+    "head dim 64, packed, causal, no groups": ({"band": CAUSAL, "head_dim": 64} | OWN_HEADS | PACKED, SHORT, 2),
 }
 WIDE: dict[str, Any] = {"block_n": 64, "block_m": 64, "num_stages": 2, "dq_block_n": 64, "dq_num_stages": 2}
 WIDE_CASES: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
@@ -50,6 +55,16 @@ IN_ONE_PASS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "head dim 64, packed, causal, a third warpgroup": ({"band": CAUSAL, "head_dim": 64} | PACKED, WHOLE | {"num_stages": 3}, 8),
 }
 
+EVERY = {
+    **CASES,
+    **{f"wide: {name}": case for name, case in WIDE_CASES.items()},
+    **{f"one pass: {name}": case for name, case in IN_ONE_PASS.items()},
+}
+TELLING = (
+    "head dim 128, causal", "head dim 128, packed, a window, used keys, sinks", "wide: head dim 256, causal", "one pass: head dim 128, causal",
+    "one pass: head dim 64, packed, causal, a third warpgroup",
+)  # fmt: skip
+
 COMPILE = """
 import json, pathlib, re, subprocess, sys, tempfile
 import triton
@@ -60,6 +75,7 @@ from flashtile.kernels.gluon.backward_sm90 import specs
 from flashtile.kernels.launch import compile_spec
 from flashtile.planner.plans import BackwardPlan
 from flashtile.problem import Problem
+from flashtile.testing.unwritten import unwritten_reads
 
 disassembler = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 
@@ -85,12 +101,13 @@ def facts_of(spec):
         text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
     facts["groups"], facts["HGMMA"] = len(re.findall(r"HGMMA[^\\n]*gsb0", text)), text.count("HGMMA")
     counted = ("HGMMA", "MUFU.EX2", "STL", "LDL", "REDG.E.ADD.F32x4")
+    facts["unwritten"] = unwritten_reads(text)
     facts["loops"] = [{name: sum(name in line for line in loop) for name in counted} for loop in loops_of(text.splitlines())]
     return facts
 
-for problem, plan in json.load(sys.stdin):
-    problem, plan = Problem.from_json(problem), BackwardPlan.from_json(plan)
-    print(json.dumps([facts_of(spec) for spec in specs(problem, plan)[1:2 if plan.one_pass else 3]]), flush=True)
+problem, plan = json.load(sys.stdin)
+problem, plan = Problem.from_json(problem), BackwardPlan.from_json(plan)
+print(json.dumps([facts_of(spec) for spec in specs(problem, plan)[1:2 if plan.one_pass else 3]]))
 """
 
 
@@ -106,38 +123,32 @@ def planned(changes: dict[str, Any], tile: dict[str, Any]) -> tuple[Problem, Bac
     return Problem(**(defaults | changes)), BackwardPlan(**({"kernel": "gluon.backward_sm90", "num_programs": 132} | tile))
 
 
-def compiled_cases(cases: dict[str, tuple[dict[str, Any], dict[str, Any], int]]) -> dict[str, list[dict[str, Any]]]:
-    """What the kernels of each case became: the keys' pass, the queries' pass; or both in one. Compiled in a process without Triton's
+@functools.cache
+def compiled(name: str) -> list[dict[str, Any]]:
+    """What the kernels of a case became: the keys' pass, the queries' pass; or both in one. Compiled in a process without Triton's
     interpreter."""
-    asked = [[value.to_json() for value in planned(changes, tile)] for changes, tile, _ in cases.values()]
+    changes, tile, _ = EVERY[name]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], input=json.dumps(asked), capture_output=True, text=True, env=environment)
+    asked = json.dumps([value.to_json() for value in planned(changes, tile)])
+    done = subprocess.run([sys.executable, "-c", COMPILE], input=asked, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    return dict(zip(cases, map(json.loads, done.stdout.splitlines()), strict=True))
+    found: list[dict[str, Any]] = json.loads(done.stdout)
+    return found
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, list[dict[str, Any]]]:
-    return compiled_cases(CASES)
-
-
-@pytest.fixture(scope="module")
-def wide() -> dict[str, list[dict[str, Any]]]:
-    return compiled_cases(WIDE_CASES)
-
-
-@pytest.fixture(scope="module")
-def whole() -> dict[str, list[dict[str, Any]]]:
-    return compiled_cases(IN_ONE_PASS)
+def each(cases: Iterable[str]) -> list[Any]:
+    """The cases as parameters: each takes the compiler ten seconds and more, so that usual runs have the telling ones alone."""
+    return [name if name in TELLING else pytest.param(name, marks=pytest.mark.extensive) for name in cases]
 
 
 @pytest.mark.slow
 @pytest.mark.compiles
-@pytest.mark.parametrize("name", CASES)
-def test_a_plan_compiles_to_what_was_planned(name: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
+@pytest.mark.parametrize("name", each(CASES))
+def test_products_overlap_and_main_loops_spill_nothing(name: str) -> None:
+    """Packed queries may have a few numbers elsewhere while the edge of a window is masked, which few blocks need."""
     # of each of two consumers. Keys: scores, then in the loop and behind it gradients of probabilities, dV, dK, and in the loop
     # the next scores. Queries: both products of the first block, three in the loop, the last one. None is waited for by itself
-    for facts, products in zip(compiled[name], (2 * (1 + 4 + 3), 2 * (2 + 3 + 1)), strict=True):
+    for facts, products in zip(compiled(name), (2 * (1 + 4 + 3), 2 * (2 + 3 + 1)), strict=True):
         assert facts["warps"] == 12
         assert facts["shared"] <= 227 * 1024
         assert facts["cp.async.bulk.tensor"] and facts["setmaxnreg"]
@@ -145,6 +156,7 @@ def test_a_plan_compiles_to_what_was_planned(name: str, compiled: dict[str, list
         assert facts["groups"] == facts["wgmma.commit_group"] == products
         assert facts["HGMMA"] == facts["wgmma.mma_async"]
         assert facts["red.global"] == 0, "something is added in memory"
+        assert not facts["unwritten"]
 
 
 @pytest.mark.slow
@@ -157,7 +169,7 @@ def test_main_loops_spill_nothing(name: str, compiled: dict[str, list[dict[str, 
     # a product of 64 rows is made in steps of 16: scores and gradients of probabilities over dims, the others over the block
     keys = (dim + dim_v) // 16 + 2 * plan.block_m // 16
     queries = (dim + dim_v) // 16 + plan.dq_block_n // 16
-    for facts, products, step in zip(compiled[name], (keys, queries), (plan.block_m, plan.dq_block_n), strict=True):
+    for facts, products, step in zip(compiled(name), (keys, queries), (plan.block_m, plan.dq_block_n), strict=True):
         main = [loop for loop in facts["loops"] if loop["HGMMA"] == products and loop["MUFU.EX2"] == step // 2]
         assert len(main) == 2, facts["loops"]
         assert all(loop["STL"] + loop["LDL"] <= CASES[name][2] for loop in main)
@@ -165,9 +177,9 @@ def test_main_loops_spill_nothing(name: str, compiled: dict[str, list[dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.compiles
-@pytest.mark.parametrize("name", WIDE_CASES)
-def test_wide_heads_products_overlap_and_their_main_loops_spill_nothing(name: str, wide: dict[str, list[dict[str, Any]]]) -> None:
-    changes, tile, spilled = WIDE_CASES[name]
+@pytest.mark.parametrize("name", each(f"wide: {name}" for name in WIDE_CASES))
+def test_wide_heads_products_overlap_and_their_main_loops_spill_nothing(name: str) -> None:
+    changes, tile, spilled = EVERY[name]
     problem, plan = planned(changes, tile)
     parts, parts_v = parts_of(problem.head_dim), parts_of(problem.head_dim_v)
     over, over_v = len(parts), len(parts_v)
@@ -180,11 +192,11 @@ def test_wide_heads_products_overlap_and_their_main_loops_spill_nothing(name: st
     steps, steps_v = sum(parts) // 16, sum(parts_v) // 16
     values, keys = steps + over_v * plan.block_m // 16, steps_v + over * plan.block_m // 16
     queries = steps + steps_v + over * plan.dq_block_n // 16
-    for facts, products, loops in zip(wide[name], groups, ([(keys, 0), (values, 32)], 2 * [(queries, 32)]), strict=True):
+    for facts, products, loops in zip(compiled(name), groups, ([(keys, 0), (values, 32)], 2 * [(queries, 32)]), strict=True):
         assert facts["shared"] <= 227 * 1024 and facts["warps"] == 12
         assert facts["takes"] == facts["passed"]
         assert facts["groups"] == facts["wgmma.commit_group"] == products
-        assert facts["HGMMA"] == facts["wgmma.mma_async"] and facts["red.global"] == 0
+        assert facts["HGMMA"] == facts["wgmma.mma_async"] and facts["red.global"] == 0 and not facts["unwritten"]
         main = [loop for loop in facts["loops"] if (loop["HGMMA"], loop["MUFU.EX2"]) in loops]
         assert sorted((loop["HGMMA"], loop["MUFU.EX2"]) for loop in main) == sorted(loops), facts["loops"]
         assert all(loop["STL"] + loop["LDL"] <= spilled for loop in main)
@@ -197,11 +209,11 @@ def parts_of(dim: int) -> tuple[int, ...]:
 
 @pytest.mark.slow
 @pytest.mark.compiles
-@pytest.mark.parametrize("name", IN_ONE_PASS)
-def test_one_pass_adds_sixteen_bytes_at_once_and_its_products_overlap(name: str, whole: dict[str, list[dict[str, Any]]]) -> None:
-    changes, tile, spilled = IN_ONE_PASS[name]
+@pytest.mark.parametrize("name", each(f"one pass: {name}" for name in IN_ONE_PASS))
+def test_one_pass_adds_sixteen_bytes_at_once_and_its_products_overlap(name: str) -> None:
+    changes, tile, spilled = EVERY[name]
     problem, plan = planned(changes, tile)
-    (facts,), dim = whole[name], 64 if problem.head_dim <= 64 else 128
+    (facts,), dim = compiled(name), 64 if problem.head_dim <= 64 else 128
     adders = dim * plan.block_m < 64 * 128
     assert facts["warps"] == (16 if adders else 12)
     assert facts["shared"] <= 227 * 1024
@@ -209,6 +221,7 @@ def test_one_pass_adds_sixteen_bytes_at_once_and_its_products_overlap(name: str,
     # as in the keys' pass; dQ is two more, in the loop and behind it, or in the loop of a third warpgroup. None is waited for by itself
     assert facts["groups"] == facts["wgmma.commit_group"] == (2 * (1 + 4 + 3) + 2 if adders else 2 * (1 + 6 + 5))
     assert facts["HGMMA"] == facts["wgmma.mma_async"]
+    assert not facts["unwritten"]
     # a thread holds 32 numbers of 64 x 64, and adds four at once
     assert facts["global.add.v4.f32"] == (8 if adders else 2 * 2 * 8)
     over_keys = 2 * 64 // 16  # both consumers' keys, in steps of 16

@@ -53,6 +53,7 @@ from flashtile.kernels.gluon.forward_sm90 import specs
 from flashtile.kernels.launch import compile_spec
 from flashtile.planner.plans import ForwardPlan
 from flashtile.problem import Problem
+from flashtile.testing.unwritten import unwritten_reads
 
 disassembler = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
 
@@ -83,6 +84,7 @@ def facts_of(spec):
     waits = re.split(r"WARPGROUP.DEPBAR.LE gsb0, (0x[0-9])", text)
     # what lies behind each wait, up to the next one
     facts["behind"] = [[int(left, 16), after.count("MUFU.EX2")] for left, after in zip(waits[1::2], waits[2::2])]
+    facts["unwritten"] = unwritten_reads(text)
     facts["groups"], facts["HGMMA"] = len(re.findall(r"HGMMA[^\\n]*gsb0", text)), text.count("HGMMA")
     return facts
 
@@ -127,6 +129,7 @@ def test_a_plan_compiles_to_what_was_planned(name: str, compiled: dict[str, list
         assert facts["takes"] == facts["passed"]
         assert facts["groups"] == facts["wgmma.commit_group"] == groups
         assert facts["HGMMA"] == facts["wgmma.mma_async"]
+        assert not facts["unwritten"]
 
 
 @pytest.mark.slow
