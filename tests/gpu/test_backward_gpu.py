@@ -358,6 +358,18 @@ def test_many_short_sequences(device: torch.device) -> None:
 
 
 @hopper_only
+@pytest.mark.parametrize("dims", [(64, 64), (96, 64), (128, 128), (192, 128), (256, 256)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_tiles_of_one_block_between_long_ones(causal: bool, dims: tuple[int, int], device: torch.device) -> None:
+    """Without groups of heads a tile may have one block alone, so that its loop has no step; what lies behind the loop is right too."""
+    lengths = (140, 629, 12, 300, 64, 65, 1, 520, 140)
+    case = replace(PACKED, name="one block", num_heads_q=3, num_heads_kv=3, head_dim=dims[0], head_dim_v=dims[1], causal=causal)
+    case = replace(case, seqlens_q=lengths, seqlens_k=lengths)
+    plans = hopper_plans(case)
+    check_case(case, device, (*plans, plans[0].with_(num_programs=1), plans[0].with_(num_programs=2)))
+
+
+@hopper_only
 @pytest.mark.parametrize("plan", [USUAL, USUAL.with_(num_programs=0), WHOLE], ids=["stay", "a tile each", "one pass"])
 def test_many_sequences_of_unlike_lengths(plan: BackwardPlan, device: torch.device) -> None:
     """Every sequence and head of a batch that keeps all SMs busy for long: each program takes a hundred tiles and more."""
