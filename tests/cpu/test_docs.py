@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
+import flashtile
 from flashtile.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,15 +45,63 @@ def commands(text: str) -> Iterator[list[str]]:
         yield found.split()
 
 
-def test_readme_examples_run() -> None:
-    examples = re.findall(r"^```python\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
-    assert examples
-    printed = ""
-    for example in examples:
-        done = subprocess.run([sys.executable, "-c", example], capture_output=True, text=True, env=PLAIN, check=False)
-        assert done.returncode == 0, done.stderr
-        printed += done.stdout
-    assert "block_m" in printed
+def examples(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def is_whole(words: list[str]) -> bool:
+    """Whether a command can be run as it stands: it explains, and says what."""
+    return words[0] == "explain" and any(word.startswith("--") for word in words)
+
+
+EXAMPLES = {f"{page.name}:{number}": code for page in PAGES for number, code in enumerate(examples(page), start=1)}
+RUN_ALL = """
+import contextlib, io, json, sys, traceback
+done = {}
+for name, code in json.load(sys.stdin).items():
+    printed, trouble = io.StringIO(), ""
+    with contextlib.redirect_stdout(printed):
+        try:
+            exec(compile("from __future__ import annotations\\n" + code, name, "exec"), {"__name__": "__main__"})
+        except Exception as error:
+            missing = error.name if isinstance(error, ModuleNotFoundError) else ""
+            trouble = f"no module named {missing}" if missing == "transformers" else traceback.format_exc()
+    done[name] = [printed.getvalue(), trouble]
+json.dump(done, sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def outcomes() -> dict[str, tuple[str, str]]:
+    """What each example printed, and how it failed; all in one process that knows nothing of the tests'."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_ALL], input=json.dumps(EXAMPLES), capture_output=True, text=True, env=PLAIN, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: (printed, trouble) for name, (printed, trouble) in json.loads(done.stdout).items()}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_examples_run(name: str, outcomes: dict[str, tuple[str, str]]) -> None:
+    _, trouble = outcomes[name]
+    if trouble.startswith("no module named "):
+        pytest.skip(trouble)
+    assert not trouble, trouble
+
+
+def test_readme_has_examples_and_one_explains(outcomes: dict[str, tuple[str, str]]) -> None:
+    printed = [text for name, (text, _) in outcomes.items() if name.startswith("README.md:")]
+    assert len(printed) >= 3
+    assert any("block_m" in text for text in printed)
+
+
+EXPLAINED = {" ".join(words): words for page in PAGES for words in commands(page.read_text(encoding="utf-8")) if is_whole(words)}
+
+
+@pytest.mark.parametrize("command", EXPLAINED)
+def test_commands_that_need_no_gpu_run(command: str) -> None:
+    outcome = CliRunner().invoke(app, EXPLAINED[command])
+    assert outcome.exit_code == 0, outcome.output
 
 
 def test_readme_shows_what_explain_prints() -> None:
@@ -110,6 +161,20 @@ def test_files_named_exist(page: Path) -> None:
     files += [f"/{path.name}" for path in ROOT.iterdir()]
     for name in re.findall(r"`([\w./-]+\.(?:py|txt|toml|md))`", page.read_text(encoding="utf-8")):
         assert any(path.endswith(f"/{name}") for path in files), f"{page.name} names {name}"
+
+
+def test_every_page_is_in_the_site() -> None:
+    index = ROOT / "docs" / "index.md"
+    trees = re.findall(r"^```{toctree}\n(.*?)^```", index.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    listed = [line for tree in trees for line in tree.splitlines() if line and not line.startswith(":")]
+    assert sorted((index.parent / f"{line}.md").resolve() for line in listed) == [page for page in PAGES if page != index]
+
+
+def test_the_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"^\.\. auto\w+:: ([\w.]+)$", text, flags=re.MULTILINE))
+    missing = {name for name in flashtile.__all__ if not name.startswith("__")} - named
+    assert not missing, f"docs/api.md lacks {sorted(missing)}"
 
 
 def test_map_of_the_house_is_complete() -> None:

@@ -8,9 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import figure
-
-pytest.importorskip("matplotlib")
+from benchmarks import concept_figures, figure
 
 
 def entry(name: str, kv_bytes: int, floor_us: float | None, **us: float) -> dict[str, Any]:
@@ -39,7 +37,14 @@ def test_rates_and_shares_are_those_of_the_rows() -> None:
     assert figure.points(ROWS, "fa2") == []
 
 
+@pytest.mark.parametrize("name", concept_figures.PICTURES)
+def test_pictures_are_what_their_script_draws(name: str) -> None:
+    drawn = concept_figures.PICTURES[name]()
+    assert (concept_figures.FOLDER / f"{name}.svg").read_text(encoding="utf-8") == drawn.svg()
+
+
 def test_the_command_draws_the_same_file_each_time(results: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     first, second = tmp_path / "figures" / "first.svg", tmp_path / "second.svg"
     figure.main(results, first)
     figure.main(results, second)
@@ -48,6 +53,7 @@ def test_the_command_draws_the_same_file_each_time(results: Path, tmp_path: Path
 
 
 def test_problems_of_another_commit_are_not_mixed_in(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
     floor = {"entries": [entry("8x2048 32/8", 67_000_000, 17.0, flashtile=19.0)]}
     for commit, count in (("abc", 5), ("def", 4)):
         (results / "decode_floor.json").write_text(json.dumps({**floor, "commit": commit}))
