@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from flashtile.errors import (
         ArgumentError,
         AttentionError,
+        CommunicationError,
         DtypeError,
         OutOfPagesError,
         ShapeError,
@@ -56,6 +57,7 @@ _HOMES = {
     "flashtile.errors": (
         "ArgumentError",
         "AttentionError",
+        "CommunicationError",
         "DtypeError",
         "OutOfPagesError",
         "ShapeError",
@@ -75,6 +77,7 @@ __all__ = [
     "AttentionError",
     "BackwardPlan",
     "Band",
+    "CommunicationError",
     "DecodePlan",
     "Device",
     "DtypeError",

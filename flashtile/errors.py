@@ -6,6 +6,7 @@ AttentionError
 ├── DtypeError(TypeError)           a tensor's dtype is wrong, or dtypes do not go together
 ├── UnsupportedError(NotImplementedError)   no kernel can run this problem, or not with the plan asked for
 ├── OutOfPagesError(MemoryError)    a page cache has too few free pages
+├── CommunicationError(RuntimeError)  another process has died, or did not come in time
 └── ToolchainError(RuntimeError)    the machine lacks what a kernel needs to be compiled or launched
 
 Every message names the argument, what was expected, what came, and what would work.
@@ -48,6 +49,10 @@ class UnsupportedError(AttentionError, NotImplementedError):
 
 class OutOfPagesError(AttentionError, MemoryError):
     """A page cache has too few free pages for what was asked; it is as it was before."""
+
+
+class CommunicationError(AttentionError, RuntimeError):
+    """Another process of the group has died, or did not get to a transfer within the group's timeout."""
 
 
 class ToolchainError(AttentionError, RuntimeError):

@@ -8,7 +8,16 @@ from pathlib import Path
 import pytest
 
 from flashtile import errors
-from flashtile.errors import ArgumentError, AttentionError, DtypeError, OutOfPagesError, ShapeError, ToolchainError, UnsupportedError
+from flashtile.errors import (
+    ArgumentError,
+    AttentionError,
+    CommunicationError,
+    DtypeError,
+    OutOfPagesError,
+    ShapeError,
+    ToolchainError,
+    UnsupportedError,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILTINS = {
@@ -17,6 +26,7 @@ BUILTINS = {
     DtypeError: TypeError,
     UnsupportedError: NotImplementedError,
     OutOfPagesError: MemoryError,
+    CommunicationError: RuntimeError,
     ToolchainError: RuntimeError,
 }
 

@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flashtile.flash_attn": (*ENGINE, "flashtile.api", "flashtile.dropout", "flashtile.flash_attn"),
     "flashtile.flash_attn_interface": (*ENGINE, "flashtile.api", "flashtile.flash_attn", "flashtile.flash_attn_interface"),
     "flashtile.paged": (*ENGINE, "flashtile.api"),
+    "flashtile.distributed": (*ENGINE, "flashtile.api", "flashtile.distributed"),
     "flashtile.integrations": (*ENGINE, "flashtile.api", "flashtile.flash_attn", "flashtile.integrations"),
 }
 TOP = ("flashtile.cli", "flashtile.__main__")
