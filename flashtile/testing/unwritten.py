@@ -4,7 +4,8 @@ An assembler that moves a computation ahead of a loop, and uses its result behin
 was on the path past a loop without steps. What runs is then right for all other loops, and nothing else tells. So whatever reaches
 memory, a product of tiles or a jump has to be written on every path from the kernel's start to there.
 
-A number that is computed from one that nothing has written counts as unwritten too; it does no harm where nobody uses it.
+A number that is computed from one that nothing has written counts as unwritten too; it does no harm where nobody uses it. Paths are
+all that the jumps allow: where one jump decides another, as in loops that are unrolled by a remainder, a finding may never happen.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ _TARGET = re.compile(r"\.L\w+")
 _READERS = re.compile(
     r"(ST|STG|STS|STL|STSM|RED|BRA|BRX|BAR|UTMA\w*|BSSY|BSYNC|WARP\w*|DEPBAR|EXIT|RET|JMP|CCTL|MEMBAR|NANOSLEEP|UBLK\w*)\b"
 )
+_ALL = frozenset(f"{bank}{i}" for bank, count in (("R", 255), ("UR", 63), ("P", 7), ("UP", 7)) for i in range(count))
 _PART_OF_ITSELF = ("PRMT", "LOP3")  # halves and bits of a register are written one after another
 
 
@@ -89,6 +91,8 @@ def _instruction(address: str, guard: str | None, name: str, rest: str) -> Instr
                 while kind in ("IADD3", "UIADD3", "LEA", "ULEA") and operands and re.fullmatch(r"U?P(\d|T)", operands[0]):
                     writes.add(operands.pop(0))
                 break
+    if kind == "CALL":
+        writes |= _ALL  # whatever a small function of the assembler's own, such as a division, returns
     if kind in ("R2P", "UR2UP"):
         writes |= {f"{'U' * (kind == 'UR2UP')}P{i}" for i in range(7)}
     reads = _described(rest) | {bank + number for one in operands if "gdesc" not in one for bank, number in _REGISTER.findall(one)}
@@ -111,9 +115,9 @@ def _width(name: str) -> int:
     kind = name.split(".")[0]
     if product := re.search(r"GMMA\.64x(\d+)x", name):
         return int(product[1]) // 2
-    if kind in ("HMMA", "IMMA") or ".128" in name or ".M88.4" in name:
+    if kind in ("HMMA", "IMMA") or ".128" in name or "88.4" in name:
         return 4
-    wide = ".64" in name or "WIDE" in name or ".M88.2" in name or ".F64" in name or kind[0] == "D"
+    wide = ".64" in name or "WIDE" in name or "88.2" in name or ".F64" in name or kind[0] == "D"
     return 2 if wide or (kind == "CS2R" and not name.endswith(".32")) else 1
 
 
