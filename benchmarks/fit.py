@@ -16,10 +16,11 @@ import typer
 from flashtile.planner.constants import Constants, constants_of
 from flashtile.planner.device import Device
 from flashtile.study.document import load
-from flashtile.study.fit import Errors, errors_of, fit, halves
+from flashtile.study.fit import Errors, errors_of, fit, halves, regrets_of
 from flashtile.study.samples import Sample, of_study, of_sweep, of_tuning
 
 RESULTS = Path(__file__).parent / "results"
+CLOSE = 0.03  # of the best: what a choice may lose
 
 
 def earlier(results: Path, device: Device) -> dict[str, list[Sample]]:
@@ -60,7 +61,9 @@ def main(
         for part, some in (("fitted to", learned), ("held out", held)):
             found = errors_of(some, constants, figures)
             facts[f"{label}, {part}"] = found._asdict() if found else None
-            print(f"{label} constants, {part}: {found}")
+            regrets = regrets_of(some, constants, figures)
+            within = f"{sum(regret <= CLOSE for regret in regrets)} of {len(regrets)}"
+            print(f"{label} constants, {part}: {found}; the plan of the least predicted time is within {CLOSE:.0%} of the best on {within}")
         for source, errors in errors_by_source(sources, constants, figures):
             print(f"  {source}: {errors}")
     for name, number in fitted.flat().items():

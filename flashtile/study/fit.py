@@ -50,6 +50,15 @@ def errors_of(samples: Iterable[Sample], constants: Constants, device: Device) -
     return Errors(median(off), percentile(off, 90), len(off), len({one.name for one in some}))
 
 
+def regrets_of(samples: Iterable[Sample], constants: Constants, device: Device) -> list[float]:
+    """For each problem, ascending, what the plan of the least predicted time loses against the fastest that was timed."""
+    problems: dict[str, list[Sample]] = {}
+    for one in samples:
+        problems.setdefault(one.name, []).append(one)
+    chosen = (min(some, key=lambda one: predicted_us(one, constants, device)) for some in problems.values())
+    return sorted(choice.us / min(one.us for one in problems[choice.name]) - 1 for choice in chosen)
+
+
 def halves(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     """(fitted to, held out): by problem, so that no problem is in both."""
     held = set(sorted({one.name for one in samples})[1::HELD_OUT])
