@@ -2,6 +2,7 @@
 #
 #   make demo           a decode engine on real traffic, checked against exact attention
 #   make test           the tests that need no GPU
+#   make test-all       the same with all that they compile, of which make test has the telling part
 #   make test-oldest    the same on the oldest Triton that is supported, in an environment of its own
 #   make test-gpu       the tests that need a GPU
 #   make matrix         compile every kernel for every architecture, and keep what the compiler said
@@ -30,7 +31,7 @@ INSTALL := -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX
 SOURCES := flashtile compat tests benchmarks examples docs/conf.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-gpu matrix lint docs format clean
+.PHONY: help demo test test-all test-oldest test-gpu matrix lint docs format clean
 .DELETE_ON_ERROR:
 
 help:
@@ -40,10 +41,13 @@ demo: $(READY)
 	@$(BIN)/flashtile demo $(ARGS)
 
 test: $(READY)
+	@$(BIN)/python -m pytest tests/cpu -n $(JOBS) -m "not extensive" $(ARGS)
+
+test-all: $(READY)
 	@$(BIN)/python -m pytest tests/cpu -n $(JOBS) $(ARGS)
 
 test-oldest: $(OLDEST_READY)
-	@$(OLDEST)/bin/python -m pytest tests/cpu -n $(JOBS) $(ARGS)
+	@$(OLDEST)/bin/python -m pytest tests/cpu -n $(JOBS) -m "not extensive" $(ARGS)
 
 test-gpu: $(READY)
 	@$(BIN)/python -m pytest tests/gpu $(ARGS)
