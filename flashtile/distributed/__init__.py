@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from flashtile.distributed.attention import attention, attention_with_lse
 from flashtile.distributed.cache_shards import CacheShards
-from flashtile.distributed.choose import Choice, Estimate, Workload, choose
+from flashtile.distributed.choose import Choice, Estimate, Workload, choose, decode_speedup
 from flashtile.distributed.decode import append_kv, decode, decode_with_lse
 from flashtile.distributed.exchange import Exchange, explain_exchange
 from flashtile.distributed.links import LINKS, NETWORK_400G, NVLINK, Link
@@ -30,6 +30,7 @@ __all__ = [
     "attention_with_lse",
     "choose",
     "decode",
+    "decode_speedup",
     "decode_with_lse",
     "explain_exchange",
 ]

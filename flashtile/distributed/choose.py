@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from flashtile.band import Band
+from flashtile.distributed.exchange import explain_exchange
 from flashtile.distributed.links import NVLINK, Link
 from flashtile.planner.device import Device
 
 _BACKWARD = 2.5  # operations of a backward pass, of the forward's
 _FLOAT = 4  # bytes of a sum that travels or is folded
+_MERGE_LAUNCHES = 8  # small kernels around the exchange: lengths before it, folding after it
 _FOLDING = 3.5  # float32 passes over out that one fold makes: a cast, two reads and a write
 
 
@@ -153,6 +155,15 @@ def ulysses(work: Workload, link: Link, device: Device) -> Estimate:
     seconds = link.seconds(sent, (10 if work.training else 5) if work.num_ranks > 1 else 0)
     alone = work.flops / device.matrix_rate
     return Estimate("ulysses", sent, alone / work.num_ranks, seconds, seconds, alone)
+
+
+def decode_speedup(kv_bytes: float, rows: int, num_heads: int, head_dim_v: int, num_ranks: int, link: Link, device: Device) -> float:
+    """Of decode over a cut cache, over one GPU: reading ``kv_bytes`` is shared, the exchange and merge of ``rows`` queries are added."""
+    alone = kv_bytes / device.bandwidth + device.launch_us * 1e-6
+    how = explain_exchange(rows, num_heads, head_dim_v, num_ranks, link=link)
+    exchange_s = how.gather_s if how.kind == "gather" else how.scatter_s
+    merging = _MERGE_LAUNCHES * device.launch_us * 1e-6 if num_ranks > 1 else 0.0
+    return alone / (kv_bytes / num_ranks / device.bandwidth + device.launch_us * 1e-6 + (exchange_s if num_ranks > 1 else 0.0) + merging)
 
 
 def _pairs(band: Band, seqlen_q: int, seqlen_k: int) -> int:

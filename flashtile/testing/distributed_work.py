@@ -288,3 +288,25 @@ def _paged(k: torch.Tensor, v: torch.Tensor, page_size: int, generator: torch.Ge
     pages = [x.reshape(count, page_size, *x.shape[2:]) for x in (k, v)]
     cut = [torch.empty_like(x).index_copy_(0, shuffled, x) for x in pages]
     return cut[0], cut[1], shuffled.view(batch, -1).int()
+
+
+def replay_decode() -> None:
+    """A decode step captured in a CUDA graph, transfers included, replayed with other lengths; raises where a replay is off."""
+    rank, size, device = dist.get_rank(), dist.get_world_size(), device_here()
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 1, 8, 128, generator=generator).to(device, torch.bfloat16)
+    k, v = (torch.randn(2, 1024 * size, 2, 128, generator=generator).to(device, torch.bfloat16) for _ in "kv")
+    shards, lengths = CacheShards(size, 64), torch.tensor([5, 2000], dtype=torch.int32, device=device)
+    held = shards.positions(rank, 1024, device)
+    k_here, v_here = k[:, held], v[:, held]
+    for _ in range(3):
+        parallel.decode(q, k_here, v_here, lengths, shards)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = parallel.decode(q, k_here, v_here, lengths, shards, check=False)
+    for now in ([5, 2000], [1, 64], [777, 1300]):
+        lengths.copy_(torch.tensor(now, dtype=torch.int32))
+        graph.replay()
+        expected, _ = reference.decode(q.cpu(), k.cpu(), v.cpu(), lengths.cpu())
+        assert_close(out.cpu(), None, expected, None, what=f"lengths {now}")
