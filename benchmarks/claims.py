@@ -17,7 +17,7 @@ import typer
 from benchmarks import claim_facts as facts
 from benchmarks import claim_tables, markdown, targets
 from benchmarks.claim_facts import Results
-from benchmarks.report import StaleReport, rendered
+from benchmarks.report import StaleReport, refresh
 
 HERE = Path(__file__).parent
 ROOM = 1.02  # runs of the sweep drift by 1 to 2 %: less than this decides nothing
@@ -169,14 +169,7 @@ def main(
     check: Annotated[bool, typer.Option(help="Write nothing; exit with 1 if the document is stale.")] = False,
 ) -> None:
     """Fills the document's tables from the results."""
-    text = docs.read_text()
-    fresh = rendered(text, tables(facts.load(results)))
-    if check and fresh != text:
-        print(f"{docs} does not show what {results} says; run python -m benchmarks.claims")
-        raise typer.Exit(1)
-    if not check and fresh != text:
-        docs.write_text(fresh)
-        print(f"{docs} written")
+    refresh(docs, tables(facts.load(results)), check, "python -m benchmarks.claims")
 
 
 if __name__ == "__main__":

@@ -239,20 +239,25 @@ def rendered(text: str, made: dict[str, str]) -> str:
     return _TABLE.sub(fill, text)
 
 
+def refresh(docs: Path, made: dict[str, str], check: bool, command: str) -> None:
+    """Fills a document's tables, or with ``check`` writes nothing and exits with 1 where they are stale."""
+    text = docs.read_text(encoding="utf-8")
+    fresh = rendered(text, made)
+    if check and fresh != text:
+        print(f"{docs} does not show what the results say; run {command}")
+        raise typer.Exit(1)
+    if not check and fresh != text:
+        docs.write_text(fresh, encoding="utf-8")
+        print(f"{docs} written")
+
+
 def main(
     results: Annotated[Path, typer.Option(help="Folder of decode_*.json, forward_*.json and backward_*.json.")] = HERE / "results",
     docs: Annotated[Path, typer.Option(help="The document with the markers.")] = HERE.parent / "docs" / "performance.md",
     check: Annotated[bool, typer.Option(help="Write nothing; exit with 1 if the document is stale.")] = False,
 ) -> None:
     """Fills the document's tables from the results."""
-    text = docs.read_text()
-    fresh = rendered(text, tables(load(results)))
-    if check and fresh != text:
-        print(f"{docs} does not show what {results} says; run python -m benchmarks.report")
-        raise typer.Exit(1)
-    if not check and fresh != text:
-        docs.write_text(fresh)
-        print(f"{docs} written")
+    refresh(docs, tables(load(results)), check, "python -m benchmarks.report")
 
 
 if __name__ == "__main__":
