@@ -56,7 +56,7 @@ def main(
         q = torch.randn(1, 1, HEADS_Q, DIM, device=where, dtype=dtype)
         out = parallel.decode(q, k_cache, v_cache, lengths, shards, check=step == 0)
         if compare and rank == 0:
-            apart = (out - flashtile.decode(q, *whole, lengths)).abs().max().item()
+            apart = (out - flashtile.decode(q, whole[0], whole[1], lengths)).abs().max().item()
             print(f"token {step}: at most {apart:.2g} apart from one process")
     dist.destroy_process_group()
 

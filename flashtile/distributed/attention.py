@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 
+from flashtile import api
 from flashtile.arguments import check_scores
 from flashtile.band import Band
 from flashtile.distributed.agreement import agree
 from flashtile.distributed.choose import Workload, choose
+from flashtile.distributed.dtensors import attention_of_dtensors, is_dtensor
 from flashtile.distributed.groups import Members, members_of
 from flashtile.distributed.links import Link
 from flashtile.distributed.ring import Ring, RingAttention, ring_with_sinks
@@ -48,7 +50,9 @@ def attention(
 
     Args:
         q: (batch, rows, num_heads_q, head_dim), or where ``shards.packed`` (rows, num_heads_q, head_dim): the rows that
-            ``shards.shard(whole, rank)`` gives.
+            ``shards.shard(whole, rank)`` gives. Or a DTensor (batch, seqlen, num_heads_q, head_dim) that is cut by Shard(1), and by
+            Shard(0) and Shard(2) over other dimensions of its mesh, beside k and v like it, without shards and group: then the results
+            are DTensors, placed as q is.
         k: the same with num_heads_kv; v: with a last dimension of its own. Their rows are those of ``k_shards``.
         shards: how the sequences lie over the ranks. None: one length for all, ``rows`` on each rank, in zig-zag order.
         k_shards: how the keys do, where they are other sequences than the queries; ``shards`` where None.
@@ -101,6 +105,25 @@ def attention_with_lse(
     check: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`attention`, and the logarithm of each softmax's denominator: (batch, num_heads_q, rows), or packed (num_heads_q, rows)."""
+    if is_dtensor(q):
+        if shards is not None or k_shards is not None or group is not None:
+            raise ArgumentError(message("shards", "None beside DTensors", "shards or a group", "DTensors know how they are cut."))
+        features: dict[str, Any] = {
+            "causal": causal, "window": window, "softcap": softcap, "scale": scale, "sinks": sinks, "alibi_slopes": alibi_slopes,
+            "allow_tf32": allow_tf32, "deterministic": deterministic,
+        }  # fmt: skip
+
+        def attend(
+            q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shards: SequenceShards | None, group: Any
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            if shards is None:
+                return api.attention_with_lse(q, k, v, **features)
+            found: tuple[torch.Tensor, torch.Tensor] = attention_with_lse(
+                q, k, v, shards, group=group, method=method, link=link, check=check, **features
+            )
+            return found
+
+        return attention_of_dtensors(q, k, v, sinks is not None or alibi_slopes is not None, attend)
     members = members_of(group)
     shards = _default(q, members) if shards is None else shards
     k_shards = shards if k_shards is None else k_shards

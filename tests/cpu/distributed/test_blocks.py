@@ -33,7 +33,9 @@ def test_blocks_of_all_ranks_are_the_mask(
                     q_row, k_row = q_row + num_q, k_row + num_k
             if local.numel():
                 seen[q_rows[:, None], k_rows[None]] += local
-    expected = torch.block_diag(*(band.dense(n_q, n_k).int().view(n_q, n_k) for n_q, n_k in lengths))
+    expected = torch.block_diag(  # type: ignore[no-untyped-call]
+        *(band.dense(n_q, n_k).int().view(n_q, n_k) for n_q, n_k in lengths)
+    )
     assert torch.equal(seen, expected)
     work = Workload(ranks, 1, 1, q_shards.seqlens, k_shards.seqlens, band=band)
     assert work.pairs == int(expected.sum())
