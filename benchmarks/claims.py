@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from benchmarks import claim_facts as facts
-from benchmarks import claim_tables, markdown, targets
+from benchmarks import claim_study, claim_tables, markdown, targets
 from benchmarks.claim_facts import Results
 from benchmarks.report import StaleReport, refresh
 
@@ -158,9 +158,10 @@ def ledger(results: Results) -> str:
     return markdown.table(["", "what is said", "verdict", "measured", "what flashtile does"], cells, "---")
 
 
-def tables(results: Results) -> dict[str, str]:
-    """Markdown of each table of docs/tiles.md."""
-    return {"ledger": ledger(results), **claim_tables.tables(results)}
+def tables(folder: Path) -> dict[str, str]:
+    """Markdown of each table of docs/tiles.md from a folder of result files."""
+    results = facts.load(folder)
+    return {"ledger": ledger(results), **claim_tables.tables(results), **claim_study.tables(folder)}
 
 
 def main(
@@ -169,7 +170,7 @@ def main(
     check: Annotated[bool, typer.Option(help="Write nothing; exit with 1 if the document is stale.")] = False,
 ) -> None:
     """Fills the document's tables from the results."""
-    refresh(docs, tables(facts.load(results)), check, "python -m benchmarks.claims")
+    refresh(docs, tables(results), check, "python -m benchmarks.claims")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 from benchmarks import claim_facts as facts
-from benchmarks import claims
+from benchmarks import claim_study, claims
 from benchmarks.report import StaleReport, rendered
+from flashtile.planner.catalog import TRITON
+from flashtile.study.document import KIND
+from flashtile.study.rows import COLUMNS
+from flashtile.testing.record import SCHEMA
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,13 +27,13 @@ def results() -> facts.Results:
     return facts.load(RESULTS)
 
 
-def test_the_document_shows_the_results_in_the_tree(results: facts.Results) -> None:
-    text, tables = DOCUMENT.read_text(), claims.tables(results)
+def test_the_document_shows_the_results_in_the_tree() -> None:
+    text, tables = DOCUMENT.read_text(), claims.tables(RESULTS)
     assert rendered(text, tables) == text, "run python -m benchmarks.claims"
     assert set(re.findall(r"<!-- table: ([\w-]+) -->", text)) == tables.keys()
 
 
-def test_every_claim_has_a_verdict_of_three_and_a_section(results: facts.Results) -> None:
+def test_every_claim_has_a_verdict_of_three_and_a_section() -> None:
     assert len(claims.CLAIMS) == 10
     assert all(claim.verdict in ("true", "false") or claim.verdict.startswith("true when ") for claim in claims.CLAIMS)
     sections = re.findall(r"^## Claim (\d+)$", DOCUMENT.read_text(), flags=re.MULTILINE)
@@ -51,6 +55,23 @@ def test_a_tile_counts_by_its_best_plan() -> None:
     assert problem.slower("64") == 1.5
     assert problem.slower("128") is None
     assert facts.swept(sweep([16, 0, 64, 4, 3, 1, 12.0])) == [], "one tile alone is no comparison"
+
+
+def test_a_measured_study_has_tables_and_a_predicted_one_none(tmp_path: Path) -> None:
+    row = {"kernel": TRITON, "swapped": False, "block_n": 64, "num_warps": 4, "num_stages": 3, "num_splits": 16, "num_programs": 0}
+    times = ((16, 10.0), (32, 10.02), (64, 12.0))
+    plans = [row | {"block_m": block_m, "us": us, "spread": 0.0, "predicted_us": us} for block_m, us in times]
+    timed = [[plan[name] for name in COLUMNS] for plan in plans]
+    point = {"batch": 1, "keys": 4096, "seqlen_q": 2, "group": 8, "head_dim": 128, "dtype_kv": "bfloat16"}
+    entry = {"stage": "tiles", **point, "timed": timed, "choice": {}, "refused": []}
+    head = {"schema": SCHEMA, "what": KIND, "columns": COLUMNS, "device": "a GPU", "date": "today", "commit": "abc", "entries": [entry]}
+    for basis, shown in (("measured", True), ("predicted", False)):
+        (tmp_path / "study.json").write_text(json.dumps(head | {"basis": basis}))
+        made = claim_study.tables(tmp_path)
+        assert (
+            "| portable: 2 queries, 16 rows | 1 | - | - | - | 1.00 (1.00) | - | 1.00 (1.00) | 1.20 (1.20) | - |" in made["study-times"]
+        ) is shown
+        assert ("| 2 | - | - | 16 (32) | - |" in made["study-map"]) is shown
 
 
 def test_times_by_warps_are_over_the_tiles_own_best() -> None:
