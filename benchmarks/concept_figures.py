@@ -12,6 +12,7 @@ import typer
 
 from benchmarks.pictures import DARK, EMPTY, LIGHT, MIDDLE, Picture
 from flashtile.band import Band
+from flashtile.distributed import SequenceShards
 from flashtile.dropout import keep_mask
 
 FOLDER = Path(__file__).parent.parent / "docs" / "figures"
@@ -173,9 +174,33 @@ def quantised() -> Picture:
     return picture
 
 
+def several_gpus() -> Picture:
+    """Keys travel round the ring; and of a causal mask, whose chunks of queries each rank has in zig-zag order."""
+    shades = (DARK, MIDDLE, LIGHT, "#009E73")
+    picture = Picture(620, 236, "Keys and values travel round a ring of four ranks; zig-zag order shares a causal mask evenly")
+    picture.words(20, 22, "queries stay, keys travel", bold=True)
+    for rank, (x, y) in enumerate(((20, 40), (170, 40), (170, 140), (20, 140))):
+        picture.labelled(x, y, 110, 52, f"rank {rank}", shades[rank])
+    for x, y, to_x, to_y in ((130, 66, 168, 66), (225, 92, 225, 138), (170, 166, 132, 166), (75, 140, 75, 94)):
+        picture.arrow(x, y, to_x, to_y)
+    picture.words(149, 58, "k, v", 11, "middle")
+    picture.words(20, 214, "each step: attend to the keys that are here, while the next arrive", 10)
+    for left, title, zigzag in ((360, "in order", False), (494, "zig-zag", True)):
+        picture.words(left, 22, title, bold=True)
+        shards = SequenceShards.dense(8, 4, zigzag=zigzag)
+        holder = {row: rank for rank in range(4) for row in shards.rows(rank)}
+        picture.grid(left, 34, 14, [[shades[holder[query]] if key <= query else EMPTY for key in range(8)] for query in range(8)])
+        for rank in range(4):
+            tiles = sum(query + 1 for query in shards.rows(rank))
+            picture.box(left, 156 + 16 * rank, 12, 12, shades[rank])
+            picture.words(left + 18, 166 + 16 * rank, f"rank {rank}: {tiles} tiles", 11)
+    return picture
+
+
 PICTURES: dict[str, Callable[[], Picture]] = {
     "packed_rows": packed_rows, "query_tile": query_tile, "forward_tiles": forward_tiles, "online_softmax": online_softmax,
     "splits": splits, "bands": bands, "dropout": dropout, "backward": backward, "quantised": quantised,
+    "several_gpus": several_gpus,
 }  # fmt: skip
 
 

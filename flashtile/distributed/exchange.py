@@ -31,7 +31,7 @@ class Exchange:
         """The choice in words and numbers."""
         return [
             f"exchange: {self.kind}: {self.reason}",
-            f"gather: {self.gather_bytes / 1e3:.4g} kB in one step, {self.gather_s * 1e6:.4g} us",
+            f"gather: {self.gather_bytes / 1e3:.4g} kB, {self.gather_s * 1e6:.4g} us",
             f"scatter: {self.scatter_bytes / 1e3:.4g} kB, {self.scatter_s * 1e6:.4g} us",
         ]
 
@@ -41,16 +41,17 @@ def explain_exchange(
 ) -> Exchange:
     """The exchange of float32 partial results of ``rows`` queries, and why.
 
-    A gather moves ``num_ranks - 1`` partial results to each rank in one step. A scatter moves to each the others' partial results of its
+    A gather moves ``num_ranks - 1`` partial results to each rank in one collective. A scatter moves to each the others' partial results of its
     share of the heads, ``1 / num_ranks`` as much, and then (unless ``own_heads``, where each rank keeps its share) the merged
-    shares in the result's dtype: fewer bytes, and a second step.
+    shares in the result's dtype: fewer bytes, and further collectives.
     """
     partial = rows * heads * (head_dim_v + 1) * _FLOAT
     gather_bytes = (num_ranks - 1) * partial
     away = (num_ranks - 1) / num_ranks
     scatter_bytes = int(away * (partial + (0 if own_heads else rows * heads * (head_dim_v * out_bytes + _FLOAT))))
-    gather_s = link.seconds(gather_bytes, 1)
-    scatter_s = link.seconds(scatter_bytes, 1 if own_heads else 3)
+    gathering = (num_ranks - 1).bit_length()  # steps of a gather among so many
+    gather_s = link.seconds(gather_bytes, gathering)
+    scatter_s = link.seconds(scatter_bytes, 1 if own_heads else 1 + 2 * gathering)
     even = heads % num_ranks == 0
     if own_heads and not even:
         raise UnsupportedError(f"{heads} heads cannot be shared evenly by {num_ranks} ranks.", {"scatter": ["own_heads needs whole heads"]})
@@ -61,9 +62,9 @@ def explain_exchange(
     elif not even:
         kind, reason = "gather", f"{heads} heads cannot be shared evenly by {num_ranks} ranks"
     elif gather_s <= scatter_s:
-        kind, reason = "gather", "so few bytes that a second step would take longer than it saves"
+        kind, reason = "gather", "so few bytes that more collectives would take longer than they save"
     else:
-        kind, reason = "scatter", f"it moves {gather_bytes / max(1, scatter_bytes):.1f}x fewer bytes, which outweighs its second step"
+        kind, reason = "scatter", f"it moves {gather_bytes / max(1, scatter_bytes):.1f}x fewer bytes, which outweighs that it takes more steps"
     return Exchange(kind, gather_bytes, scatter_bytes, gather_s, scatter_s, reason)
 
 

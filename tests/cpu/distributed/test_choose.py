@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from benchmarks import distributed_paper
 from flashtile.band import Band
 from flashtile.distributed import NETWORK_400G, NVLINK, Link, Workload, choose, explain_exchange
 from flashtile.distributed.choose import ring, ulysses
@@ -67,3 +70,9 @@ def test_exchange_of_partials_is_chosen_by_bytes() -> None:
     assert any("fewer bytes" in line for line in many.lines())
     with pytest.raises(UnsupportedError, match="evenly"):
         explain_exchange(1, 30, 128, 8, own_heads=True)
+
+
+def test_the_page_shows_what_the_model_says() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs" / "several-gpus.md").read_text(encoding="utf-8")
+    expected = f"<!-- paper -->\n{distributed_paper.table()}\n<!-- end -->"
+    assert expected in text, f"docs/several-gpus.md should read:\n{expected}"
