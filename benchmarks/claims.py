@@ -52,9 +52,11 @@ def _fixed(results: Results) -> Evidence:
 def _sixteen(results: Results) -> Evidence:
     half_empty = facts.of_floor_with_tile(results, 8)
     full = facts.slowdowns([problem for problem in facts.swept(results) if problem.kv_bytes >= facts.LARGE], "8s")
-    words = f"Hopper's tile of 8 leaves half of its instruction's rows empty and reads 64 MB and more at {facts.shares_of(half_empty)}"
+    words = (
+        f"Hopper's tile of 8 leaves half or more of its instruction's rows empty and reads 64 MB and more at {facts.shares_of(half_empty)}"
+    )
     swapped = (
-        f"the portable one has keys on the large side, leaves none empty, and takes {facts.times_of(full)}, as long as the fastest tile"
+        f"the portable one, with keys on the large side, leaves fewer empty and takes {facts.times_of(full)}, as long as the fastest tile"
     )
     return Evidence(f"{words} of the read floor; {swapped}", median(half_empty) > 0.9 and median(full) > ROOM)
 
