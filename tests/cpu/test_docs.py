@@ -50,8 +50,8 @@ def examples(page: Path) -> list[str]:
 
 
 def is_whole(words: list[str]) -> bool:
-    """Whether a command can be run as it stands: it explains, and says what."""
-    return words[0] == "explain" and any(word.startswith("--") for word in words)
+    """Whether a command can be run as it stands: it explains, and says what, or it asks for nothing."""
+    return words == ["env"] or (words[0] == "explain" and any(word.startswith("--") for word in words))
 
 
 EXAMPLES = {f"{page.name}:{number}": code for page in PAGES for number, code in enumerate(examples(page), start=1)}
