@@ -8,13 +8,14 @@
 #   gpu_call.sh search OUT [SECONDS]            the planner's choice against a search
 #   gpu_call.sh forward OUT [SECONDS] [PART...] unpacks the peers that lie in PART..., then every forward grid (GRIDS: which, a,b,...)
 #   gpu_call.sh backward OUT [SECONDS] [PART...] the same for backward's grids
+#   gpu_call.sh study OUT [SECONDS] ARGUMENT... flashtile study into OUT/study.json, gone on with where it is there
 #   gpu_call.sh unpack OUT SECONDS PART...      unpacks peers alone, where they come in several calls
 #   gpu_call.sh sanitize OUT [SECONDS]          memcheck and racecheck over variants of the kernels (OPERATION: which, else all)
 #
 # PYTHON names the interpreter (python3); COMMIT the commit measured; PEERS_DIR where peers are unpacked (/opt/peers).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-what=${1:?check, sweep, core, peers, search, forward, backward, unpack or sanitize}
+what=${1:?check, sweep, study, core, peers, search, forward, backward, unpack or sanitize}
 out=$(mkdir -p "${2:?a folder for results}" && cd "$2" && pwd)
 seconds=${3:-500}
 shift $(($# < 3 ? $# : 3))
@@ -88,6 +89,12 @@ check)
   measure 100 --grid seqlen1 --no-peers --only 32/8
   ;;
 sweep) sweep "$@" ;;
+study)
+  for _ in 1 2 3; do # a second try where the device was lost or a call hung: the task that was running is left out
+    [ "$(left)" -lt 15 ] && break
+    timeout -k 10 $(($(left) + 10)) "$python" -m flashtile study --out "$out/study.json" --budget $(($(left) - 5)) "${commit[@]}" "$@" && break
+  done
+  ;;
 core) measure 100 --grid all --no-peers --compilers 12 ;;
 peers)
   unpacked "$@"

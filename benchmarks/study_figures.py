@@ -150,7 +150,8 @@ def splits(document: Document) -> Drawn:
         axes.set_yscale("log")
         axes.set_xticks([1, 8, 64, 512], ["1", "8", "64", "512"])
         axes.set_xlabel("splits")
-        axes.set_title(f"{regime_name(point.batch, point.keys)}\n{point.seqlen_q} queries, group {point.group}", fontsize=8)
+        queries = "1 query" if point.seqlen_q == 1 else f"{point.seqlen_q} queries"
+        axes.set_title(f"{regime_name(point.batch, point.keys)}\n{queries}, group {point.group}", fontsize=8)
         low, high = axes.get_ylim()
         ticks = [tick * 10**power for power in range(int(log10(low)) - 1, 5) for tick in (1, 2, 5) if low <= tick * 10**power <= high]
         axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
