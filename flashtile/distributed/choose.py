@@ -130,7 +130,7 @@ def choose(work: Workload, link: Link | None = None, device: Device | None = Non
 
 
 def ring(work: Workload, link: Link, device: Device) -> Estimate:
-    """Ring attention: num_ranks - 1 transfers of a shard of k and v, and of their float32 gradients num_ranks."""
+    """Ring attention: num_ranks - 1 transfers of a shard of k and v, and in training as many again, and of float32 gradients."""
     ranks = work.num_ranks
     share = work.flops / ranks if work.zigzag or work.band.right is None else _last_shards_flops(work)
     folds = ranks * _FOLDING * _FLOAT * work.query_elements * work.head_dim_v / (work.head_dim + work.head_dim_v)
@@ -142,9 +142,11 @@ def ring(work: Workload, link: Link, device: Device) -> Estimate:
     if work.training and ranks > 1:
         backward_compute = compute / ranks - forward_compute
         gradients = link.seconds(work.key_elements * _FLOAT)
-        exposed += (ranks - 1) * max(0.0, forward_step + gradients - backward_compute) + gradients
-        seconds += (ranks - 1) * forward_step + ranks * gradients
-        sent += (ranks - 1) * work.key_elements * work.dtype_bytes + ranks * work.key_elements * _FLOAT
+        # the first step and the last have half of a rank's own block each, those between a transfer of keys and one of sums
+        between = max(0.0, forward_step + gradients - backward_compute) * (ranks - 2)
+        exposed += between + max(0.0, forward_step - backward_compute / 2) + max(0.0, gradients - backward_compute / 2)
+        seconds += (ranks - 1) * (forward_step + gradients)
+        sent += (ranks - 1) * work.key_elements * (work.dtype_bytes + _FLOAT)
     return Estimate("ring", sent, compute, seconds, exposed, work.flops / device.matrix_rate)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import prod
 
 import torch
@@ -36,13 +37,14 @@ class Exchange:
         ]
 
 
+@lru_cache(maxsize=1024)
 def explain_exchange(
     rows: int, heads: int, head_dim_v: int, num_ranks: int, *, out_bytes: int = 2, own_heads: bool = False, link: Link = NVLINK
 ) -> Exchange:
     """The exchange of float32 partial results of ``rows`` queries, and why.
 
-    A gather moves ``num_ranks - 1`` partial results to each rank in one collective. A scatter moves to each the others' partial results of its
-    share of the heads, ``1 / num_ranks`` as much, and then (unless ``own_heads``, where each rank keeps its share) the merged
+    A gather moves ``num_ranks - 1`` partial results to each rank in one collective. A scatter moves to each the others' partial results
+    of its share of the heads, ``1 / num_ranks`` as much, and then (unless ``own_heads``, where each rank keeps its share) the merged
     shares in the result's dtype: fewer bytes, and further collectives.
     """
     partial = rows * heads * (head_dim_v + 1) * _FLOAT
@@ -64,7 +66,10 @@ def explain_exchange(
     elif gather_s <= scatter_s:
         kind, reason = "gather", "so few bytes that more collectives would take longer than they save"
     else:
-        kind, reason = "scatter", f"it moves {gather_bytes / max(1, scatter_bytes):.1f}x fewer bytes, which outweighs that it takes more steps"
+        kind, reason = (
+            "scatter",
+            f"it moves {gather_bytes / max(1, scatter_bytes):.1f}x fewer bytes, which outweighs that it takes more steps",
+        )
     return Exchange(kind, gather_bytes, scatter_bytes, gather_s, scatter_s, reason)
 
 

@@ -12,7 +12,7 @@ import torch
 
 from flashtile.distributed.blocks import Block, blocks_of
 from flashtile.distributed.groups import Members
-from flashtile.distributed.ring_steps import Gradients, Results, Rows, attend, differentiate
+from flashtile.distributed.ring_steps import Gradients, Results, Rows, attend, differentiate, nothing_seen, of_key_heads
 from flashtile.distributed.scores import Scores
 from flashtile.distributed.sequence_shards import SequenceShards
 from flashtile.distributed.transport import Flight
@@ -44,9 +44,7 @@ class Ring(NamedTuple):
 
 def ring_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ring: Ring, scores: Scores) -> Results:
     """out, float32, and lse of this rank's queries over everyone's keys. Nothing follows a gradient."""
-    *batch, rows, heads, _ = q.shape
-    out = q.new_zeros((*batch, rows, heads, v.shape[-1]), dtype=torch.float32)
-    results = Results(out, q.new_full((*batch, heads, rows), -torch.inf, dtype=torch.float32))
+    results: Results | None = None
     keys = (k.contiguous(), v.contiguous())
     for step in range(ring.members.size):
         flight, rooms = None, keys
@@ -54,43 +52,65 @@ def ring_forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ring: Ring, 
             rooms = ring.rooms(k, v, step + 1)
             flight = Flight(keys, rooms, ring.members, f"step {step + 1} of ring attention")
         for block in ring.blocks(step, scores):
-            attend(q, *keys, block, scores, results)
+            results = attend(q, *keys, block, scores, results)
         if flight is not None:
             flight.land()
         keys = rooms
-    return results
+    return nothing_seen(q, v) if results is None else results
 
 
 def ring_backward(rows: Rows, k: torch.Tensor, v: torch.Tensor, ring: Ring, scores: Scores) -> Gradients:
     """float32 gradients of this rank's q, k and v.
 
     Sums of dk and dv travel a step behind their keys: what the ranks before have added arrives while this rank computes its own
-    share, and after a whole round they are home.
+    share, and after a whole round they are home. Of what this rank's own keys need, half of the heads are computed while the first keys
+    arrive, and the other half while the sums come home: so both transfers hide behind something.
     """
-    dq = torch.zeros_like(rows.q, dtype=torch.float32)
-    keys, sums, last = (k.contiguous(), v.contiguous()), (k, v), ring.members.size - 1
+    own = Gradients(*(torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format) for x in (rows.q, k, v)))
+    keys, sums, last = (k.contiguous(), v.contiguous()), (own.dk, own.dv), ring.members.size - 1
+    half = k.shape[-2] // 2
     for step in range(ring.members.size):
         flights, rooms, before = [], keys, None
         if step < last:
             rooms = ring.rooms(k, v, step + 1)
             flights.append(Flight(keys, rooms, ring.members, f"step {step + 1} of ring attention's backward pass"))
-        if step > 0:
-            before = ring.rooms(k, v, step, torch.float32)
-            flights.append(Flight(sums, before, ring.members, f"the gradients of step {step} of ring attention"))
-        sums = torch.zeros_like(keys[0], dtype=torch.float32), torch.zeros_like(keys[1], dtype=torch.float32)
-        for block in ring.blocks(step, scores):
-            differentiate(rows, *keys, block, scores, Gradients(dq, *sums))
+        if step == 0:
+            _differentiate_own(rows, k, v, ring, scores, own, 0, half)
+        else:
+            if step > 1:
+                before = ring.rooms(k, v, step, torch.float32)
+                flights.append(Flight(sums, before, ring.members, f"the gradients of step {step} of ring attention"))
+            sums = torch.zeros_like(keys[0], dtype=torch.float32), torch.zeros_like(keys[1], dtype=torch.float32)
+            for block in ring.blocks(step, scores):
+                differentiate(rows, *keys, block, scores, Gradients(own.dq, *sums))
         for flight in flights:
             flight.land()
         if before is not None:
-            for total, others in zip(sums, before):
-                total += others
+            _add(sums, before)
         keys = rooms
-    if last:
-        home = ring.rooms(k, v, 0, torch.float32)
-        Flight(sums, home, ring.members, "the last step of ring attention's gradients").land()
-        sums = home
-    return Gradients(dq, *sums)
+    home = ring.rooms(k, v, 0, torch.float32) if last else None
+    homeward = None if home is None else Flight(sums, home, ring.members, "the last step of ring attention's gradients")
+    _differentiate_own(rows, k, v, ring, scores, own, half, k.shape[-2] - half)
+    if homeward is not None and home is not None:
+        homeward.land()
+        _add((own.dk, own.dv), home)
+    return own
+
+
+def _differentiate_own(
+    rows: Rows, k: torch.Tensor, v: torch.Tensor, ring: Ring, scores: Scores, own: Gradients, first: int, count: int
+) -> None:
+    """Adds the gradients of ``count`` key heads, and of the query heads that share them, over this rank's own keys."""
+    if not count:
+        return
+    part, k, v, sums = of_key_heads(rows, k, v, own, first, count)
+    for block in ring.blocks(0, scores):
+        differentiate(part, k, v, block, scores, sums)
+
+
+def _add(totals: tuple[torch.Tensor, torch.Tensor], parts: tuple[torch.Tensor, torch.Tensor]) -> None:
+    for total, part in zip(totals, parts):
+        total += part
 
 
 class RingAttention(torch.autograd.Function):

@@ -40,8 +40,9 @@ class Rows(NamedTuple):
     dlse: torch.Tensor | None
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block, scores: Scores, results: Results) -> None:
-    """Folds one block into the results. q, k and v are all rows that are here."""
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block, scores: Scores, results: Results | None) -> Results:
+    """Folds one block into the results, which begin with it where they are None. q, k and v are all rows that are here."""
+    whole, num_rows = q, q.shape[-3]
     q, k, v = _queries(q, block), _keys(k, block), _keys(v, block)
     features: dict[str, Any] = {
         "window": (block.band.left, block.band.right), "softcap": scores.softcap, "scale": scores.scale, "allow_tf32": scores.allow_tf32,
@@ -54,7 +55,18 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block, scor
     else:
         part, lse = attention_with_lse(_batched(q), _batched(k), _batched(v), **features)
         part, lse = (part[0], lse[0]) if q.ndim == 3 else (part, lse)
+    if results is None and block.num_q == num_rows:
+        return Results(part.float(), lse)
+    results = nothing_seen(whole, v) if results is None else results
     fold_in(_queries(results.out, block), _of_heads(results.lse, block), part, lse)
+    return results
+
+
+def nothing_seen(q: torch.Tensor, v: torch.Tensor) -> Results:
+    """Results of queries that have seen no key yet."""
+    *batch, rows, heads, _ = q.shape
+    out = q.new_zeros((*batch, rows, heads, v.shape[-1]), dtype=torch.float32)
+    return Results(out, q.new_full((*batch, heads, rows), -torch.inf, dtype=torch.float32))
 
 
 def differentiate(rows: Rows, k: torch.Tensor, v: torch.Tensor, block: Block, scores: Scores, sums: Gradients) -> None:
@@ -74,7 +86,22 @@ def differentiate(rows: Rows, k: torch.Tensor, v: torch.Tensor, block: Block, sc
         scores.allow_tf32, scores.deterministic, False,
     )  # fmt: skip
     for total, part in ((_queries(sums.dq, block), dq), (_keys(sums.dk, block), dk), (_keys(sums.dv, block), dv)):
-        total += part.view(total.shape)
+        total += part[0] if part.ndim > total.ndim else part
+
+
+def of_key_heads(
+    rows: Rows, k: torch.Tensor, v: torch.Tensor, sums: Gradients, first: int, count: int
+) -> tuple[Rows, torch.Tensor, torch.Tensor, Gradients]:
+    """Views of ``count`` key heads from ``first``, and of the query heads that share them."""
+    group = rows.q.shape[-2] // k.shape[-2]
+
+    def queries(x: torch.Tensor) -> torch.Tensor:
+        return x.narrow(-2, first * group, count * group)
+
+    dlse = None if rows.dlse is None else queries(rows.dlse)
+    part = Rows(queries(rows.q), queries(rows.out), queries(rows.lse), queries(rows.dout), dlse)
+    grads = Gradients(queries(sums.dq), sums.dk.narrow(-2, first, count), sums.dv.narrow(-2, first, count))
+    return part, k.narrow(-2, first, count), v.narrow(-2, first, count), grads
 
 
 def _queries(x: torch.Tensor, block: Block) -> torch.Tensor:

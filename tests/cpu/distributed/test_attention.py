@@ -10,7 +10,6 @@ import pytest
 from flashtile.testing.distributed_work import SequenceCase, check_attention
 from flashtile.testing.ranks import Ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
 CASES = [
     SequenceCase("causal", (24,)),
     SequenceCase("a length that nothing divides", (29,), head_dim_v=24),

@@ -9,7 +9,6 @@ import pytest
 from flashtile.testing.distributed_work import CacheCase, check_append, check_decode
 from flashtile.testing.ranks import Ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
 LENGTHS = (0, 5, 17, 40, 100)  # none, on the first rank, over two, over all, more than there is room for
 CASES = [
     CacheCase("contiguous", LENGTHS, 16),

@@ -9,8 +9,6 @@ import pytest
 from flashtile.testing.distributed_work import die, disagree
 from flashtile.testing.ranks import RankFailed, Ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 @pytest.mark.parametrize(
     ("what", "named"),

@@ -9,8 +9,6 @@ import pytest
 from flashtile.testing.distributed_models import check_dtensors, check_layer
 from flashtile.testing.ranks import Ranks
 
-pytestmark = pytest.mark.xdist_group("ranks")
-
 
 @pytest.mark.parametrize("how", ["fsdp", "compiled"])
 def test_gradients_of_weights_are_those_of_one_process(ranks_of: Callable[[int], Ranks], how: str) -> None:
