@@ -42,10 +42,11 @@ GATHERED_REGISTERS = 60  # places of gathered keys, kept over the loop,
 GATHERED_FEW_REGISTERS = 20  # fewer of them beside 16-bit fragments,
 GATHERED_LONG_HEAD_REGISTERS = 24  # but more of them beside head dims beyond 128,
 GATHERED_LOADED_REGISTERS = {"cuda": 0, "hip": 100}  # and where no asynchronous copy brings the keys
-LOADED_REGISTERS = {"cuda": 1.9, "hip": 3.0}  # an element of a key tile that no asynchronous copy can bring
+LOADED_REGISTERS = {"cuda": 1.9, "hip": 3.6}  # an element of a key tile that no asynchronous copy can bring
 SMALL_COPY_REGISTERS = 0.7  # a copy of less than 16 bytes
 FMA_FEATURE_REGISTERS = 5  # what a feature takes beside for 32 keys of an FMA dot, which fills the registers by itself
 FMA_LOADED_SHARE = 0.4  # FMA operands pass through registers anyway
+VECTOR_WIDE_LONG_HEAD_REGISTERS = 20  # more of WIDE_REGISTERS in the vector kernel, beyond 128 dims
 VECTOR_LOADED_REGISTERS = 90  # what such loads cost the vector kernel beside
 QUANTISED_LOADED_FACTOR = 1.5  # more of LOADED_REGISTERS for bytes, which become two registers each on their way
 HALF_BYTES = 2  # of what quantised keys and values are multiplied as
@@ -147,7 +148,8 @@ def registers_per_thread(problem: Problem, tile: TileShape, device: Device) -> i
         live = VECTOR_TILES_LIVE[device.backend] * (1 if dim == dim_v else VECTOR_UNLIKE_FACTOR)
         tiles = (live * tile.block_n * max(dim, dim_v) + 2 * (dim + dim_v)) / threads
         loads = VECTOR_LOADED_REGISTERS if misaligned else 0
-        loads += WIDE_REGISTERS if k_bytes == 4 and device.architecture.async_copies else 0
+        if k_bytes == 4 and device.architecture.async_copies:
+            loads += WIDE_REGISTERS + (VECTOR_WIDE_LONG_HEAD_REGISTERS if max(dim, dim_v) > 128 else 0)
         if gathered:
             places = GATHERED_REGISTERS if device.architecture.async_copies else GATHERED_FEW_REGISTERS
             loads += places
