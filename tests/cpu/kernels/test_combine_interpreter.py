@@ -48,7 +48,7 @@ def combined(
     whole, whole_lse = poison.outputs(torch.empty(TOKENS, HEADS, DIM), DIM)
     buffer = torch.cat([out.flatten(), lse.flatten()])
     starts = torch.tensor([0, TOKENS - 1], dtype=torch.int32) if ragged else None
-    lengths = (torch.zeros(1, dtype=torch.int32), starts, 0, TOKENS, TOKENS)
+    lengths = (torch.zeros(1, dtype=torch.int32), starts, 0, TOKENS, TOKENS, None)
     views = ((buffer, out.numel(), num_splits), (whole, 0, *whole.stride()[:2]), (whole_lse, 0, *whole_lse.stride()), lengths, sinks)
     combine(0, TOKENS * HEADS, *views)
     return whole, whole_lse

@@ -82,8 +82,9 @@ def notes_of(batch: Batch, num_programs: int, at_once: int = 0, unit_cost: int =
     starts = torch.tensor([0, *batch.seqlens_q], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     capacity = max(1, *batch.seqlens_k)
     lengths = LengthsView(
-        torch.tensor(batch.seqlens_k, dtype=torch.int32), starts if batch.packed else None, capacity, batch.seqlens_q[0], int(starts[-1])
-    )
+        torch.tensor(batch.seqlens_k, dtype=torch.int32), starts if batch.packed else None, capacity, batch.seqlens_q[0], int(starts[-1]),
+        None,
+    )  # fmt: skip
     most = 1 + sum(batch.num_heads_kv * -(-queries * batch.group // batch.block_m) for queries in batch.seqlens_q)
     notes = torch.full((num_programs, most, COLUMNS), -1, dtype=torch.int32)
     at_once = at_once or sequences_at_once(size)
