@@ -46,8 +46,8 @@ UNEVEN_WALK = 4096  # under a mask, programs that stay lost from here on: 0.91x 
 # wide heads 0.92x at 4096 already)
 ONE_PASS_KEYS = 2048  # one pass won from here on, by 4 to 13%; with fewer keys what it needs beside the pass ate that up
 PACKED_UNPROVEN = (
-    "of 64 packed sequences it gave one a wrong dK on an H200, for a reason not found yet: until it is, packed sequences are its "
-    "only where a plan asks for it"
+    "of packed sequences it gave one a wrong dK on an H200 (an assembler's fault, mended since); until a GPU has shown it right, "
+    "they are its only where a plan asks for it"
 )
 MAX_ONE_PASS_DIM = 128  # beyond it, registers hold no part of dQ beside dK and dV
 
