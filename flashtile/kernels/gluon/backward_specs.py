@@ -19,7 +19,8 @@ from flashtile.problem import Problem
 
 NO_ROWS = RowsView(None, None, None, None)
 NO_PAGES = PagesView(None, None, None)
-DEPENDENT_LAUNCH = False  # a kernel's programs may take their places while the last kernel of the call ends: off until packed batches have been right with it
+# Whether a kernel's programs take their places while the last kernel of the call ends: not until packed batches were right with it.
+DEPENDENT_LAUNCH = False
 _ROWS = 64  # of a warpgroup
 _PANEL = 64
 _WIDE_HEAD = 128  # heads wider than this have kernels of their own
