@@ -180,9 +180,9 @@ class Problem:
         """The problem of one decode call; raises for every wrong argument and reads no tensor's values."""
         import torch
 
-        check_tensors(q=q, k_cache=k_cache, v_cache=v_cache, seqlens_k=seqlens_k, page_table=page_table,
-                       cu_seqlens_q=cu_seqlens_q, sinks=sinks, alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale,
-                       leftpad_k=leftpad_k, out=out)  # fmt: skip
+        check_tensors({"q": q, "k_cache": k_cache, "v_cache": v_cache, "seqlens_k": seqlens_k}, page_table=page_table,
+                      cu_seqlens_q=cu_seqlens_q, sinks=sinks, alibi_slopes=alibi_slopes, k_scale=k_scale, v_scale=v_scale,
+                      leftpad_k=leftpad_k, out=out)  # fmt: skip
         ragged = cu_seqlens_q is not None
         batch = check_lengths(seqlens_k)
         _, total_q, seqlen_q, heads_q, head_dim = check_queries(q, cu_seqlens_q, max_seqlen_q, batch)
@@ -236,7 +236,7 @@ class Problem:
         """The problem of one ``attention`` or ``attention_varlen`` call; raises for every wrong argument and reads no tensor's values."""
         import torch
 
-        check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, page_table=page_table,
+        check_tensors({"q": q, "k": k, "v": v}, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, page_table=page_table,
                       seqused_k=seqused_k, sinks=sinks, alibi_slopes=alibi_slopes, out=out)  # fmt: skip
         check_varlen(cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
                      page_table=page_table, seqused_k=seqused_k)  # fmt: skip

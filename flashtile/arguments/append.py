@@ -8,7 +8,7 @@ from flashtile.arguments.keys import check_cache, check_heads
 from flashtile.arguments.quantised import check_kv_scales
 from flashtile.arguments.queries import check_queries, check_starts
 from flashtile.arguments.rotary import check_tables
-from flashtile.arguments.tensors import check_int32, check_last_dim
+from flashtile.arguments.tensors import check_int32, check_last_dim, check_tensors
 from flashtile.arguments.values import check_bool
 from flashtile.errors import ArgumentError, DtypeError, ShapeError, message
 
@@ -36,10 +36,10 @@ def check_append(
     v_scale: torch.Tensor | None,
 ) -> None:
     """Raises for a wrong argument; no tensor is read."""
-    _check_tensors(
-        k_cache=k_cache, v_cache=v_cache, k=k, v=v, seqlens_k=seqlens_k, page_table=page_table, cu_seqlens_k_new=cu_seqlens_k_new,
-        q=q, cu_seqlens_q=cu_seqlens_q, rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens,
-        k_scale=k_scale, v_scale=v_scale,
+    check_tensors(
+        {"k_cache": k_cache, "v_cache": v_cache, "k": k, "v": v, "seqlens_k": seqlens_k}, page_table=page_table,
+        cu_seqlens_k_new=cu_seqlens_k_new, q=q, cu_seqlens_q=cu_seqlens_q, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
+        rotary_seqlens=rotary_seqlens, k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
     check_bool("rotary_interleaved", rotary_interleaved)
     check_bool("queries_advance", queries_advance)
@@ -100,18 +100,3 @@ def _check_new(name: str, new: torch.Tensor, cache: torch.Tensor, cu_seqlens_k_n
     if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride())):
         wanted, got = "memory of its own for every element", f"strides {cache.stride()}"
         raise ShapeError(message(f"{name}_cache", wanted, got, "An expanded tensor cannot be written: use .clone()."))
-
-
-def _check_tensors(*, k_cache: torch.Tensor, **others: torch.Tensor | None) -> None:
-    import torch
-
-    for name, tensor in {"k_cache": k_cache, **others}.items():
-        if tensor is None and name not in ("v_cache", "k", "v", "seqlens_k"):
-            continue
-        if not isinstance(tensor, torch.Tensor):
-            raise DtypeError(message(name, "a torch.Tensor", type(tensor).__name__, "Wrap it with torch.tensor(...)."))
-        if tensor.layout != torch.strided or tensor.is_nested:
-            raise ShapeError(message(name, "a strided tensor", f"layout {tensor.layout}", f"Use {name}.to_dense()."))
-        if tensor.device != k_cache.device:
-            wanted = f"a tensor on k_cache's device, {k_cache.device}"
-            raise ArgumentError(message(name, wanted, tensor.device, f"Move it with {name}.to(k_cache.device)."))

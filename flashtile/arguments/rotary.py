@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flashtile.arguments.tensors import check_tensors
 from flashtile.arguments.values import check_bool, is_int
 from flashtile.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError, message
 
@@ -24,9 +25,7 @@ def check_rotary(
     import torch
 
     offsets = seqlen_offsets if isinstance(seqlen_offsets, torch.Tensor) else None
-    for name, tensor in (("x", x), ("cos", cos), ("sin", sin), ("seqlen_offsets", offsets), ("cu_seqlens", cu_seqlens)):
-        if tensor is not None or name in ("x", "cos", "sin"):
-            _check_tensor(name, tensor, x)
+    check_tensors({"x": x, "cos": cos, "sin": sin}, seqlen_offsets=offsets, cu_seqlens=cu_seqlens)
     check_bool("interleaved", interleaved)
     rank, form = (4, "(batch, seqlen, heads, dim)") if cu_seqlens is None else (3, "(tokens, heads, dim) beside cu_seqlens")
     if x.ndim != rank:
@@ -65,12 +64,3 @@ def _check_floats(name: str, tensor: torch.Tensor) -> None:
 
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise DtypeError(message(name, "float16, bfloat16 or float32", tensor.dtype, "Cast it first."))
-
-
-def _check_tensor(name: str, tensor: object, x: torch.Tensor) -> None:
-    import torch
-
-    if not isinstance(tensor, torch.Tensor):
-        raise DtypeError(message(name, "a torch.Tensor", type(tensor).__name__, "Wrap it with torch.tensor(...)."))
-    if tensor.device != x.device:
-        raise ArgumentError(message(name, f"a tensor on x's device, {x.device}", tensor.device, f"Move it with {name}.to(x.device)."))

@@ -9,14 +9,14 @@ from flashtile.errors import ArgumentError, DtypeError, ShapeError, message
 if TYPE_CHECKING:
     import torch
 
-_REQUIRED = ("q", "k", "v", "k_cache", "v_cache", "seqlens_k")
 
-
-def check_tensors(*, q: torch.Tensor, **others: torch.Tensor | None) -> None:
+def check_tensors(required: dict[str, torch.Tensor], **optional: torch.Tensor | None) -> None:
+    """Raises unless all are strided tensors, but for None in ``optional``, on the device of the first that is required."""
     import torch
 
-    for name, tensor in {"q": q, **others}.items():
-        if tensor is None and name not in _REQUIRED:
+    first = next(iter(required))
+    for name, tensor in {**required, **optional}.items():
+        if tensor is None and name in optional:
             continue
         if not isinstance(tensor, torch.Tensor):
             raise DtypeError(message(name, "a torch.Tensor", type(tensor).__name__, "Wrap it with torch.tensor(...)."))
@@ -26,8 +26,11 @@ def check_tensors(*, q: torch.Tensor, **others: torch.Tensor | None) -> None:
             )
         if tensor.layout != torch.strided:
             raise ShapeError(message(name, "a strided tensor", f"layout {tensor.layout}", f"Use {name}.to_dense()."))
-        if tensor.device != q.device:
-            raise ArgumentError(message(name, f"a tensor on q's device, {q.device}", tensor.device, f"Move it with {name}.to(q.device)."))
+        device = required[first].device
+        if tensor.device != device:
+            raise ArgumentError(
+                message(name, f"a tensor on {first}'s device, {device}", tensor.device, f"Move it with {name}.to({first}.device).")
+            )
 
 
 def check_int32(name: str, tensor: torch.Tensor, rank: int) -> None:

@@ -8,7 +8,6 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -107,8 +106,3 @@ def _warps_per_cta(ttgir: str) -> tuple[int, ...]:
     """How the first matrix product lays its warps over the result; empty where there is none."""
     found = re.search(r"#(?:ttg|triton_gpu)\.(?:nvidia_mma|amd_mfma|amd_wmma)<\{[^}]*?warpsPerCTA = \[([\d, ]+)\]", ttgir)
     return tuple(int(n) for n in found[1].split(",")) if found else ()
-
-
-def signature_of(spec: Spec) -> dict[str, Any]:
-    """The types of the kernel's parameters, as Triton sees them."""
-    return dict(spec.source().signature)

@@ -11,7 +11,6 @@ from flashtile.planner.catalog import GLUON_FORWARD_SM90, TRITON_FORWARD
 from flashtile.planner.figures import Mma
 from flashtile.planner.tiles import ProgramShape
 
-FORWARD_BLOCK_MS = (16, 32, 64, 128, 192)
 SHORT_HEAD = 64  # head dims up to here leave registers for three warpgroups of rows, and wait for exp2
 USUAL_HEAD = 128
 LONG_KEYS_HEAD = 192  # key dims up to here leave registers for as many keys a step as usual heads have, where values are no longer
