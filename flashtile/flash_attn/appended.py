@@ -9,6 +9,7 @@ import torch
 from flashtile.api import append_kv
 from flashtile.errors import ArgumentError, message
 from flashtile.flash_attn.attend import Scores
+from flashtile.flash_attn.conventions import with_rows
 
 
 class New(NamedTuple):
@@ -42,8 +43,8 @@ def append(
     local = scores.causal or any(side is not None and side >= 0 for side in scores.window_size)
     scales = {} if new.k.dtype == k_cache.dtype else {"k_scale": k_scale, "v_scale": v_scale}  # codes come as they are stored
     seqlens, turned = append_kv(
-        k_cache, v_cache, _with_rows(new.k), _with_rows(new.v), seqlens_k, page_table=page_table, cu_seqlens_k_new=new.cu_seqlens_k_new,
-        q=_with_rows(q) if new.rotary_cos is not None else None, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+        k_cache, v_cache, with_rows(new.k), with_rows(new.v), seqlens_k, page_table=page_table, cu_seqlens_k_new=new.cu_seqlens_k_new,
+        q=with_rows(q) if new.rotary_cos is not None else None, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
         rotary_cos=new.rotary_cos, rotary_sin=new.rotary_sin, rotary_seqlens=new.rotary_seqlens,
         rotary_interleaved=new.rotary_interleaved, queries_advance=local, **scales,
     )  # fmt: skip
@@ -62,8 +63,3 @@ def check_new(new: New, cache_seqlens: object) -> bool:
             fix = "flashtile.flash_attn.layers.rotary turns tensors by themselves."
             raise ArgumentError(message(name, "None without new keys k and v", "a tensor", fix))
     return False
-
-
-def _with_rows(x: torch.Tensor) -> torch.Tensor:
-    """``x`` with a contiguous last dimension: itself where it has."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -34,8 +34,11 @@ def scale_for(q: torch.Tensor, softmax_scale: float | None) -> float:
 def readable(x: torch.Tensor) -> torch.Tensor:
     """``x`` with a contiguous last dimension and a multiple of 8 there: itself where it has, else a copy, padded with zeros."""
     short = -x.shape[-1] % 8
-    if short:
-        return F.pad(x, (0, short))
+    return F.pad(x, (0, short)) if short else with_rows(x)
+
+
+def with_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` with a contiguous last dimension: itself where it has."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 

@@ -13,7 +13,7 @@ from flashtile import ops
 from flashtile.dropout import draw_seed
 from flashtile.errors import ArgumentError, DtypeError, ShapeError, message
 from flashtile.flash_attn.attend import Packed
-from flashtile.flash_attn.conventions import lse_from_either, lse_of_two, window_of
+from flashtile.flash_attn.conventions import lse_from_either, lse_of_two, window_of, with_rows
 from flashtile.flash_attn.refusals import check_splits, check_supported
 from flashtile.flash_attn.varlen import lengths_of_two
 from flashtile.planner.choose import plan_forward
@@ -160,7 +160,7 @@ def _forward(
     seed = draw_seed(q.device) if dropout_p else None
     with torch.no_grad():
         out, lse = ops.forward.forward(
-            _with_last(q), _with_last(k), _with_last(v), *_lengths(packed), None if packed is None else packed.page_table,
+            with_rows(q), with_rows(k), with_rows(v), *_lengths(packed), None if packed is None else packed.page_table,
             None if packed is None else packed.seqused_k, causal, window, softcap, scale, None, alibi_slopes, None, None, None, False,
             None, True, dropout_p, seed,
         )  # fmt: skip
@@ -198,7 +198,7 @@ def _backward(
     dq, dk, dv = (_writable(grad, x) for grad, x in zip(grads, (q, k, v)))
     with torch.no_grad():
         ops.backward.backward(
-            _with_last(q), _with_last(k), _with_last(v), _with_last(out), lse_from_either(softmax_lse), dout, None, *_lengths(packed),
+            with_rows(q), with_rows(k), with_rows(v), with_rows(out), lse_from_either(softmax_lse), dout, None, *_lengths(packed),
             None if packed is None else packed.seqused_k, causal, window, float(softcap), scale, None, alibi_slopes, False,
             deterministic or None, False, dropout_p, rng_state, (dq, dk, dv),
         )  # fmt: skip
@@ -214,10 +214,6 @@ def _lengths(packed: Packed | None) -> tuple[torch.Tensor | None, torch.Tensor |
 def _writable(grad: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """What a kernel writes x's gradient to: the tensor that was given, if it can."""
     return torch.empty_like(x) if grad is None or grad.stride(-1) != 1 else grad
-
-
-def _with_last(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _check_like(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
