@@ -21,14 +21,13 @@ from flashtile.planner.walk_cost import WalkCost
 from flashtile.planner.wording import (
     Compiled,
     OtherKernel,
+    Prediction,
     as_compiled,
-    chooser,
+    asked_in_words,
+    causes_in_words,
     counted,
     footprint_in_words,
-    head_dims_in_words,
     idle_in_words,
-    mask_in_words,
-    queries_in_words,
 )
 from flashtile.problem import Problem
 
@@ -68,15 +67,13 @@ class PassExplanation:
 
 
 @dataclass(frozen=True)
-class BackwardExplanation:
+class BackwardExplanation(Prediction):
     """One backward plan explained. Bytes, FLOP and microseconds; ``limiter`` is that of the longer pass.
 
     In one pass ``queries`` is None, and ``dq_us`` what zeroing and rounding dQ's sums takes. ``workspace`` is what the call allocates
     beside its results.
     """
 
-    problem: Problem
-    device: Device
     plan: BackwardPlan
     keys: PassExplanation
     queries: PassExplanation | None
@@ -84,14 +81,6 @@ class BackwardExplanation:
     dq_us: float
     workspace: int
     is_compiled: bool
-    bytes_moved: int
-    flops: int
-    intensity: float
-    roofline_matrix_us: float
-    roofline_exp_us: float
-    roofline_memory_us: float
-    predicted_us: float
-    limiter: str
     alternatives: tuple[BackwardAlternative, ...]
     other_kernels: tuple[OtherKernel, ...]
 
@@ -100,23 +89,12 @@ class BackwardExplanation:
         """The passes that there are."""
         return (self.keys,) if self.queries is None else (self.keys, self.queries)
 
-    @property
-    def roofline_us(self) -> float:
-        """What the device needs at least."""
-        return max(self.roofline_matrix_us, self.roofline_exp_us, self.roofline_memory_us)
-
-    @property
-    def tflops(self) -> float:
-        """Predicted 1e12 FLOP a second."""
-        return self.flops / self.predicted_us * 1e-6 if self.predicted_us else 0.0
-
     def to_json(self) -> str:
         """Everything as JSON text; the passes' costs by cause."""
         data: dict[str, Any] = asdict(self)
         for one in self.passes:
             data[one.owner] |= {"cost": one.cost._asdict(), "masked_share": one.masked_share}
-        data |= {"roofline_us": self.roofline_us, "tflops": self.tflops}
-        return json.dumps(data, sort_keys=True)
+        return json.dumps(data | self.derived(), sort_keys=True)
 
     def lines(self) -> list[str]:
         """Plain sentences for a person."""
@@ -138,7 +116,6 @@ def explain_backward(
     cost = backward_cost(problem, tiles, footprints, device)
     keys = _pass(problem, tiles[0], footprints[0], cost.keys, device, facts[0])
     queries = None if cost.queries is None else _pass(problem, tiles[1], footprints[1], cost.queries, device, facts[1])
-    flops, moved = backward_flops(problem), backward_bytes(problem)
     matrix_us, exp_us, memory_us = backward_roofline_us(problem, device)
     return BackwardExplanation(
         problem=problem,
@@ -150,9 +127,8 @@ def explain_backward(
         dq_us=cost.dq_us,
         workspace=backward_workspace(problem, one_pass=plan.one_pass) if device.is_gpu else 0,
         is_compiled=bool(compiled),
-        bytes_moved=moved,
-        flops=flops,
-        intensity=flops / moved if moved else 0.0,
+        bytes_moved=backward_bytes(problem),
+        flops=backward_flops(problem),
         roofline_matrix_us=matrix_us,
         roofline_exp_us=exp_us,
         roofline_memory_us=memory_us,
@@ -195,11 +171,7 @@ def _pass(
 
 def _lines(e: BackwardExplanation) -> Iterator[str]:
     plan, problem, device = e.plan, e.problem, e.device
-    yield (
-        f"Gradients of {problem.batch} x {queries_in_words(problem)} over {problem.seqlen_k} keys ({mask_in_words(problem)}), "
-        f"{problem.num_heads_q}/{problem.num_heads_kv} heads, head dim {head_dims_in_words(problem)}, {problem.dtype_k} on {device.name}: "
-        f"kernel {plan.kernel}, chosen by {chooser(plan)}."
-    )
+    yield f"Gradients of {asked_in_words(problem, plan, device)}."
     idle = idle_in_words(problem)
     if idle:
         yield idle
@@ -209,18 +181,13 @@ def _lines(e: BackwardExplanation) -> Iterator[str]:
             yield from _pass_lines(tile, one, device)
         sums = ", most of it dQ's sums in float32, which come in no fixed order" if plan.one_pass else ""
         yield f"Workspace: {e.workspace / 1e6:.1f} MB{sums}."
-    yield (
-        f"Work: {e.flops / 1e9:.2f} GFLOP (2.5 times the forward's), {e.bytes_moved / 1e6:.1f} MB, {e.intensity:.0f} FLOP a byte; "
-        f"roofline {e.roofline_us:.1f} us "
-        f"(matrix {e.roofline_matrix_us:.1f}, exp {e.roofline_exp_us:.1f}, memory {e.roofline_memory_us:.1f})."
-    )
+    yield e.work_in_words(" (2.5 times the forward's)")
     parts = f"delta {e.delta_us:.1f}, "
     if e.queries is None:
         parts += f"dK, dV and dQ's sums {e.keys.predicted_us:.1f}, their zeros and rounding {e.dq_us:.1f}"
     else:
         parts += f"dK and dV {e.keys.predicted_us:.1f}, dQ {e.queries.predicted_us:.1f}"
-    parts = f" ({parts})" if device.is_gpu else ""
-    yield f"Limited by {e.limiter}: predicted {e.predicted_us:.1f} us, {e.tflops:.1f} TFLOP/s{parts}."
+    yield e.time_in_words(parts if device.is_gpu else "")
     for kernel in e.other_kernels:
         yield f"Not kernel {kernel.kernel}: {'; '.join(kernel.reasons)}."
     for other in e.alternatives:
@@ -244,5 +211,4 @@ def _pass_lines(tile: PassTile, one: PassExplanation, device: Device) -> Iterato
         f"  Schedule: {counted(one.tiles, 'tile')} of {one.owner} on {device.num_sms} SMs: {counted(one.full_waves, 'full wave')} "
         f"and a tail of {counted(one.tail_tiles, 'tile')}; {100 * one.masked_share:.1f}% of {one.walked_tiles} tiles of {walked} masked."
     )
-    parts = ", ".join(f"{cause.removesuffix('_us')} {value:.1f}" for cause, value in one.cost._asdict().items())
-    yield f"  Limited by {one.limiter}: predicted {one.predicted_us:.1f} us ({parts})."
+    yield f"  Limited by {one.limiter}: predicted {one.predicted_us:.1f} us ({causes_in_words(one.cost)})."

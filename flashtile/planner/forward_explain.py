@@ -21,14 +21,13 @@ from flashtile.planner.walk_cost import WalkCost
 from flashtile.planner.wording import (
     Compiled,
     OtherKernel,
+    Prediction,
     as_compiled,
-    chooser,
+    asked_in_words,
+    causes_in_words,
     counted,
     footprint_in_words,
-    head_dims_in_words,
     idle_in_words,
-    mask_in_words,
-    queries_in_words,
 )
 from flashtile.problem import Problem
 
@@ -36,7 +35,7 @@ FEW_TILES_PERCENT = 50  # row tiles in percent of the SMs below which most of th
 
 
 @dataclass(frozen=True)
-class ForwardExplanation:
+class ForwardExplanation(Prediction):
     """One forward plan explained. Bytes, FLOP and microseconds.
 
     ``row_tiles`` are those of all sequences and heads; ``key_tiles`` are walked by all of them together, ``masked_tiles`` of them
@@ -44,8 +43,6 @@ class ForwardExplanation:
     ``decode`` is predicted to take, where it may be faster.
     """
 
-    problem: Problem
-    device: Device
     plan: ForwardPlan
     mma: str
     row_tiles: int
@@ -61,15 +58,7 @@ class ForwardExplanation:
     registers: int
     is_compiled: bool
     spilled_bytes: int | None
-    bytes_moved: int
-    flops: int
-    intensity: float
-    roofline_matrix_us: float
-    roofline_exp_us: float
-    roofline_memory_us: float
     cost: WalkCost
-    predicted_us: float
-    limiter: str
     alternatives: tuple[ForwardAlternative, ...]
     other_kernels: tuple[OtherKernel, ...]
     decode_us: float | None
@@ -79,21 +68,11 @@ class ForwardExplanation:
         """Share of the walked key tiles that need a mask."""
         return self.masked_tiles / self.key_tiles if self.key_tiles else 0.0
 
-    @property
-    def roofline_us(self) -> float:
-        """What the device needs at least."""
-        return max(self.roofline_matrix_us, self.roofline_exp_us, self.roofline_memory_us)
-
-    @property
-    def tflops(self) -> float:
-        """Predicted 1e12 FLOP a second."""
-        return self.flops / self.predicted_us * 1e-6 if self.predicted_us else 0.0
-
     def to_json(self) -> str:
         """Everything as JSON text; the cost by cause."""
         data: dict[str, Any] = asdict(self)
         data["cost"] = self.cost._asdict()
-        data |= {"masked_share": self.masked_share, "roofline_us": self.roofline_us, "tflops": self.tflops}
+        data |= {"masked_share": self.masked_share, **self.derived()}
         return json.dumps(data, sort_keys=True)
 
     def lines(self) -> list[str]:
@@ -115,7 +94,6 @@ def explain_forward(
     tiles = row_tiles(problem, plan.block_m)
     heads = problem.batch * problem.num_heads_q
     kinds = tile_kinds(problem, plan.block_m, plan.block_n) if device.is_gpu else TileKinds(0, 0)
-    flops, moved = forward_flops(problem), forward_bytes(problem)
     matrix_us, exp_us, memory_us = roofline_us(problem, device)
     return ForwardExplanation(
         problem=problem,
@@ -135,9 +113,8 @@ def explain_forward(
         registers=footprint.registers,
         is_compiled=compiled is not None,
         spilled_bytes=compiled.spilled_bytes if compiled else None,
-        bytes_moved=moved,
-        flops=flops,
-        intensity=flops / moved if moved else 0.0,
+        bytes_moved=forward_bytes(problem),
+        flops=forward_flops(problem),
         roofline_matrix_us=matrix_us,
         roofline_exp_us=exp_us,
         roofline_memory_us=memory_us,
@@ -165,11 +142,7 @@ def _decode_us(problem: Problem, device: Device, tiles: int, cost: WalkCost) -> 
 
 def _lines(e: ForwardExplanation) -> Iterator[str]:
     plan, problem, device = e.plan, e.problem, e.device
-    yield (
-        f"{problem.batch} x {queries_in_words(problem)} over {problem.seqlen_k} keys ({mask_in_words(problem)}), "
-        f"{problem.num_heads_q}/{problem.num_heads_kv} heads, head dim {head_dims_in_words(problem)}, {problem.dtype_k} on {device.name}: "
-        f"kernel {plan.kernel}, chosen by {chooser(plan)}."
-    )
+    yield f"{asked_in_words(problem, plan, device)}."
     idle = idle_in_words(problem)
     if idle:
         yield idle
@@ -187,12 +160,8 @@ def _lines(e: ForwardExplanation) -> Iterator[str]:
             f"Schedule: {counted(e.row_tiles, 'tile')} of rows, {who}, on {device.num_sms} SMs: {counted(e.full_waves, 'full wave')} "
             f"and a tail of {counted(e.tail_tiles, 'tile')}; {100 * e.masked_share:.1f}% of {e.key_tiles} key tiles masked."
         )
-    yield (
-        f"Work: {e.flops / 1e9:.2f} GFLOP, {e.bytes_moved / 1e6:.1f} MB, {e.intensity:.0f} FLOP a byte; roofline {e.roofline_us:.1f} us "
-        f"(matrix {e.roofline_matrix_us:.1f}, exp {e.roofline_exp_us:.1f}, memory {e.roofline_memory_us:.1f})."
-    )
-    parts = ", ".join(f"{name.removesuffix('_us')} {value:.1f}" for name, value in e.cost._asdict().items())
-    yield f"Limited by {e.limiter}: predicted {e.predicted_us:.1f} us, {e.tflops:.1f} TFLOP/s ({parts})."
+    yield e.work_in_words()
+    yield e.time_in_words(causes_in_words(e.cost))
     if e.decode_us is not None:
         yield (
             f"Consider decode, which splits the keys (predicted {e.decode_us:.1f} us): "

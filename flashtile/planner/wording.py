@@ -1,4 +1,4 @@
-"""What explanations of all operations share: a compiler's findings, kernels that cannot run, and a few turns of phrase."""
+"""What explanations share: a compiler's findings, kernels that cannot run, work and time of a prediction, and a few turns of phrase."""
 
 from __future__ import annotations
 
@@ -35,6 +35,53 @@ class OtherKernel:
     reasons: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """Bytes, FLOP and microseconds of a plan for whole sequences; ``limiter`` is what takes the time."""
+
+    problem: Problem
+    device: Device
+    bytes_moved: int
+    flops: int
+    roofline_matrix_us: float
+    roofline_exp_us: float
+    roofline_memory_us: float
+    predicted_us: float
+    limiter: str
+
+    @property
+    def intensity(self) -> float:
+        """FLOP a byte."""
+        return self.flops / self.bytes_moved if self.bytes_moved else 0.0
+
+    @property
+    def roofline_us(self) -> float:
+        """What the device needs at least."""
+        return max(self.roofline_matrix_us, self.roofline_exp_us, self.roofline_memory_us)
+
+    @property
+    def tflops(self) -> float:
+        """Predicted 1e12 FLOP a second."""
+        return self.flops / self.predicted_us * 1e-6 if self.predicted_us else 0.0
+
+    def derived(self) -> dict[str, float]:
+        """What follows from the fields, for a JSON document that has them."""
+        return {"intensity": self.intensity, "roofline_us": self.roofline_us, "tflops": self.tflops}
+
+    def work_in_words(self, of_flops: str = "") -> str:
+        """The work and its roofline in a sentence; ``of_flops`` says something of the FLOP."""
+        return (
+            f"Work: {self.flops / 1e9:.2f} GFLOP{of_flops}, {self.bytes_moved / 1e6:.1f} MB, {self.intensity:.0f} FLOP a byte; "
+            f"roofline {self.roofline_us:.1f} us (matrix {self.roofline_matrix_us:.1f}, exp {self.roofline_exp_us:.1f}, "
+            f"memory {self.roofline_memory_us:.1f})."
+        )
+
+    def time_in_words(self, parts: str) -> str:
+        """The predicted time in a sentence, with its parts in brackets where there are any."""
+        which = f" ({parts})" if parts else ""
+        return f"Limited by {self.limiter}: predicted {self.predicted_us:.1f} us, {self.tflops:.1f} TFLOP/s{which}."
+
+
 def chooser(plan: Plan) -> str:
     """Who chose a plan."""
     return {"rule": "the rule", "tuned": "a tuned table", "explicit": "the caller"}[plan.source]
@@ -69,6 +116,20 @@ def head_dims_in_words(problem: Problem) -> str:
 def dtypes_in_words(problem: Problem) -> str:
     """The dtype of all tensors, or q's and that of quantised keys and values."""
     return f"{problem.dtype_q} over {problem.dtype_k} keys and values" if problem.quantised else problem.dtype_k
+
+
+def asked_in_words(problem: Problem, plan: Plan, device: Device) -> str:
+    """A problem of whole sequences, the device, the kernel, and who chose it."""
+    return (
+        f"{problem.batch} x {queries_in_words(problem)} over {problem.seqlen_k} keys ({mask_in_words(problem)}), "
+        f"{problem.num_heads_q}/{problem.num_heads_kv} heads, head dim {head_dims_in_words(problem)}, {problem.dtype_k} on {device.name}: "
+        f"kernel {plan.kernel}, chosen by {chooser(plan)}"
+    )
+
+
+def causes_in_words(cost: WalkCost) -> str:
+    """Predicted microseconds by cause: "matrix 12.3, exp 4.5, ..."."""
+    return ", ".join(f"{name.removesuffix('_us')} {value:.1f}" for name, value in cost._asdict().items())
 
 
 def idle_in_words(problem: Problem) -> str | None:
