@@ -48,8 +48,8 @@ unpacked() { # folders with peers
   for part in "$@"; do PEERS_DIR=$peers_dir bash "$part/unpack.sh" "$part" >/dev/null || echo "could not unpack $part"; done
 }
 
-sanitized() { # tool, seconds: its trials in four processes at once; the filter by kernel name as the version at hand spells it
-  local tool=$1 limit=$2 only_ours=() parts=4 part name help
+sanitized() { # tool, seconds: its trials in several processes at once; the filter by kernel name as the version at hand spells it
+  local tool=$1 limit=$2 only_ours=() parts=7 part name help
   help=$(compute-sanitizer --help 2>&1)
   for name in decode combine forward backward; do # backward's kernels for delta and sinks have it in their names too
     case $help in
@@ -57,11 +57,8 @@ sanitized() { # tool, seconds: its trials in four processes at once; the filter 
     *--kernel-name*) only_ours+=(--kernel-name "kernel_substring=$name") ;;
     esac
   done
-  if [ "$tool" = control ]; then
-    timeout -k 10 "$limit" compute-sanitizer --tool memcheck "${only_ours[@]}" --log-file "$out/control.log" \
-      "$python" -m benchmarks.sanitize control >/dev/null 2>&1
-    return
-  fi
+  compute-sanitizer --tool "$tool" "${only_ours[@]}" --log-file "$out/control_$tool.log" \
+    timeout -k 10 60 "$python" -m benchmarks.sanitize control "$tool" >"$out/watch_control_$tool.txt" 2>&1 &
   for part in $(seq $parts); do
     timeout -k 10 $((limit + 30)) compute-sanitizer --tool "$tool" "${only_ours[@]}" --log-file "$out/${tool}_$part.log" \
       "$python" -m benchmarks.sanitize watch "$tool" --part "$part/$parts" --budget "$limit" --out "$out" \
@@ -116,7 +113,6 @@ sanitize)
   sanitized memcheck $(($(left) - 60))
   sanitized racecheck $(($(left) - 60))
   wait
-  sanitized control 30
   cat "$out"/watch_*.txt | grep -v '^$' | tail -n 30
   "$python" -m benchmarks.sanitize collect --out "$out" "${commit[@]}"
   echo "collect: exit $?"

@@ -7,7 +7,8 @@
 Each trial is one call, checked against the reference, so that what a tool watched is known to have run. The tools do not
 say how many launches they inspected; ``prepare`` counts each trial's by kernel name (torch's profiler sees the driver's
 launches), and ``collect`` adds up those of the trials that ran to their end under a tool. ``control`` is a kernel that
-writes out of bounds: it shows that the tool and its filter by name see what they should.
+writes out of bounds: it shows that the tool and its filter by name see what they should. For racecheck it is one whose warps hand
+numbers over by a barrier, rightly: it shows what the tool reports of such code.
 """
 
 from __future__ import annotations
@@ -33,6 +34,9 @@ OPERATIONS = {"decode": sanitize_decode.trials, "forward": sanitize_forward.tria
 OURS = (*OPERATIONS, "combine")
 _TRIED = 5
 _ERRORS = re.compile(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard")
+_REPORT = re.compile(r"^=+ (?:Error: Race|Invalid|Misaligned|Out-of-range)(?:.*\n(?!=+ *$))*.*", re.MULTILINE)
+_PLACE = re.compile(r"\bin (?:.*/)?(\w+\.py:\d+)")
+_HOST = "Saved host backtrace"  # behind a report's accesses: who called the launch
 
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 Out = Annotated[Path, typer.Option(help="Folder for counts and results.")]
@@ -140,11 +144,12 @@ def watch(
 
 
 @app.command()
-def control() -> None:
-    """One launch that writes past the end of its allocation, by a kernel that the filter by name lets through."""
+def control(tool: Annotated[str, typer.Argument(help="The tool that this process runs under: memcheck or racecheck.")]) -> None:
+    """One launch of a kernel that the filter by name lets through: for memcheck a wrong one, for racecheck a right one."""
+    from benchmarks.handed_over import hand_numbers_over
     from benchmarks.out_of_bounds import write_out_of_bounds
 
-    write_out_of_bounds()
+    {"memcheck": write_out_of_bounds, "racecheck": hand_numbers_over}[tool]()
 
 
 @app.command()
@@ -156,7 +161,7 @@ def collect(
     protocol = "compute-sanitizer over one checked call of each variant, filtered to our kernels"
     head = heading("sanitize", torch.device(device), commit, protocol, {})
     tools = {tool: _summary(tool, known, out) for tool in ("memcheck", "racecheck")}
-    seen = _findings(list(out.glob("control*.log")))
+    seen, of_right = (_findings(list(out.glob(f"control_{tool}.log"))) for tool in tools)
     failed = [f"{name}: {outcome['failed']}" for name, outcome in known.items() if "failed" in outcome]
     refused = {name: outcome["refused"] for name, outcome in known.items() if "refused" in outcome}
     unprepared = sum("unprepared" in outcome for outcome in known.values())
@@ -165,6 +170,7 @@ def collect(
         **head,
         "tools": tools,
         "control_errors": seen,
+        "control_races": of_right,
         "trials": len(known),
         "unprepared": unprepared,
         "failed": failed,
@@ -174,7 +180,7 @@ def collect(
     for tool, summary in tools.items():
         print(f"sanitize: {tool}: {summary['found']} found in {sum(summary['launches'].values())} launches {summary['launches']}"
               f" of {summary['ended']} trials (of {summary['trials']})", flush=True)  # fmt: skip
-    print(f"sanitize: the control's out-of-bounds write was reported {seen} times", flush=True)
+    print(f"sanitize: the control's out-of-bounds write was reported {seen} times, its right kernel for {of_right} races", flush=True)
     clean = all(summary["found"] == 0 and summary["launches"] and not summary["failed"] for summary in tools.values())
     if not (clean and seen and not failed):
         raise typer.Exit(1)
@@ -191,6 +197,7 @@ def _summary(tool: str, known: dict[str, Any], out: Path) -> dict[str, Any]:
     logs = sorted(out.glob(f"{tool}_*.log"))
     return {
         "found": _findings(logs) if len(logs) == len(parts) else None,
+        "kinds": _kinds(logs),
         "launches": dict(sorted(counts.items())),
         "ended": sum("ok" in outcome for outcome in ended.values()),
         "trials": sum("ok" in outcome for outcome in known.values()),
@@ -207,6 +214,15 @@ def _findings(logs: list[Path]) -> int | None:
             return None
         found += sum(int(errors or hazards) for errors, hazards in summaries)
     return found if logs else None
+
+
+def _kinds(logs: list[Path]) -> dict[str, int]:
+    """How many reports name which lines, most first: "file.py:line" of a race's every access, or of a wrong one."""
+    kinds: Counter[str] = Counter()
+    for log in logs:
+        for report in _REPORT.findall(log.read_text(errors="replace")):
+            kinds[", ".join(dict.fromkeys(_PLACE.findall(report.partition(_HOST)[0])))] += 1
+    return dict(kinds.most_common())
 
 
 def _print_failures(outcomes: dict[str, Any]) -> None:

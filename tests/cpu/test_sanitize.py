@@ -31,7 +31,7 @@ def left_behind(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for part in range(1, parts + 1):
             sanitize.watch(tool, folder, device="cpu", part=f"{part}/{parts}")
             (folder / f"{tool}_{part}.log").write_text(CLEAN[tool])
-    (folder / "control.log").write_text("========= ERROR SUMMARY: 1 error\n")
+    (folder / "control_memcheck.log").write_text("========= ERROR SUMMARY: 1 error\n")
     return folder
 
 
@@ -48,7 +48,7 @@ def test_every_trial_is_counted_once_for_each_tool(watched: Path) -> None:
     assert data["trials"] == count
     assert data["commit"] == "abc"
     for tool in CLEAN:
-        assert data["tools"][tool] == {"found": 0, "launches": counts, "ended": count, "trials": count, "failed": []}
+        assert data["tools"][tool] == {"found": 0, "launches": counts, "kinds": {}, "ended": count, "trials": count, "failed": []}
 
 
 @pytest.mark.parametrize(
@@ -57,13 +57,37 @@ def test_every_trial_is_counted_once_for_each_tool(watched: Path) -> None:
         ("memcheck_2.log", "========= ERROR SUMMARY: 2 errors\n"),
         ("racecheck_1.log", "========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)\n"),
         ("racecheck_1.log", "stopped before its end\n"),
-        ("control.log", "========= ERROR SUMMARY: 0 errors\n"),
+        ("control_memcheck.log", "========= ERROR SUMMARY: 0 errors\n"),
     ],
 )
 def test_findings_and_tools_that_did_not_end_fail(watched: Path, log: str, text: str) -> None:
     (watched / log).write_text(text)
     with pytest.raises(typer.Exit):
         sanitize.collect(watched, device="cpu")
+
+
+RACES = """========= Error: Race reported between Write access at forward_kernel+0x1fd0 in scores.py:151
+=========     and Read access at forward_kernel+0xa6c0 in scores.py:160 [1536 hazards]
+=========     and Read access at forward_kernel+0xa6d0 in scores.py:151 [2 hazards]
+=========
+========= Error: Race reported between Write access at forward_kernel+0x1fd0 in scores.py:151
+=========     and Read access at forward_kernel+0xa6c0 in scores.py:160 [1536 hazards]
+=========
+========= Error: Race reported between Read access at forward_kernel+0x130 in rows.py:24
+=========     and Write access at forward_kernel+0x92d0 in rows.py:39 [19 hazards]
+=========
+========= RACECHECK SUMMARY: 3 hazards displayed (3 errors, 0 warnings)
+"""
+
+
+def test_reports_are_counted_by_the_lines_that_they_name(watched: Path) -> None:
+    (watched / "racecheck_1.log").write_text(RACES)
+    (watched / "control_racecheck.log").write_text(RACES)
+    with pytest.raises(typer.Exit):
+        sanitize.collect(watched, device="cpu")
+    data = json.loads((watched / "sanitize.json").read_text())
+    assert data["tools"]["racecheck"]["kinds"] == {"scores.py:151, scores.py:160": 2, "rows.py:24, rows.py:39": 1}
+    assert data["control_races"] == 3
 
 
 def test_a_tool_that_watched_nothing_fails(watched: Path) -> None:
