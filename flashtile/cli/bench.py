@@ -13,8 +13,8 @@ import flashtile
 from flashtile import reference
 from flashtile.cli import contest
 from flashtile.cli.device import RunDevice, pick_device
-from flashtile.cli.output import console, microseconds, table
-from flashtile.cli.shape import Dtype, DtypeKv, DtypeKvOption
+from flashtile.cli.output import AsJson
+from flashtile.cli.shape import Dtype, DtypeKv, DtypeKvOption, DtypeOption
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
@@ -41,16 +41,16 @@ class Size:
 
 
 def decode(
-    heads: Annotated[list[str] | None, typer.Option("--heads", help="Query heads/key heads, e.g. 32/8; repeatable.")] = None,
+    heads: contest.Heads = None,
     batch: Annotated[list[int] | None, typer.Option("--batch", min=1, help="Sequences; with --keys, every pair of both is timed.")] = None,
     keys: Annotated[list[int] | None, typer.Option("--keys", min=1, help="Keys a sequence; repeatable.")] = None,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=8, help="Size of a query, a key and a value.")] = 128,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of queries, keys and values.")] = Dtype.bfloat16,
+    head_dim: contest.HeadDim = 128,
+    dtype: DtypeOption = Dtype.bfloat16,
     dtype_kv: DtypeKvOption = None,
     device: RunDevice = "auto",
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time the other libraries too.")] = True,
-    seed: Annotated[int, typer.Option("--seed", help="Draws the numbers.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    peers: contest.Peers = True,
+    seed: contest.Seed = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Time decode (one query a sequence) on a grid of problems, peers beside it; each result is checked first."""
     where = pick_device(device)
@@ -58,7 +58,7 @@ def decode(
     stored = None if dtype_kv is None else _STORED[dtype_kv]
     bench_one = lambda size: _bench_one(size, head_dim, dtype.torch, stored, where, peers and stored is None, seed)  # noqa: E731
     dtypes = dtype.value if dtype_kv is None else f"{dtype.value} over {dtype_kv.value}"
-    contest.run("decode", sizes, bench_one, where, dtypes, head_dim, _render, as_json)
+    contest.run("decode", sizes, bench_one, where, dtypes, head_dim, _COLUMNS, as_json)
 
 
 def _grid(device: torch.device, heads: list[str] | None, batch: list[int] | None, keys: list[int] | None) -> list[Size]:
@@ -108,23 +108,11 @@ def _plan_facts(plan: DecodePlan) -> dict[str, Any]:
     return {"kernel": plan.kernel, "block_m": plan.block_m, "num_splits": plan.num_splits}
 
 
-def _render(document: dict[str, Any]) -> None:
-    rows = document["results"]
-    names = contest.peer_names(rows)
-    made = table(f"decode on {document['device']}, {document['dtype']}, head dim {document['head_dim']}",
-                 "batch x keys, heads", "tile", "splits", "error", "flashtile", "GB/s", *names, "best peer / ours")  # fmt: skip
-    ratios = []
-    for row in rows:
-        cells, ratio = contest.peer_cells(row, names)
-        ratios += [ratio] if ratio else []
-        made.add_row(
-            str(Size(row["batch"], row["seqlen_k"], row["num_heads_q"], row["num_heads_kv"])),
-            str(row["plan"]["block_m"]), str(row["plan"]["num_splits"]), contest.error_cell(row),
-            microseconds(row["seconds"]["flashtile"]), f"{row['bytes_per_second'] / 1e9:.0f}", *cells, f"{ratio:.2f}" if ratio else "-",
-        )  # fmt: skip
-    console.print(made)
-    contest.print_notes(document, ratios, _name)
-
-
 def _name(row: Mapping[str, Any]) -> str:
-    return f"{row['batch']} x {row['seqlen_k']}"
+    return str(Size(row["batch"], row["seqlen_k"], row["num_heads_q"], row["num_heads_kv"]))
+
+
+_COLUMNS: dict[str, contest.Cell] = {
+    "batch x keys, heads": _name, "tile": lambda row: str(row["plan"]["block_m"]), "splits": lambda row: str(row["plan"]["num_splits"]),
+    "error": contest.error_cell, "flashtile": contest.own_time, "GB/s": lambda row: f"{row['bytes_per_second'] / 1e9:.0f}",
+}  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -10,10 +10,10 @@ import torch
 import typer
 
 from flashtile.cli import contest
-from flashtile.cli.bench_forward import Size, sizes_of
+from flashtile.cli.bench_forward import Batch, Causal, Seqlen, Size, columns, sizes_of
 from flashtile.cli.device import RunDevice, pick_device
-from flashtile.cli.output import console, microseconds, table
-from flashtile.cli.shape import Dtype
+from flashtile.cli.output import AsJson
+from flashtile.cli.shape import Dtype, DtypeOption
 from flashtile.ops.prepared import bound, kernel_module
 from flashtile.planner.choose import plan_backward
 from flashtile.planner.device import Device
@@ -26,25 +26,23 @@ from flashtile.testing.tolerance import relative_l2
 
 
 def backward(
-    heads: Annotated[list[str] | None, typer.Option("--heads", help="Query heads/key heads, e.g. 32/8; repeatable.")] = None,
-    batch: Annotated[
-        list[int] | None, typer.Option("--batch", min=1, help="Sequences; with --seqlen, every pair of both is timed.")
-    ] = None,
-    seqlen: Annotated[list[int] | None, typer.Option("--seqlen", min=1, help="Queries and keys a sequence; repeatable.")] = None,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=8, help="Size of a query, a key and a value.")] = 128,
-    causal: Annotated[bool | None, typer.Option("--causal/--full", help="One mask alone; both by default.")] = None,
+    heads: contest.Heads = None,
+    batch: Batch = None,
+    seqlen: Seqlen = None,
+    head_dim: contest.HeadDim = 128,
+    causal: Causal = None,
     deterministic: Annotated[bool, typer.Option("--deterministic", help="Gradients the same to the last bit.")] = False,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of queries, keys and values.")] = Dtype.bfloat16,
+    dtype: DtypeOption = Dtype.bfloat16,
     device: RunDevice = "auto",
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time the other libraries too.")] = True,
-    seed: Annotated[int, typer.Option("--seed", help="Draws the numbers.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    peers: contest.Peers = True,
+    seed: contest.Seed = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Time the gradients of attention (as many queries as keys) on a grid of problems, peers beside it; each result is checked first."""
     where = pick_device(device)
     sizes = sizes_of(where, heads, batch, seqlen, causal)
     bench_one = lambda size: _bench_one(size, head_dim, dtype.torch, where, deterministic, peers, seed)  # noqa: E731
-    contest.run("backward", sizes, bench_one, where, dtype.value, head_dim, _render, as_json)
+    contest.run("backward", sizes, bench_one, where, dtype.value, head_dim, columns("tiles", _tiles), as_json)
 
 
 def _bench_one(
@@ -115,23 +113,8 @@ def _plan_facts(plan: BackwardPlan) -> dict[str, Any]:
     return {name: getattr(plan, name) for name in names}
 
 
-def _tile(plan: dict[str, Any]) -> str:
+def _tiles(row: Mapping[str, Any]) -> str:
     """Rows owned x rows a step, of the keys' pass and of the queries'."""
+    plan = row["plan"]
     keys = f"{plan['block_n']} x {plan['block_m']}"
     return keys if plan["one_pass"] else f"{keys}, {plan['dq_block_m']} x {plan['dq_block_n']}"
-
-
-def _render(document: dict[str, Any]) -> None:
-    rows = document["results"]
-    names = contest.peer_names(rows)
-    made = table(f"backward on {document['device']}, {document['dtype']}, head dim {document['head_dim']}",
-                 "batch x length, heads, mask", "tiles", "error", "flashtile", "TFLOP/s", *names, "best peer / ours")  # fmt: skip
-    ratios = []
-    for row in rows:
-        cells, ratio = contest.peer_cells(row, names)
-        ratios += [ratio] if ratio else []
-        own = microseconds(row["seconds"]["flashtile"])
-        last = f"{ratio:.2f}" if ratio else "-"
-        made.add_row(Size.name_of(row), _tile(row["plan"]), contest.error_cell(row), own, f"{row['tflops']:.3g}", *cells, last)
-    console.print(made)
-    contest.print_notes(document, ratios, Size.name_of)

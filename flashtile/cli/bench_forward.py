@@ -13,8 +13,8 @@ import flashtile
 from flashtile import reference
 from flashtile.cli import contest
 from flashtile.cli.device import RunDevice, pick_device
-from flashtile.cli.output import console, microseconds, table
-from flashtile.cli.shape import Dtype
+from flashtile.cli.output import AsJson
+from flashtile.cli.shape import Dtype, DtypeOption
 from flashtile.planner.choose import plan_forward
 from flashtile.planner.device import Device
 from flashtile.planner.plans import ForwardPlan
@@ -24,6 +24,9 @@ from flashtile.testing.tolerance import relative_l2
 
 HEADS = {"cuda": "16/16", "cpu": "8/8"}
 SIZES = {"cuda": ((16, 1024), (4, 4096), (1, 16384)), "cpu": ((1, 256), (1, 1024))}
+Batch = Annotated[list[int] | None, typer.Option("--batch", min=1, help="Sequences; with --seqlen, every pair of both is timed.")]
+Seqlen = Annotated[list[int] | None, typer.Option("--seqlen", min=1, help="Queries and keys a sequence; repeatable.")]
+Causal = Annotated[bool | None, typer.Option("--causal/--full", help="One mask alone; both by default.")]
 CHECKED_SCORES = 1 << 25  # of the first sequence's last queries: what fits in memory beside everything else
 
 
@@ -46,24 +49,22 @@ class Size:
 
 
 def forward(
-    heads: Annotated[list[str] | None, typer.Option("--heads", help="Query heads/key heads, e.g. 32/8; repeatable.")] = None,
-    batch: Annotated[
-        list[int] | None, typer.Option("--batch", min=1, help="Sequences; with --seqlen, every pair of both is timed.")
-    ] = None,
-    seqlen: Annotated[list[int] | None, typer.Option("--seqlen", min=1, help="Queries and keys a sequence; repeatable.")] = None,
-    head_dim: Annotated[int, typer.Option("--head-dim", min=8, help="Size of a query, a key and a value.")] = 128,
-    causal: Annotated[bool | None, typer.Option("--causal/--full", help="One mask alone; both by default.")] = None,
-    dtype: Annotated[Dtype, typer.Option("--dtype", help="Of queries, keys and values.")] = Dtype.bfloat16,
+    heads: contest.Heads = None,
+    batch: Batch = None,
+    seqlen: Seqlen = None,
+    head_dim: contest.HeadDim = 128,
+    causal: Causal = None,
+    dtype: DtypeOption = Dtype.bfloat16,
     device: RunDevice = "auto",
-    peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time the other libraries too.")] = True,
-    seed: Annotated[int, typer.Option("--seed", help="Draws the numbers.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    peers: contest.Peers = True,
+    seed: contest.Seed = 0,
+    as_json: AsJson = False,
 ) -> None:
     """Time attention (as many queries as keys) on a grid of problems, peers beside it; each result is checked first."""
     where = pick_device(device)
     sizes = sizes_of(where, heads, batch, seqlen, causal)
     bench_one = lambda size: _bench_one(size, head_dim, dtype.torch, where, peers, seed)  # noqa: E731
-    contest.run("forward", sizes, bench_one, where, dtype.value, head_dim, _render, as_json)
+    contest.run("forward", sizes, bench_one, where, dtype.value, head_dim, columns("tile", _tile), as_json)
 
 
 def sizes_of(
@@ -115,19 +116,13 @@ def _plan_facts(plan: ForwardPlan) -> dict[str, Any]:
     return {"kernel": plan.kernel, "block_m": plan.block_m, "block_n": plan.block_n}
 
 
-def _render(document: dict[str, Any]) -> None:
-    rows = document["results"]
-    names = contest.peer_names(rows)
-    made = table(f"forward on {document['device']}, {document['dtype']}, head dim {document['head_dim']}",
-                 "batch x length, heads, mask", "tile", "error", "flashtile", "TFLOP/s", *names, "best peer / ours")  # fmt: skip
-    ratios = []
-    for row in rows:
-        cells, ratio = contest.peer_cells(row, names)
-        ratios += [ratio] if ratio else []
-        tile = f"{row['plan']['block_m']} x {row['plan']['block_n']}"
-        own = microseconds(row["seconds"]["flashtile"])
-        made.add_row(
-            Size.name_of(row), tile, contest.error_cell(row), own, f"{row['tflops']:.3g}", *cells, f"{ratio:.2f}" if ratio else "-"
-        )  # fmt: skip
-    console.print(made)
-    contest.print_notes(document, ratios, Size.name_of)
+def columns(tiles: str, tile_of: contest.Cell) -> dict[str, contest.Cell]:
+    """The table's own columns; the one called ``tiles`` has the plan's."""
+    return {
+        "batch x length, heads, mask": Size.name_of, tiles: tile_of, "error": contest.error_cell, "flashtile": contest.own_time,
+        "TFLOP/s": lambda row: f"{row['tflops']:.3g}",
+    }  # fmt: skip
+
+
+def _tile(row: Mapping[str, Any]) -> str:
+    return f"{row['plan']['block_m']} x {row['plan']['block_n']}"

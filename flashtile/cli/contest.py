@@ -7,14 +7,14 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from importlib import metadata
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
 
 import flashtile
 from flashtile.cli.device import device_name
-from flashtile.cli.output import console, errors, microseconds, print_json, progress
+from flashtile.cli.output import console, errors, microseconds, print_json, progress, table
 from flashtile.testing.peers import Peer
 from flashtile.testing.timing import Stopwatch, graphs_in_turn
 from flashtile.testing.tolerance import assert_close
@@ -22,6 +22,13 @@ from flashtile.testing.tolerance import assert_close
 COLD_BYTES = 400e6  # input sets of one problem together: several times any L2 cache
 MAX_SETS = 64
 PEER_LIMIT = 1e-2  # relative L2 error beyond which a peer answers another question than ours
+
+Cell = Callable[[Mapping[str, Any]], str]  # of a table, from a row of results
+
+Heads = Annotated[list[str] | None, typer.Option("--heads", help="Query heads/key heads, e.g. 32/8; repeatable.")]
+HeadDim = Annotated[int, typer.Option("--head-dim", min=8, help="Size of a query, a key and a value.")]
+Peers = Annotated[bool, typer.Option("--peers/--no-peers", help="Time the other libraries too.")]
+Seed = Annotated[int, typer.Option("--seed", help="Draws the numbers.")]
 
 Inputs = TypeVar("Inputs")
 Size = TypeVar("Size")
@@ -46,10 +53,13 @@ def run(
     device: torch.device,
     dtype: str,
     head_dim: int,
-    render: Callable[[dict[str, Any]], None],
+    columns: Mapping[str, Cell],
     as_json: bool,
 ) -> None:
-    """Times an operation at every size, and prints the document of it all as a table or JSON; exit code 1 where a result was wrong."""
+    """Times an operation at every size, and prints the document of it all as a table or JSON; exit code 1 where a result was wrong.
+
+    ``columns`` are the table's, by their heads; the first names a problem, and the peers' times come behind the last.
+    """
     rows: list[dict[str, Any]] = []
     with progress() as bar:
         task = bar.add_task(f"bench {operation}", total=len(sizes))
@@ -68,7 +78,7 @@ def run(
     if as_json:
         print_json(document)
     else:
-        render(document)
+        _render(operation, document, columns)
     if any(row["check"] != "passed" for row in rows):
         raise typer.Exit(1)
 
@@ -143,12 +153,29 @@ def versions() -> dict[str, str]:
     return found
 
 
-def peer_names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Everyone but us who was timed on any problem, in order."""
-    return list(dict.fromkeys(name for row in rows for name in row["seconds"] if name != "flashtile"))
+def error_cell(row: Mapping[str, Any]) -> str:
+    return f"{row['error']:.1e}" if row["check"] == "passed" else "[red]WRONG[/red]"
 
 
-def peer_cells(row: Mapping[str, Any], names: Iterable[str]) -> tuple[list[str], float | None]:
+def own_time(row: Mapping[str, Any]) -> str:
+    return microseconds(row["seconds"]["flashtile"])
+
+
+def _render(operation: str, document: Mapping[str, Any], columns: Mapping[str, Cell]) -> None:
+    rows = document["results"]
+    names = list(dict.fromkeys(name for row in rows for name in row["seconds"] if name != "flashtile"))
+    title = f"{operation} on {document['device']}, {document['dtype']}, head dim {document['head_dim']}"
+    made = table(title, *columns, *names, "best peer / ours")
+    ratios = []
+    for row in rows:
+        cells, ratio = _peer_cells(row, names)
+        ratios += [ratio] if ratio else []
+        made.add_row(*(cell(row) for cell in columns.values()), *cells, f"{ratio:.2f}" if ratio else "-")
+    console.print(made)
+    _print_notes(document, ratios, next(iter(columns.values())))
+
+
+def _peer_cells(row: Mapping[str, Any], names: Iterable[str]) -> tuple[list[str], float | None]:
     """The peers' times of one problem, and how many times ours the best of them is."""
     seconds = row["seconds"]
     cells = [microseconds(seconds[name]) if name in seconds else "-" for name in names]
@@ -156,11 +183,7 @@ def peer_cells(row: Mapping[str, Any], names: Iterable[str]) -> tuple[list[str],
     return cells, None if best is None else best / seconds["flashtile"]
 
 
-def error_cell(row: Mapping[str, Any]) -> str:
-    return f"{row['error']:.1e}" if row["check"] == "passed" else "[red]WRONG[/red]"
-
-
-def print_notes(document: Mapping[str, Any], ratios: Sequence[float], name_of: Callable[[Mapping[str, Any]], str]) -> None:
+def _print_notes(document: Mapping[str, Any], ratios: Sequence[float], name_of: Cell) -> None:
     """What stands under a table of times: the protocol, the mean, who was left out and why, and what was wrong."""
     console.print(f"Times: {document['protocol']}. Error: relative L2 against float64. Above 1 in the last column we are faster.")
     if ratios:

@@ -15,7 +15,7 @@ import typer
 import flashtile
 from flashtile import reference
 from flashtile.cli.device import RunDevice, device_name, pick_device
-from flashtile.cli.output import console, microseconds, plan_words, print_json, progress, table
+from flashtile.cli.output import AsJson, console, microseconds, plan_words, print_json, progress, table
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.decode_explain import explain_decode
 from flashtile.planner.device import Device
@@ -64,7 +64,7 @@ def demo(
     longest: Annotated[int, typer.Option("--longest", min=1, help="Cut drawn prompts and answers to so many tokens.")] = 1 << 20,
     device: RunDevice = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Draws lengths, pages and numbers.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a serving engine's attention over a paged cache: check every step, time it against torch SDPA, explain its plan."""
     start = time.perf_counter()

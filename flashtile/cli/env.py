@@ -10,14 +10,13 @@ import sysconfig
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 import flashtile
 from flashtile.cli.device import device_name
-from flashtile.cli.output import console, print_json, table
+from flashtile.cli.output import AsJson, console, print_json, table
 from flashtile.planner.catalog import CATALOG
 from flashtile.planner.device import Device
 from flashtile.problem import Problem
@@ -36,7 +35,7 @@ SAMPLE = Problem(batch=1, seqlen_q=1, seqlen_k=4096, num_heads_q=32, num_heads_k
 SAMPLE_TEXT = "bfloat16 decode, 32/8 heads, head dim 128"
 
 
-def env(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+def env(as_json: AsJson = False) -> None:
     """Say what is installed, what the hardware is, and which kernels can run here."""
     num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     devices = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(num_gpus))]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from flashtile.cli import shape
-from flashtile.cli.output import console, plan_words, print_json, table
+from flashtile.cli.output import AsJson, console, plan_words, print_json, table
 from flashtile.errors import ToolchainError
 from flashtile.planner.backward_alternatives import BackwardAlternative
 from flashtile.planner.backward_explain import BackwardExplanation
@@ -58,7 +58,7 @@ def explain(
     block_m: shape.BlockM = None,
     num_splits: shape.NumSplits = None,
     compiles: Annotated[bool, typer.Option("--compile", help="Compile the kernel (needs Triton, no GPU): say what it takes.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Explain the plan for a shape on a device that need not be here: tile, schedule, bound, and why every other tile lost."""
     figures, basis = shape.named_device(device)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -13,6 +14,8 @@ from rich.table import Table
 from flashtile.planner.backward_explain import BackwardExplanation
 from flashtile.planner.decode_explain import Explanation
 from flashtile.planner.forward_explain import ForwardExplanation
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 # Without a terminal there is no width to keep to, and a wrapped table in a file is hard to read.
 console = Console(width=None if sys.stdout.isatty() else 160)

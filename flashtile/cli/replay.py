@@ -16,7 +16,7 @@ import typer
 
 import flashtile
 from flashtile.cli.device import RunDevice, device_name, pick_device
-from flashtile.cli.output import console, microseconds, print_json, progress, table
+from flashtile.cli.output import AsJson, console, microseconds, print_json, progress, table
 from flashtile.errors import UnsupportedError
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.cost import predict_us
@@ -70,7 +70,7 @@ def replay(
     model_device: Annotated[str, typer.Option("--model-device", help="On a CPU: the GPU whose plans and predicted times count.")] = "h200",
     device: RunDevice = "auto",
     seed: Annotated[int, typer.Option("--seed", help="Draws pages and numbers.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Replay a trace through continuous batching: attention time a step, tiles and splits chosen, and what a fixed 64 costs."""
     where = pick_device(device)

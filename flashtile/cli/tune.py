@@ -10,7 +10,7 @@ import typer
 
 from flashtile.cli import contest
 from flashtile.cli.device import RunDevice, pick_device
-from flashtile.cli.output import console, print_json, table
+from flashtile.cli.output import AsJson, console, print_json, table
 from flashtile.cli.study import follow
 from flashtile.errors import ArgumentError, UnsupportedError, message
 from flashtile.planner.choose import plan_decode
@@ -30,7 +30,7 @@ def tune(
     out: Annotated[Path | None, typer.Option("--out", help="The table. Default: where the planner looks for it.")] = None,
     device: RunDevice = "auto",
     jobs: Annotated[int | None, typer.Option("--jobs", min=1, help="Processes that compile. Default: a core each, but one.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure which tiles beat the planner's on this GPU, and keep them where the planner finds them."""
     document = load(study) if study is not None else _measured(pick_device(device), budget, jobs)

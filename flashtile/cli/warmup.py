@@ -11,7 +11,7 @@ import typer
 import flashtile
 from flashtile.cli import shape
 from flashtile.cli.device import RunDevice, device_name, pick_device
-from flashtile.cli.output import console, microseconds, print_json, progress, table
+from flashtile.cli.output import AsJson, console, microseconds, print_json, progress, table
 from flashtile.planner.plans import DecodePlan
 
 
@@ -37,7 +37,7 @@ def warmup(
     sinks: shape.Sinks = False,
     dropout: shape.Dropout = False,
     device: RunDevice = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Plan these shapes (every --batch with every --seqlen-k) and compile their kernels ahead of the first call."""
     where = pick_device(device)
