@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import grids, kvcache, peers, timing
+from benchmarks import grids, kvcache, kvcache_targets, peers, timing
 from benchmarks.measure import Options, measure, warm
 from benchmarks.report import line
 from benchmarks.runner import Runner, device_here, shares, wanted_peers
@@ -76,7 +76,7 @@ def main(
 
 
 def _outcome(row: dict[str, Any]) -> str:
-    return kvcache.outcome(row) if kvcache.ROTARY in row.get("results", {}) else line(row)
+    return kvcache.outcome(row) if kvcache_targets.ROTARY in row.get("results", {}) else line(row)
 
 
 def _entries(name: str, dry_run: bool) -> list[grids.Entry]:

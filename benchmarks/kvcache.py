@@ -15,14 +15,11 @@ import flashtile
 from benchmarks import timing
 from benchmarks.check import Oracle
 from benchmarks.grids import Entry
+from benchmarks.kvcache_targets import APART, APPEND, ROTARY
 from benchmarks.measure import HOST_TIME_BYTES, OURS, Options
 from benchmarks.sets import InputSets, num_sets
 from benchmarks.trials import Trials
 from flashtile.flash_attn import flash_attn_with_kvcache
-
-APPEND, ROTARY, APART = "append", "append, rotary", "append, rotary, each launch by itself"
-SLOWEST = 1.25  # times decode alone, with append and rotary
-HOST_US = 30.0
 
 
 def measure_kvcache(entry: Entry, options: Options) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Turns results/*.json into the tables of docs/performance.md: ``python -m benchmarks.report [--check]``.
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a grid's (``forward-NAME`` of forward's, ``backward-NAME``
-of backward's), or ``targets`` for what decode is held to, ``forward-targets`` for forward, ``backward-targets`` for backward.
+of backward's), or ``targets`` for what decode is held to, ``forward-targets`` for forward, ``backward-targets`` for backward; or
+``sanitize`` and ``gpu-tests`` for what compute-sanitizer and the tests on a GPU said.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import backward_report, choices, forward_report, markdown, speed_tables, targets
+from benchmarks import backward_report, choices, forward_report, gpu_tests_report, kvcache_targets, markdown, speed_tables, targets
 from benchmarks.markdown import times, us
 from benchmarks.targets import Row
 
-GRIDS = ("seqlen1", "speculative", "paged", "ragged", "fp8", "floor", "search", "sweep", "host", "cpu")
-TABLES = ("targets", *GRIDS, *forward_report.TABLES, *backward_report.TABLES, "sanitize")
+GRIDS = ("seqlen1", "speculative", "paged", "ragged", "fp8", "kvcache", "floor", "search", "sweep", "host", "cpu")
+TABLES = ("targets", *GRIDS, *forward_report.TABLES, *backward_report.TABLES, "sanitize", "gpu-tests")
 HERE = Path(__file__).parent
 LABELS = {
     "flashtile": "flashtile", "fa2": "FA2", "fa3": "FA3", "flashinfer_tc": "FlashInfer tc", "flashinfer_cc": "FlashInfer cc",
@@ -61,31 +62,34 @@ def line(row: Row) -> str:
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """The result file of each grid that has one, and the sanitizer's."""
+    """The result file of each grid that has one, the sanitizer's, and that of the tests on a GPU."""
     files = {grid: folder / f"decode_{grid}.json" for grid in GRIDS}
     others = [name for name in (*forward_report.TABLES, *backward_report.TABLES) if not name.endswith("-targets")]
     files |= {name: folder / f"{name.replace('-', '_')}.json" for name in others}
-    files["sanitize"] = folder / "sanitize.json"
+    files |= {name: folder / f"{name}.json" for name in ("sanitize", "gpu_tests")}
     return {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
 
 
 def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Markdown of each table."""
     made = {grid: _table(grid, results[grid]) if grid in results else "Not measured yet.\n" for grid in GRIDS}
-    watched = _sanitize(results["sanitize"]) if "sanitize" in results else "Not measured yet.\n"
-    return {"targets": _targets(results), **made, **forward_report.tables(results), **backward_report.tables(results), "sanitize": watched}
+    checks = {
+        "sanitize": _sanitize(results["sanitize"]) if "sanitize" in results else "Not measured yet.\n",
+        "gpu-tests": gpu_tests_report.tables(results)["gpu-tests"],
+    }
+    return {"targets": _targets(results), **made, **forward_report.tables(results), **backward_report.tables(results), **checks}
 
 
 def _targets(results: dict[str, dict[str, Any]]) -> str:
     rows = {grid: speed_tables.measured(results[grid]) for grid in GRIDS if grid in results}
-    return speed_tables.targets_table(targets.goals(rows), results)
+    return speed_tables.targets_table([*targets.goals(rows), *kvcache_targets.goals(rows.get(kvcache_targets.GRID, []))], results)
 
 
 def _table(grid: str, data: dict[str, Any]) -> str:
     rows = choices.held_against_today(grid, [row for row in data["entries"] if not row.get("skipped")], data["device"])
     header, cells = _COLUMNS.get(grid, _against_peers)(rows)
     parts = []
-    judged = targets.verdict(grid, rows)
+    judged = kvcache_targets.verdict(rows) if grid == kvcache_targets.GRID else targets.verdict(grid, rows)
     if judged is not None:
         parts.append(f"**{judged.figure}.**" + ("" if judged.misses else " No miss.") + "\n")
     if cells:
@@ -110,10 +114,14 @@ def _sanitize(data: dict[str, Any]) -> str:
         cells.append([tool, found, launches or "none", f"{summary['ended']} of {summary['trials']}"])
     trouble = [*data["failed"], *(line for summary in data["tools"].values() for line in summary["failed"])]
     control = f"The control, a kernel that writes out of bounds, was reported {data['control_errors'] or 0} times.\n"
+    if data.get("control_races") is not None:
+        control += f"\nA right kernel whose warps hand numbers over by a barrier was reported for {data['control_races']} races.\n"
+    kinds = [[tool, places, str(n)] for tool, summary in data["tools"].items() for places, n in summary.get("kinds", {}).items()]
+    named = markdown.table(["tool", "lines that a report names", "reports"], kinds) if kinds else ""
     failures = "Failures:\n\n" + "\n".join(f"- {line}" for line in trouble) + "\n" if trouble else ""
     refused = f"{len(data['refused'])} variants are refused by the planner.\n" if data["refused"] else ""
     table = markdown.table(["tool", "errors or hazards found", "launches inspected", "calls checked"], cells)
-    return "\n".join(part for part in (table, control, refused, failures, markdown.provenance(data)) if part)
+    return "\n".join(part for part in (table, named, control, refused, failures, markdown.provenance(data)) if part)
 
 
 def _tile(plan: dict[str, Any] | None) -> str:
@@ -221,6 +229,7 @@ _COLUMNS: dict[str, Callable[[list[Row]], tuple[list[str], list[list[str]]]]] = 
     "paged": _against_beside,
     "ragged": _against_beside,
     "fp8": _against_16_bits,
+    "kvcache": kvcache_targets.columns,
     "floor": _against_floor,
     "search": _against_search,
     "sweep": _against_sweep,

@@ -1,4 +1,7 @@
-"""The README's table of speeds, a few lines out of the tables of targets: ``python -m benchmarks.summary [--check]``."""
+"""The README's tables: ``python -m benchmarks.summary [--check]``.
+
+``summary`` has speeds, a few lines out of the tables of targets; ``ran`` has what ran where.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import markdown, report
+from benchmarks import gpu_tests_report, markdown, report
 
 HERE = Path(__file__).parent
 # what the README calls it, and what the table of targets does
@@ -17,6 +20,8 @@ LINES: dict[str, dict[str, str]] = {
         "decode, 8 and 16 queries: FA3": "8 and 16 queries, FA3",
         "decode, unlike lengths: an even batch of the same bytes": "ragged batches, contiguous, an even batch of the same bytes",
         "decode, 512 MB and more: a kernel that merely reads the bytes": "512 MB and more of keys and values, the read floor",
+        "decode, float8 keys and values, 268 MB: the same in bfloat16": "float8, 32x4096 and 1x131072, the cache in bfloat16",
+        "decode after append and rotary embeddings, 1x4096: decode alone": "1x4096 32/8 after append and rotary, decode alone",
     },
     "forward-targets": {
         "forward, head dim 128: the fastest of cuDNN, FA3 and FA4": "head dim 128, full and causal, the fastest of cuDNN, FA3 and FA4",
@@ -35,7 +40,7 @@ LINES: dict[str, dict[str, str]] = {
 
 
 def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """The README's table; raises StaleReport where a target has another name by now."""
+    """The README's tables; raises StaleReport where a target has another name by now."""
     made = report.tables(results)
     cells = []
     for table, lines in LINES.items():
@@ -44,7 +49,8 @@ def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
             if target not in rows:
                 raise report.StaleReport(f"{table} has no line called {target!r}")
             cells.append([name, rows[target][2], rows[target][4]])
-    return {"summary": markdown.table(["what: against whom", "speed over theirs", "commit"], cells, "---")}
+    speeds = markdown.table(["what: against whom", "speed over theirs", "commit"], cells, "---")
+    return {"summary": speeds, "ran": gpu_tests_report.tables(results)["ran"]}
 
 
 def _cells(line: str) -> list[str]:
@@ -53,10 +59,10 @@ def _cells(line: str) -> list[str]:
 
 def main(
     results: Annotated[Path, typer.Option(help="Folder of the result files.")] = HERE / "results",
-    docs: Annotated[Path, typer.Option(help="The document with the marker.")] = HERE.parent / "README.md",
+    docs: Annotated[Path, typer.Option(help="The document with the markers.")] = HERE.parent / "README.md",
     check: Annotated[bool, typer.Option(help="Write nothing; exit with 1 if the document is stale.")] = False,
 ) -> None:
-    """Fills the README's table from the results."""
+    """Fills the README's tables from the results."""
     report.refresh(docs, tables(report.load(results)), check, "python -m benchmarks.summary")
 
 

@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import decode as runner
-from benchmarks import report, targets
+from benchmarks import kvcache_targets, report, targets
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,6 +97,49 @@ def test_a_plan_names_its_kernel_and_how_keys_are_shared() -> None:
     entry = row("8x2048 32/8", 10.0)
     entry["plan"] |= {"kernel": "gluon.decode_sm90", "block_m": 8, "num_programs": 64}
     assert "| gluon 8 x 64, 4, 3, p64 |" in report.tables({"seqlen1": data(entry)})["seqlen1"]
+
+
+def quantised(name: str, own: float, sixteen_bits: float) -> dict[str, Any]:
+    return row(name, own, beside=sixteen_bits) | {"dtype_kv": "float8_e4m3fn"}
+
+
+def test_float8_is_held_to_the_time_in_16_bits_on_two_problems() -> None:
+    rows = [
+        quantised("32x4096 32/8 e4m3", 10.0, 18.0),
+        quantised("1x131072 32/8 e4m3", 10.0, 17.4),
+        quantised("1x512 32/8 e4m3", 10.0, 10.0),
+    ]
+    (goal,) = [goal for goal in targets.goals({"fp8": rows}) if goal.grid == "fp8"]
+    assert (goal.bar, goal.reached, goal.met) == (">= 1.75x", "1.74x to 1.80x", False)
+    verdict = targets.verdict("fp8", rows)
+    assert verdict is not None
+    assert verdict.misses == ("1x131072 32/8 e4m3: 1.74x, target 1.75x",)
+    (goal,) = [goal for goal in targets.goals({"fp8": rows[:1]}) if goal.grid == "fp8"]
+    assert (goal.reached, goal.met) == ("1.80x", True)
+
+
+def appended(name: str, alone: float, whole: float, host: float) -> dict[str, Any]:
+    entry = row(name, alone)
+    del entry["plan"], entry["floor_us"]
+    entry["results"][kvcache_targets.ROTARY] = {"gpu_us": whole, "host_us": host}
+    return entry
+
+
+def test_an_append_is_held_to_the_time_of_decode_alone() -> None:
+    rows = [appended("1x4096 32/8", 8.0, 10.4, 29.0), appended("1x512 32/8", 4.0, 8.0, 40.0)]
+    table = report.tables({"kvcache": data(*rows)})
+    assert "| 1x4096 32/8 after append and rotary, decode alone | <= 1.25x the time | 1.30x the time | **no** | abc |" in table["targets"]
+    assert "| host time of flash_attn_with_kvcache with both, 1x4096 32/8 | <= 30 us | 29.0 us | yes | abc |" in table["targets"]
+    assert "**append and rotary: 1.30x to 2.00x the time of decode alone, most at 1x512 32/8.**" in table["kvcache"]
+    assert "| 1x512 32/8 | 1000 | 4.00 / - | - / - | 8.00 / 40.00 | - / - | 2.00x |" in table["kvcache"]
+    assert "- 1x4096 32/8 after append and rotary, decode alone: 1.30x the time, target <= 1.25x the time" in table["kvcache"]
+
+
+def test_what_was_wrong_beside_decode_alone_is_listed() -> None:
+    entry = appended("1x4096 32/8", 8.0, 9.0, 29.0)
+    entry["results"][kvcache_targets.APPEND] = {"wrong": "WrongResult: off"}
+    table = report.tables({"kvcache": data(entry)})["kvcache"]
+    assert "- 1x4096 32/8, append: wrong: WrongResult: off" in table
 
 
 def test_regret_has_two_bars() -> None:
