@@ -165,8 +165,22 @@ def read_documents() -> str:
     return "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
 
 
-def train(model: TinyGpt, text: torch.Tensor, attend: Attend, steps: int, seed: int, told: Callable[[int, float], None]) -> list[float]:
-    """Trains the model for some steps on the text's device; its loss at each of them, in nats a character.
+@dataclass
+class Training:
+    """What became of one: the loss at each step, in nats a character; seconds of the first step, and of all that came after it."""
+
+    losses: list[float]
+    first_step: float
+    after: float
+
+    def in_words(self, compiles: bool) -> str:
+        """How long it took. Kernels are compiled in the first step, or loaded where they lie on disk."""
+        first = "first step (compiles)" if compiles else "first step"
+        return f"{first} {self.first_step:.2f} s, then {self.after:.2f} s for {len(self.losses) - 1} steps"
+
+
+def train(model: TinyGpt, text: torch.Tensor, attend: Attend, steps: int, seed: int, told: Callable[[int, float], None]) -> Training:
+    """Trains the model for some steps on the text's device.
 
     The same batches for one seed. Every few steps ``told`` hears how many there were, and the latest loss.
     """
@@ -176,6 +190,7 @@ def train(model: TinyGpt, text: torch.Tensor, attend: Attend, steps: int, seed: 
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3 * (128 / size.width), total_steps=max(steps, 2))
     places = torch.arange(size.context + 1, device=text.device)
     losses = []
+    began = first_done = time.perf_counter()
     for step in range(steps):
         starts = torch.randint(len(text) - size.context, (size.batch, 1), generator=rng)
         batch = text[starts.to(text.device) + places]
@@ -186,9 +201,19 @@ def train(model: TinyGpt, text: torch.Tensor, attend: Attend, steps: int, seed: 
         optimizer.step()
         schedule.step()
         losses.append(loss.detach())
+        if step == 0:
+            wait_for(text.device)
+            first_done = time.perf_counter()
         if (step + 1) % TOLD_EVERY == 0:
             told(step + 1, loss.item())
-    return torch.stack(losses).tolist()
+    wait_for(text.device)
+    return Training(torch.stack(losses).tolist(), first_done - began, time.perf_counter() - first_done)
+
+
+def wait_for(device: torch.device) -> None:
+    """Until all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @torch.no_grad()
@@ -246,15 +271,18 @@ def main(
     ways = {"flashtile": by_flashtile, "torch SDPA": by_torch}
     if yardstick:
         ways["torch SDPA, plain products"] = by_torchs_plain_products
-    curves, models, seconds = {}, {}, {}
+    make = lambda: TinyGpt(len(characters), shape, getattr(torch, dtype.value)).to(where)  # noqa: E731
+    # what torch itself loads at first use is nobody's
+    train(make(), tokens, by_torchs_plain_products, 1, seed, lambda done, loss: None)
+    curves, models, trainings = {}, {}, {}
     for name, attend in ways.items():
-        start = time.perf_counter()
         torch.manual_seed(seed)
-        models[name] = TinyGpt(len(characters), shape, getattr(torch, dtype.value)).to(where)
+        models[name] = make()
         with progress(name, steps) as told:
-            curves[name] = train(models[name], tokens, attend, steps, seed, told)
-        seconds[name] = time.perf_counter() - start
-        say(f"{name}: loss {curves[name][0]:.4f} at first, {smoothed(curves[name])[-1]:.4f} at last, {seconds[name]:.1f} s")
+            trainings[name] = train(models[name], tokens, attend, steps, seed, told)
+        curves[name] = trainings[name].losses
+        took = trainings[name].in_words(compiles=name == "flashtile" and where.type == "cuda")
+        say(f"{name}: loss {curves[name][0]:.4f} at first, {smoothed(curves[name])[-1]:.4f} at last; {took}")
     known = torch.tensor([index[character] for character in prompt if character in index][: shape.context - 1], device=where)
     written, off = write(models["flashtile"], known, seed)
 
@@ -273,7 +301,8 @@ def main(
             "device": torch.cuda.get_device_name(where) if where.type == "cuda" else f"{platform.machine()} CPU",
             "versions": {"flashtile": flashtile.__version__, "torch": torch.__version__, "python": platform.python_version()},
             "dtype": dtype.value, "steps": steps, "seed": seed, "size": {"name": size.value, **asdict(shape)},
-            "characters": len(text), "losses": curves, "seconds": seconds, "apart": differences, "cache": off, "written": continued,
+            "characters": len(text), "losses": curves, "apart": differences, "cache": off, "written": continued,
+            "seconds": {name: {"first step": training.first_step, "after": training.after} for name, training in trainings.items()},
         }  # fmt: skip
         sys.stdout.write(json.dumps(document) + "\n")
 

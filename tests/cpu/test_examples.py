@@ -49,8 +49,17 @@ def test_tiny_gpt_trains_alike_by_either_attention_and_writes(
     assert document["cache"] < (1e-4 if dtype == "float32" else 0.1)
     assert document["written"].startswith("The planner ")
     assert len(document["written"]) == size.context
+    assert all(seconds["first step"] > 0 and seconds["after"] > 0 for seconds in document["seconds"].values())
+    assert document["seconds"].keys() == document["losses"].keys()
+    assert re.search(r"torch SDPA: loss .* at last; first step [\d.]+ s, then [\d.]+ s for 11 steps", printed.err)
     assert "flashtile is at most" in printed.err
     assert plot is None or plot.read_text().startswith("<?xml")
+
+
+def test_tiny_gpt_tells_the_step_that_compiles_apart(tiny_gpt: Any) -> None:
+    training = tiny_gpt.Training([4.0] * 401, first_step=23.0, after=4.0)
+    assert training.in_words(compiles=True) == "first step (compiles) 23.00 s, then 4.00 s for 400 steps"
+    assert training.in_words(compiles=False) == "first step 23.00 s, then 4.00 s for 400 steps"
 
 
 @pytest.mark.parametrize("way", ["by_torch", "by_torchs_plain_products", "cache"])
