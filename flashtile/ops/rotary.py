@@ -30,9 +30,10 @@ def rotary(
     """
     check_rotary(x, cos, sin, interleaved, offsets, cu_seqlens, max_seqlen)
     offset = 0 if isinstance(offsets, torch.Tensor) else offsets
-    of_sequence = offsets if isinstance(offsets, torch.Tensor) else None
+    of_sequence = offsets.contiguous() if isinstance(offsets, torch.Tensor) else None
+    starts = None if cu_seqlens is None else cu_seqlens.contiguous()
     longest = x.shape[1] if max_seqlen is None else max_seqlen
-    args = cos.contiguous(), sin.contiguous(), of_sequence, offset, cu_seqlens, longest, interleaved
+    args = cos.contiguous(), sin.contiguous(), of_sequence, offset, starts, longest, interleaved
     if torch.compiler.is_compiling():
         turned: torch.Tensor = torch.ops.flashtile.rotary(x, *args, False)
         return x.copy_(turned) if in_place else turned

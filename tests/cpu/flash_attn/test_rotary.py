@@ -112,6 +112,28 @@ def test_packed_is_each_sequence_by_itself(interleaved: bool, offsets: int | tor
     assert torch.equal(out[10:], x[10:]), "tokens of no sequence"
 
 
+@pytest.fixture
+def gpus_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls on CPU tensors take the kernel of GPUs, in the interpreter."""
+    pytest.importorskip("triton")
+    from flashtile.kernels import rotary
+
+    monkeypatch.setattr(cpu_rotary, "rotate", rotary.rotate)
+
+
+@pytest.mark.usefixtures("gpus_kernel")
+def test_offsets_and_starts_of_any_strides() -> None:
+    x, (cos, sin) = torch.randn(3, 5, 2, 16), tables(8)
+    offsets = torch.tensor([[4, 9], [0, 9], [1, 9]], dtype=torch.int32)[:, 0]
+    out = apply_rotary_emb(x, cos, sin, seqlen_offsets=offsets)
+    torch.testing.assert_close(out.double(), defined(x, cos, sin, False, [4, 0, 1]), atol=1e-6, rtol=1e-6)
+    same = apply_rotary_emb(x, cos, sin, seqlen_offsets=torch.tensor([2]).expand(3))
+    torch.testing.assert_close(same, apply_rotary_emb(x, cos, sin, seqlen_offsets=2))
+    starts = torch.tensor([[0, 9], [5, 9], [10, 9], [15, 9]], dtype=torch.int32)[:, 0]
+    packed = apply_rotary_emb(x.flatten(0, 1), cos, sin, seqlen_offsets=offsets, cu_seqlens=starts, max_seqlen=5)
+    assert torch.equal(packed, out.flatten(0, 1))
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("inplace", [False, True])
 def test_gradients(interleaved: bool, inplace: bool) -> None:
