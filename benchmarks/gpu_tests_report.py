@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import markdown
+from benchmarks import markdown, sanitize_report
 
 TESTS = Path(__file__).resolve().parents[1] / "tests" / "gpu"
 NOT_YET = "Not measured yet.\n"
@@ -87,7 +87,7 @@ def _reasons(skips: dict[str, int]) -> list[str]:
 def _by_feature(data: dict[str, Any] | None, watched: dict[str, Any] | None) -> str:
     device = data["device"].removeprefix("NVIDIA ") if data else "GPU"
     cells = [[feature.name, _ran(feature, data["files"]) if data else "not counted yet", feature.elsewhere] for feature in FEATURES]
-    cells.append(["compute-sanitizer", _watched(watched) if watched else "not run yet", "-"])
+    cells.append(["compute-sanitizer", sanitize_report.cell(watched) if watched else "not run yet", "-"])
     return markdown.table(["", f"tests on one {device}", "elsewhere"], cells, "---")
 
 
@@ -101,12 +101,3 @@ def _ran(feature: Feature, files: dict[str, dict[str, Any]]) -> str:
     if not counts["passed"] + counts["failed"]:
         words = f"not run: {counts['skipped']} skipped, {next(iter(ran[0]['skips']))}"
     return "; ".join([words, *absent]) + f" ({', '.join(dict.fromkeys(tests['commit'] for tests in ran))})"
-
-
-def _watched(data: dict[str, Any]) -> str:
-    """What the tools said, in a cell."""
-    words = []
-    for tool, summary in data["tools"].items():
-        found = "did not end" if summary["found"] is None else f"{summary['found']} reports"
-        words.append(f"{tool}: {found} in {summary['ended']} of {data['trials']} calls")
-    return f"{', '.join(words)} ({data['commit']}); [what they are](docs/performance.md#memory-checks)"

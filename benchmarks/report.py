@@ -15,7 +15,17 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import backward_report, choices, forward_report, gpu_tests_report, kvcache_targets, markdown, speed_tables, targets
+from benchmarks import (
+    backward_report,
+    choices,
+    forward_report,
+    gpu_tests_report,
+    kvcache_targets,
+    markdown,
+    sanitize_report,
+    speed_tables,
+    targets,
+)
 from benchmarks.markdown import times, us
 from benchmarks.targets import Row
 
@@ -74,7 +84,7 @@ def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Markdown of each table."""
     made = {grid: _table(grid, results[grid]) if grid in results else "Not measured yet.\n" for grid in GRIDS}
     checks = {
-        "sanitize": _sanitize(results["sanitize"]) if "sanitize" in results else "Not measured yet.\n",
+        "sanitize": sanitize_report.table(results["sanitize"]) if "sanitize" in results else sanitize_report.NOT_YET,
         "gpu-tests": gpu_tests_report.tables(results)["gpu-tests"],
     }
     return {"targets": _targets(results), **made, **forward_report.tables(results), **backward_report.tables(results), **checks}
@@ -103,25 +113,6 @@ def _table(grid: str, data: dict[str, Any]) -> str:
         parts.append(f"Not reached in the time given: {skipped} problems.\n")
     parts.append(markdown.provenance(data))
     return "\n".join(parts)
-
-
-def _sanitize(data: dict[str, Any]) -> str:
-    """What each tool found, and in how many launches of which kernels."""
-    cells = []
-    for tool, summary in data["tools"].items():
-        launches = ", ".join(f"{count} of {name}" for name, count in summary["launches"].items())
-        found = "did not end" if summary["found"] is None else str(summary["found"])
-        cells.append([tool, found, launches or "none", f"{summary['ended']} of {summary['trials']}"])
-    trouble = [*data["failed"], *(line for summary in data["tools"].values() for line in summary["failed"])]
-    control = f"The control, a kernel that writes out of bounds, was reported {data['control_errors'] or 0} times.\n"
-    if data.get("control_races") is not None:
-        control += f"\nA right kernel whose warps hand numbers over by a barrier was reported for {data['control_races']} races.\n"
-    kinds = [[tool, places, str(n)] for tool, summary in data["tools"].items() for places, n in summary.get("kinds", {}).items()]
-    named = markdown.table(["tool", "lines that a report names", "reports"], kinds) if kinds else ""
-    failures = "Failures:\n\n" + "\n".join(f"- {line}" for line in trouble) + "\n" if trouble else ""
-    refused = f"{len(data['refused'])} variants are refused by the planner.\n" if data["refused"] else ""
-    table = markdown.table(["tool", "errors or hazards found", "launches inspected", "calls checked"], cells)
-    return "\n".join(part for part in (table, named, control, refused, failures, markdown.provenance(data)) if part)
 
 
 def _tile(plan: dict[str, Any] | None) -> str:

@@ -108,6 +108,20 @@ def test_the_report_states_the_launches(watched: Path) -> None:
     assert "commit abc" in table
 
 
+def test_the_report_says_what_reports_name_and_what_the_controls_got(watched: Path) -> None:
+    (watched / "racecheck_1.log").write_text(RACES)
+    (watched / "control_racecheck.log").write_text(RACES)
+    with pytest.raises(typer.Exit):
+        sanitize.collect(watched, device="cpu", commit="abc")
+    table = report.tables(report.load(watched))["sanitize"]
+    assert (
+        "Reports of racecheck, by the lines that they name:\n\n- 2 at scores.py:151, scores.py:160\n- 1 at rows.py:24, rows.py:39" in table
+    )
+    assert "Reports of memcheck" not in table
+    assert "A kernel whose warps hand numbers over by a barrier, rightly, was reported for 3 races." in table
+    assert "were not reached" not in table
+
+
 def test_one_operation_can_be_watched_alone(tmp_path: Path) -> None:
     sanitize.prepare(tmp_path, device="cpu", workers=1, operation="forward")
     sanitize.watch("memcheck", tmp_path, device="cpu")
