@@ -146,9 +146,11 @@ _last: _Last | None = None  # of the last mask that was read: the layers of a mo
 def _spans(attn_mask: torch.Tensor, visible: torch.Tensor, seqlen_q: int) -> torch.Tensor | None:
     """Which keys each sequence has, from the host's look at the mask; None where all. Raises UnsupportedError for gaps."""
     global _last
-    facts = (visible.shape, seqlen_q, attn_mask._version)
-    if _last is not None and _last[0]() is attn_mask and _last[1] == facts:
-        return _last[2]
+    if attn_mask.is_inference():  # whether it has changed cannot be known
+        return padded(visible, seqlen_q, visible.shape[1], aligned=False)
+    last, facts = _last, (visible.shape, seqlen_q, attn_mask._version)  # another thread may replace _last meanwhile
+    if last is not None and last[0]() is attn_mask and last[1] == facts:
+        return last[2]
     spans = padded(visible, seqlen_q, visible.shape[1], aligned=False)
     _last = (weakref.ref(attn_mask), facts, spans)
     return spans

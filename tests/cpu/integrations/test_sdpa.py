@@ -120,6 +120,28 @@ def test_a_mask_that_is_changed_in_place_is_read_again() -> None:
     compare(*inputs, attn_mask=mask)
 
 
+def test_masks_made_in_inference_mode() -> None:
+    q, k, v = tensors(seqlen_k=9)
+    with torch.inference_mode():
+        mask = PADS[:, None, None].clone()
+        for there in (False, True):
+            mask[0, ..., 4] = there
+            got = sdpa.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            torch.testing.assert_close(got, F.scaled_dot_product_attention(q, k, v, mask), **CLOSE)
+
+
+def test_another_threads_mask_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask, others = torch.ones(1, 1, 1, 9, dtype=torch.bool), torch.zeros(4, 2, dtype=torch.int32)
+    facts = (torch.Size((1, 9)), 7, mask._version)
+
+    def looked_at() -> torch.Tensor:
+        monkeypatch.setattr(sdpa, "_last", (lambda: others, facts, others))
+        return mask
+
+    monkeypatch.setattr(sdpa, "_last", (looked_at, facts, None))
+    assert sdpa._spans(mask, mask[0, 0], 7) is None
+
+
 def test_gaps_are_read_by_one_query_and_left_to_torch_by_several(calls: list[str]) -> None:
     gaps = torch.tensor([True, False, True, True, False, True, True])[None]
     q, k, v = tensors()
