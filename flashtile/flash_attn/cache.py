@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import torch
 
-from flashtile.api import attention_varlen_with_lse, decode, decode_with_lse
+from flashtile.api import append_kv, attention_varlen_with_lse, decode, decode_with_lse
 from flashtile.errors import ArgumentError, ShapeError, UnsupportedError, message
-from flashtile.flash_attn.appended import New, append, check_new
-from flashtile.flash_attn.attend import Scores
-from flashtile.flash_attn.conventions import cut, readable, scale_for, window_of
+from flashtile.flash_attn.conventions import Sides, cut, readable, scale_for, window_of, with_rows
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan, ForwardPlan
 
@@ -25,59 +23,109 @@ def attend_cache(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    rotary_cos: torch.Tensor | None,
+    rotary_sin: torch.Tensor | None,
     cache_seqlens: int | torch.Tensor | None,
     cache_batch_idx: torch.Tensor | None,
     cache_leftpad: torch.Tensor | None,
     page_table: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k_new: torch.Tensor | None,
     max_seqlen_q: int | None,
-    scores: Scores,
-    num_splits: int,
+    rotary_seqlens: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    softcap: float,
+    rotary_interleaved: bool,
+    alibi_slopes: torch.Tensor | None,
     plan: DecodePlan | ForwardPlan | None,
+    num_splits: int,
     want_lse: bool,
-    new: New,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """out, and lse in flashtile's convention where it is wanted; for inference, without gradients.
 
-    ``cache_seqlens`` None means that the cache is full; ``num_splits`` 0 and ``plan`` None, that the planner chooses. ``new`` is written
-    to the cache first.
+    Arguments are the third generation's, and the second's ``alibi_slopes``. ``cache_seqlens`` None means that the cache is full;
+    ``num_splits`` 0 and ``plan`` None, that the planner chooses. New keys and values are written to the cache first.
     """
-    appends = check_new(new, cache_seqlens)
-    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    # A GPU may be done with a decode step sooner than the host with all this: facts of tensors, each some 0.2 us, are read once, and
+    # nothing is called that usually has nothing to do.
+    appends = _appends(k, v, cache_seqlens, rotary_cos, rotary_sin, cu_seqlens_k_new, rotary_seqlens)
+    shape_q, head_dim_v = q.shape, v_cache.shape[-1]
+    batch, queries = (shape_q[0], shape_q[1]) if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1, max_seqlen_q or 0)
     if cache_batch_idx is not None:
         page_table = _cache_as_pages(cache_batch_idx, page_table, batch)
     elif page_table is None and k_cache.shape[0] > batch:
         k_cache, v_cache = k_cache[:batch], v_cache[:batch]
-    capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
-    seqlens_k, hint = _lengths(cache_seqlens, capacity, batch, q.device)
-    if appends:
-        q, seqlens_k = append(new, q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, scores, k_scale, v_scale)
-        hint = None
-    scale, head_dim_v = scale_for(q, scores.softmax_scale), v_cache.shape[-1]
-    rows, k_cache, v_cache = readable(q), readable(k_cache), readable(v_cache)
-    decode_alone = cache_leftpad is not None or k_cache.itemsize == 1
-    if decode_alone and isinstance(plan, ForwardPlan):
-        why = "attention over pages has no left padding, and reads no quantised keys"
-        raise UnsupportedError("A plan of attention for what decode alone computes.", {plan.kernel: [why]})
-    if not decode_alone and _is_prefill(q, cu_seqlens_q, max_seqlen_q, num_splits, plan):
+    hint: int | None = None
+    if isinstance(cache_seqlens, torch.Tensor):
+        seqlens_k = cache_seqlens
+    else:
+        capacity = k_cache.shape[1] * (1 if page_table is None else page_table.shape[1])
+        seqlens_k, hint = _lengths(cache_seqlens, capacity, batch, q.device)
+    window = None if window_size == (-1, -1) else window_of(window_size)
+    if k is not None and v is not None:
+        local = causal or (window is not None and window != (None, None))  # else all queries stand at the first new position
+        scaled = (k_scale is not None or v_scale is not None) and k.dtype != k_cache.dtype  # codes come as they are stored
+        seqlens_k, turned = append_kv(
+            k_cache, v_cache, with_rows(k), with_rows(v), seqlens_k, page_table=page_table, cu_seqlens_k_new=cu_seqlens_k_new,
+            q=None if rotary_cos is None else with_rows(q), cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+            rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens, rotary_interleaved=rotary_interleaved,
+            queries_advance=local, k_scale=k_scale if scaled else None, v_scale=v_scale if scaled else None,
+        )  # fmt: skip
+        q, hint = q if turned is None else turned, None
+    padded = shape_q[-1] % 8 or head_dim_v % 8
+    if padded:
+        softmax_scale = scale_for(q, softmax_scale)
+        q, k_cache, v_cache = readable(q), readable(k_cache), readable(v_cache)
+    elif q.stride()[-1] != 1 or k_cache.stride()[-1] != 1 or v_cache.stride()[-1] != 1:
+        q, k_cache, v_cache = with_rows(q), with_rows(k_cache), with_rows(v_cache)
+    if (queries >= FORWARD_ROWS or plan is not None) and _is_prefill(q, k_cache, cache_leftpad, batch, queries, num_splits, plan):
         forward_plan = plan if isinstance(plan, ForwardPlan) else None
         with torch.no_grad():
             out, lse = _prefill(
-                rows, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, hint, scores, scale, forward_plan, want_lse
-            )
+                q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, hint, causal, window, softcap, softmax_scale,
+                alibi_slopes, forward_plan, want_lse,
+            )  # fmt: skip
     else:
-        decode_plan = plan if isinstance(plan, DecodePlan) else None
         run = decode_with_lse if want_lse else decode
         result = run(
-            rows, k_cache, v_cache, seqlens_k, page_table=page_table, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=hint, causal=scores.causal, window=window_of(scores.window_size), softcap=scores.softcap, scale=scale,
-            alibi_slopes=scores.alibi_slopes, k_scale=k_scale, v_scale=v_scale, leftpad_k=cache_leftpad,
-            num_splits=num_splits or None, plan=decode_plan, after_append=appends,
+            q, k_cache, v_cache, seqlens_k, page_table=page_table, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=hint, causal=causal, window=window, softcap=softcap, scale=softmax_scale, alibi_slopes=alibi_slopes,
+            k_scale=k_scale, v_scale=v_scale, leftpad_k=cache_leftpad, num_splits=num_splits or None,
+            plan=plan if isinstance(plan, DecodePlan) else None, after_append=appends,
         )  # fmt: skip
         out, lse = result if isinstance(result, tuple) else (result, None)
-    return cut(out, head_dim_v), lse
+    return cut(out, head_dim_v) if padded else out, lse
+
+
+def _appends(
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    cache_seqlens: object,
+    rotary_cos: torch.Tensor | None,
+    rotary_sin: torch.Tensor | None,
+    cu_seqlens_k_new: torch.Tensor | None,
+    rotary_seqlens: torch.Tensor | None,
+) -> bool:
+    """Whether there are new keys and values; raises ArgumentError for one without the other, and for what makes no sense without them."""
+    if k is not None and v is not None:
+        if cache_seqlens is None:
+            fix = "A cache without lengths is full, and has no room for new keys."
+            raise ArgumentError(message("cache_seqlens", "the keys of each sequence so far, beside k and v", None, fix))
+        return True
+    if k is not None or v is not None:
+        raise ArgumentError(message("k and v", "both or neither", "one of them", "Both caches grow by the same tokens."))
+    if rotary_cos is not None or rotary_sin is not None or cu_seqlens_k_new is not None or rotary_seqlens is not None:
+        given = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "cu_seqlens_k_new": cu_seqlens_k_new, "rotary_seqlens": rotary_seqlens}
+        name = next(name for name, value in given.items() if value is not None)
+        fix = "flashtile.flash_attn.layers.rotary turns tensors by themselves."
+        raise ArgumentError(message(name, "None without new keys k and v", "a tensor", fix))
+    return False
 
 
 def prefers_attention(seqlen_q: int, units: int, num_sms: int) -> bool:
@@ -87,18 +135,22 @@ def prefers_attention(seqlen_q: int, units: int, num_sms: int) -> bool:
 
 def _is_prefill(
     q: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    max_seqlen_q: int | None,
+    k_cache: torch.Tensor,
+    cache_leftpad: torch.Tensor | None,
+    batch: int,
+    queries: int,
     num_splits: int,
     plan: DecodePlan | ForwardPlan | None,
 ) -> bool:
+    """Whether attention over pages computes the call; raises UnsupportedError for a plan of it where it cannot."""
+    if cache_leftpad is not None or k_cache.itemsize == 1:
+        if isinstance(plan, ForwardPlan):
+            why = "attention over pages has no left padding, and reads no quantised keys"
+            raise UnsupportedError("A plan of attention for what decode alone computes.", {plan.kernel: [why]})
+        return False
     if plan is not None or num_splits > 1:
         return isinstance(plan, ForwardPlan)
-    if cu_seqlens_q is None:
-        batch, seqlen_q = q.shape[0], q.shape[1]
-    else:
-        batch, seqlen_q = cu_seqlens_q.shape[0] - 1, max_seqlen_q or 0
-    return seqlen_q >= FORWARD_ROWS and prefers_attention(seqlen_q, batch * q.shape[-2], _num_sms(q.device))
+    return queries >= FORWARD_ROWS and prefers_attention(queries, batch * q.shape[-2], _num_sms(q.device))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
@@ -115,8 +167,11 @@ def _prefill(
     cu_seqlens_q: torch.Tensor | None,
     max_seqlen_q: int | None,
     max_seqlen_k: int | None,
-    scores: Scores,
-    scale: float,
+    causal: bool,
+    window: Sides | None,
+    softcap: float,
+    scale: float | None,
+    alibi_slopes: torch.Tensor | None,
     plan: ForwardPlan | None,
     want_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -130,8 +185,8 @@ def _prefill(
         starts = torch.arange(0, batch * longest + 1, longest, dtype=torch.int32, device=q.device)
     out, lse = attention_varlen_with_lse(
         packed, k_cache, v_cache, starts, None, longest, max_seqlen_k,  # type: ignore[arg-type]  # its check names max_seqlen_q
-        page_table=page_table, seqused_k=seqlens_k, causal=scores.causal, window=window_of(scores.window_size), softcap=scores.softcap,
-        scale=scale, alibi_slopes=scores.alibi_slopes, plan=plan,
+        page_table=page_table, seqused_k=seqlens_k, causal=causal, window=window, softcap=softcap, scale=scale,
+        alibi_slopes=alibi_slopes, plan=plan,
     )  # fmt: skip
     if cu_seqlens_q is None:
         out = out.view(*q.shape[:-1], out.shape[-1])
@@ -151,9 +206,7 @@ def _cache_as_pages(cache_batch_idx: torch.Tensor, page_table: torch.Tensor | No
     return cache_batch_idx.to(torch.int32)[:, None]
 
 
-def _lengths(cache_seqlens: int | torch.Tensor | None, capacity: int, batch: int, device: torch.device) -> tuple[torch.Tensor, int | None]:
-    """(batch,) int32 on the device, and the longest length where the host knows it."""
-    if isinstance(cache_seqlens, torch.Tensor):
-        return cache_seqlens, None
+def _lengths(cache_seqlens: int | None, capacity: int, batch: int, device: torch.device) -> tuple[torch.Tensor, int]:
+    """(batch,) int32 on the device of one length for all, by default what the cache holds, and the keys that there are of it."""
     length = capacity if cache_seqlens is None else cache_seqlens
     return torch.full((batch,), length, dtype=torch.int32, device=device), min(length, capacity)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from flashtile.flash_attn.appended import New
-from flashtile.flash_attn.attend import Scores
 from flashtile.flash_attn.cache import attend_cache
 from flashtile.flash_attn.conventions import lse_of_two
 
@@ -54,9 +52,9 @@ def flash_attn_with_kvcache(
         out: (batch, seqlen_q, nheads, head_dim).
         softmax_lse: (batch, nheads, seqlen_q) float32, natural logarithm; +inf for a query that sees no key.
     """
-    scores = Scores(softmax_scale, causal, window_size, softcap, alibi_slopes)
     out, lse = attend_cache(
-        q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, None, None, scores, num_splits, None,
-        return_softmax_lse, New(k, v, rotary_cos, rotary_sin, rotary_interleaved),
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, block_table, None, None, None,
+        None, None, None, softmax_scale, causal, window_size, softcap, rotary_interleaved, alibi_slopes, None, num_splits,
+        return_softmax_lse,
     )  # fmt: skip
     return out if lse is None else (out, lse_of_two(lse))

@@ -7,8 +7,6 @@ import torch
 from flashtile.api import merge
 from flashtile.band import Band
 from flashtile.errors import ArgumentError, DtypeError, ShapeError, message
-from flashtile.flash_attn.appended import New
-from flashtile.flash_attn.attend import Scores
 from flashtile.flash_attn.cache import attend_cache, prefers_attention
 from flashtile.flash_attn.conventions import lse_of_three, window_of
 from flashtile.flash_attn.refusals import check_supported
@@ -85,12 +83,14 @@ def flash_attn_with_kvcache(
     Raises:
         UnsupportedError: for qv, q_descale and attention_chunk.
     """
-    check_supported("flash_attn_with_kvcache", qv=qv, q_descale=q_descale, attention_chunk=attention_chunk)
-    _check_plan(scheduler_metadata)
+    if qv is not None or q_descale is not None or attention_chunk:
+        check_supported("flash_attn_with_kvcache", qv=qv, q_descale=q_descale, attention_chunk=attention_chunk)
+    if scheduler_metadata is not None:
+        _check_plan(scheduler_metadata)
     out, lse = attend_cache(
-        q, k_cache, v_cache, cache_seqlens, cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q, max_seqlen_q,
-        Scores(softmax_scale, causal, window_size, softcap), num_splits, scheduler_metadata, return_softmax_lse,
-        New(k, v, rotary_cos, rotary_sin, rotary_interleaved, cu_seqlens_k_new, rotary_seqlens), k_descale, v_descale,
+        q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, cache_seqlens, cache_batch_idx, cache_leftpad, page_table, cu_seqlens_q,
+        cu_seqlens_k_new, max_seqlen_q, rotary_seqlens, k_descale, v_descale, softmax_scale, causal, window_size, softcap,
+        rotary_interleaved, None, scheduler_metadata, num_splits, return_softmax_lse,
     )  # fmt: skip
     return out if lse is None else (out, lse_of_three(lse, k_cache.shape[:2].numel()), None, None)
 
@@ -173,6 +173,6 @@ def flash_attn_combine(
 
 
 def _check_plan(scheduler_metadata: object) -> None:
-    if scheduler_metadata is not None and not isinstance(scheduler_metadata, (DecodePlan, ForwardPlan)):
+    if not isinstance(scheduler_metadata, (DecodePlan, ForwardPlan)):
         got = type(scheduler_metadata).__name__
         raise ArgumentError(message("scheduler_metadata", "a plan", got, "flashtile's own get_scheduler_metadata returns one."))

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashtile.flash_attn_interface as three
 from flashtile.errors import ArgumentError, ShapeError, UnsupportedError
@@ -94,6 +95,54 @@ def test_what_was_appended_is_there_for_the_next_call() -> None:
         steps.append(flash_attn_with_kvcache(q[:, now], *caches, k[:, now], v[:, now], cache_seqlens=lengths, **tables))
         lengths += 1
     torch.testing.assert_close(torch.cat(steps, 1), whole)
+
+
+STRIDED = (("q",), ("k",), ("v",), ("k_cache",), ("v_cache",), ("q", "k", "v"))
+
+
+@pytest.mark.parametrize("names", STRIDED, ids="-".join)
+@pytest.mark.parametrize("new", [False, True])
+def test_layouts_without_a_contiguous_last_dimension_are_copied(names: tuple[str, ...], new: bool) -> None:
+    """All but the caches that are written to, which are refused: a copy would be what is written."""
+    rng = torch.Generator().manual_seed(4)
+    heads = {"q": (3, 4), "k_cache": (20, 2), "v_cache": (20, 2)} | ({"k": (3, 2), "v": (3, 2)} if new else {})
+    plain = {name: torch.randn(2, *shape, 32, generator=rng) for name, shape in heads.items()}
+    given: dict[str, Any] = {"cache_seqlens": torch.tensor([7, 16], dtype=torch.int32), "causal": True}
+    given |= {"rotary_cos": torch.rand(20, 8, generator=rng), "rotary_sin": torch.rand(20, 8, generator=rng)} if new else {}
+    strided = {name: x.transpose(1, 3).contiguous().transpose(1, 3) if name in names else x.clone() for name, x in plain.items()}
+    for function in (flash_attn_with_kvcache, three.flash_attn_with_kvcache):
+        if new and {"k_cache", "v_cache"} & set(names):
+            with pytest.raises(ShapeError, match=names[0]):
+                function(**strided, **given)
+        else:
+            assert torch.equal(function(**strided, **given), function(**plain, **given))
+
+
+@pytest.mark.parametrize("new", [False, True])
+def test_the_usual_step_is_passed_on_without_any_operation(new: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would take the host as long as all that is done here: tensors arrive as they are, and nothing runs but append and decode."""
+    q, row, lengths = torch.zeros(2, 1, 4, 64), torch.zeros(2, 1, 2, 64), torch.zeros(2, dtype=torch.int32)
+    cache, table, turned, later, out = torch.zeros(2, 16, 2, 64), torch.zeros(16, 16), q.clone(), lengths.clone(), q.clone()
+
+    def append_kv(*args: Any, **named: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        assert all(arg is wanted for arg, wanted in zip(args, (cache, cache, row, row, lengths))) and named["q"] is q
+        return later, turned
+
+    def decode(*args: Any, **named: Any) -> torch.Tensor:
+        assert all(arg is wanted for arg, wanted in zip(args, (turned if new else q, cache, cache, later if new else lengths)))
+        assert named["scale"] is None and named["window"] is None and named["after_append"] is new
+        return out
+
+    class Refused(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise AssertionError(f"{func} runs")
+
+    monkeypatch.setattr("flashtile.flash_attn.cache.append_kv", append_kv)
+    monkeypatch.setattr("flashtile.flash_attn.cache.decode", decode)
+    given = {"k": row, "v": row, "rotary_cos": table, "rotary_sin": table} if new else {}
+    for function in (flash_attn_with_kvcache, three.flash_attn_with_kvcache):
+        with Refused():
+            assert function(q, cache, cache, cache_seqlens=lengths, causal=True, **given) is out
 
 
 @pytest.mark.parametrize("layout", ["lengths", "batch index", 16])
