@@ -8,8 +8,6 @@ from flashtile.errors import ArgumentError, message
 from flashtile.planner.device import Device
 from flashtile.problem import MAX_HEAD_DIM, QUANTISED, Problem
 
-MAX_ROWS = 2**31 - 1
-
 
 @dataclass(frozen=True)
 class Kernel:
@@ -26,8 +24,7 @@ class Kernel:
     max_head_dim: int = MAX_HEAD_DIM
     head_dim_multiple: int = 8
     quantised: bool = False  # whether k and v beside a 16-bit q may be stored in one byte, with scales,
-    quantised_rows: int = MAX_ROWS  # for at most so many packed rows,
-    quantised_above: int = 0  # and head dims above this one
+    quantised_above: int = 0  # for head dims above this one
     pages: bool = True  # whether keys may lie on pages,
     shaped_scores: bool = True  # and scores pass through a softcap or get ALiBi biases
     dropout: bool = False  # and entries of the softmax may be dropped
@@ -58,10 +55,6 @@ class Kernel:
             reasons.append(
                 f"addresses and strides of q, k, v or out are multiples of {problem.alignment} bytes, "
                 f"and it needs multiples of {self.min_alignment}"
-            )
-        if dequantises and problem.rows > self.quantised_rows:
-            reasons.append(
-                f"quantised keys pass through registers for 16 rows at a time, and {problem.rows} rows are more than {self.quantised_rows}"
             )
         if dequantises and min(problem.head_dim, problem.head_dim_v) <= self.quantised_above:
             reasons.append(f"quantised keys and values have head dims above {self.quantised_above} there")
@@ -96,7 +89,6 @@ CATALOG: tuple[Kernel, ...] = (
         architectures=("sm_90",),
         min_alignment=16,  # what tensor maps take
         quantised=True,
-        quantised_rows=16,  # one block of rows: several would each read the keys and convert them
         quantised_above=16,
     ),
     Kernel(TRITON, "flashtile.kernels.decode", "decode", ("cuda", "hip"), _FLOATS, _FLOATS, quantised=True),

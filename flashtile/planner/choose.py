@@ -18,6 +18,7 @@ from flashtile.planner.forward_rules import choose_forward_tile, forward_infeasi
 from flashtile.planner.forward_tiles import ForwardTile
 from flashtile.planner.forward_work import row_tiles
 from flashtile.planner.plans import BLOCK_MS, BackwardPlan, DecodePlan, ForwardPlan, Source
+from flashtile.planner.quantised_rules import leaves_quantised
 from flashtile.planner.rules import choose_tile_and_splits, infeasible, why_none_fits
 from flashtile.planner.splits import Splits, choose_splits, combine_shape, even_splits, schedule
 from flashtile.planner.table import TILE_FIELDS, own_tile, tuned_tile
@@ -73,6 +74,9 @@ def plan_as_shipped(problem: Problem, device: Device) -> DecodePlan:
 
 def _plan_of(problem: Problem, device: Device, kernel: str, block_m: int | None, num_splits: int | None) -> DecodePlan | list[str]:
     """One kernel's plan, or why it has none as wished."""
+    left = leaves_quantised(problem, kernel) if block_m is None else []
+    if left:
+        return left
     found = _gpu_plan(problem, device, kernel, block_m) if device.is_gpu else _cpu_plan(problem, kernel, block_m)
     if not isinstance(found, DecodePlan):
         return found

@@ -30,7 +30,8 @@ class Constants(NamedTuple):
     extra_warp_us: float  # each warp beyond four, once a program: barriers and reductions across warps
     score_operations: float  # vector instructions a score: scale, mask, maximum, sum, conversion
     vector_key_operations: float  # vector instructions a key element and row in place of the matrix product
-    quantised_key_operations: float  # vector instructions an element of quantised keys and values: to float16
+    quantised_key_operations: float  # vector instructions an element of quantised keys and values: to float16,
+    quantised_operand_operations: dict[str, float]  # and by kernel, to where a matrix instruction wants it
     fma_efficiency: float  # share of the vector rate that an FMA dot reaches
     overlap_loss: float  # share of what runs beside the bound that shows all the same
     combine_us: float  # reading the first partial, writing out; programs that merge wait for the first partial as long

@@ -168,6 +168,7 @@ def _iteration(work: Work, tile: TileShape, footprint: Footprint, device: Device
     if tile.block_m == 1:
         operations += c.vector_key_operations * tile.block_n * dims
         return 0.0, operations / sm_instructions_per_us + exp_us, c.vector_iteration_us
+    operations += c.quantised_operand_operations[tile.kernel] * tile.block_n * dims if work.quantised else 0
     rate = device.vector_rate * c.fma_efficiency if mma is None else device.matrix_rate * mma.rate
     matrix_us = 2.0 * scores * dims * device.num_sms / rate * 1e6
     chain_us = c.matrix_iteration_us + (c.swapped_iteration_us if tile.swapped else 0.0)

@@ -11,6 +11,7 @@ from flashtile.planner.cost import Cost, Work, cost_of, iteration_us
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import footprint_of
 from flashtile.planner.plans import BLOCK_MS, DecodePlan
+from flashtile.planner.quantised_rules import leaves_quantised
 from flashtile.planner.resources import Footprint
 from flashtile.planner.rules import TILE_GAIN_PERCENT, TILE_RULES, by_predicted_time, fitting_tiles, why_none_fits
 from flashtile.planner.tiles import LIMITS, Tile, Variant, variant_name, variants_in_words
@@ -101,20 +102,24 @@ def _why_though_faster(plan: DecodePlan, lost: DecodePlan) -> str:
     if plan.source in ASKED:
         return ASKED[plan.source]
     if lost.kernel != plan.kernel:
-        return f"{plan.kernel} comes first wherever it can run"
+        names = [kernel.name for kernel in kernels_of("decode")]
+        leaves = names.index(lost.kernel) < names.index(plan.kernel)
+        return f"its kernel leaves so many rows to {plan.kernel}" if leaves else f"{plan.kernel} comes first wherever it can run"
     if TILE_RULES.get(plan.kernel) is not by_predicted_time:
         return "this kernel's rule counts row blocks, whatever the model says"
     return f"within {TILE_GAIN_PERCENT}%, the model's error, the tile that measured best elsewhere stays"
 
 
 def kernels_passed_over(problem: Problem, device: Device, plan: DecodePlan) -> Iterator[OtherKernel]:
-    """Kernels of the device's backend that cannot run the problem, or that come first and lack the plan's tile."""
+    """Kernels of the device's backend that cannot run the problem, leave it to the plan's, or come first and lack the plan's tile."""
     before = True
     for kernel in kernels_of(problem.operation):
         if kernel.name == plan.kernel:
             before = False
         elif device.backend in kernel.backends:
             reasons = kernel.reasons_against(problem, device)
+            if not reasons and before and plan.source == "rule":
+                reasons = leaves_quantised(problem, kernel.name)
             if not reasons and before and (plan.block_m, plan.swapped) not in LIMITS[kernel.name].variants:
                 lacks = variant_name(plan.block_m, plan.swapped)
                 reasons = [f"it has no {lacks}, only {variants_in_words(kernel.name)}"]

@@ -170,8 +170,9 @@ def by_predicted_time(problem: Problem, device: Device, kernel: str, block_m: in
 def by_row_blocks(problem: Problem, device: Device, kernel: str, block_m: int | None) -> tuple[Tile, int] | None:
     """The smallest query tile whose row blocks read the keys hardly more often than the tile of TALL_BLOCK_M rows would.
 
-    Rows of an instruction that nobody uses cost a kernel little that waits for memory; reading the keys again does. Taller
-    tiles still spare reads of keys that are in L2 by then, and have to gain TILE_GAIN_PERCENT of the predicted time.
+    Rows of an instruction that nobody uses cost a kernel little that waits for memory; reading the keys again does, and row
+    blocks that also convert quantised keys again are the fewest there can be. Taller tiles still spare reads of keys that are
+    in L2 by then, and have to gain TILE_GAIN_PERCENT of the predicted time.
     """
     work = work_of(problem)
     tiles = [fit for fit in fitting_tiles(problem, device, kernel) if block_m in (None, fit[0].block_m)]
@@ -179,7 +180,8 @@ def by_row_blocks(problem: Problem, device: Device, kernel: str, block_m: int | 
         return None
     usual = [fit for fit in tiles if fit[0].block_m <= TALL_BLOCK_M] or tiles
     fewest = min(row_blocks_of(work, tile.block_m) for tile, _ in usual)
-    first = next(fit for fit in usual if 100 * row_blocks_of(work, fit[0].block_m) <= ROW_BLOCKS_PERCENT * fewest)
+    most_percent = 100 if problem.quantised else ROW_BLOCKS_PERCENT
+    first = next(fit for fit in usual if 100 * row_blocks_of(work, fit[0].block_m) <= most_percent * fewest)
     taller = [fit for fit in tiles if fit[0].block_m > TALL_BLOCK_M and row_blocks_of(work, fit[0].block_m) < fewest]
     best = least_time(work, device, [first, *taller])
     return best and with_short_ring(problem, *with_usual_tiles(problem, device, *best))

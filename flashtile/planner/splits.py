@@ -21,6 +21,7 @@ from flashtile.problem import Problem
 MAX_SPLITS = 65_535  # the grid's second dimension
 MAX_STREAM_TILES = 2**31 - 1  # the device counts a batch's key tiles in 32 bits
 MANY_WAVES = 2  # waves of units from which cutting few of them matters more than beginning few of them
+FULL_ENOUGH_WAVES = 1.5  # the same where several blocks of quantised rows read the keys, which neighbours find in L2: not measured
 GATHERING_PROGRAMS_PER_SM = (
     2  # gathered keys keep the threads that ask for them at work: one program's asking hides behind another's products
 )
@@ -65,7 +66,8 @@ def stream_programs(work: Work, tile: TileShape, footprint: Footprint, num_split
     """Programs that share all key tiles of a batch: as many as an even grid would have, at most what is resident at once.
 
     Hopper's kernel lets batches of more than MANY_WAVES waves have a program for each unit all the same: measured on an
-    H200, that is 5 to 6 % faster where lengths are alike, and 2 to 3 % slower where they are not.
+    H200, that is 5 to 6 % faster where lengths are alike, and 2 to 3 % slower where they are not. So do quantised rows in several
+    blocks from FULL_ENOUGH_WAVES on: a program with two blocks of one sequence would read the keys twice, too late for L2.
     0, which asks for the grid, where a lone sequence leaves nothing to even out, where no unit has two tiles to share, and
     where the tiles are too many to count.
     """
@@ -74,7 +76,9 @@ def stream_programs(work: Work, tile: TileShape, footprint: Footprint, num_split
     if work.batch <= 1 or tiles <= 1 or units == 0 or most_tiles(work, tile) > MAX_STREAM_TILES:
         return 0
     programs, resident = units * num_splits, device.num_sms * footprint.resident
-    if tile.kernel == GLUON_SM90 and not resident < programs <= MANY_WAVES * resident:
+    reads_again = work.quantised and row_blocks_of(work, tile.block_m) > work.batch
+    shared_up_to = FULL_ENOUGH_WAVES if reads_again else MANY_WAVES
+    if tile.kernel == GLUON_SM90 and not resident < programs <= shared_up_to * resident:
         return min(programs, MAX_SPLITS)
     return min(programs, resident)
 

@@ -130,8 +130,8 @@ _GLUON: dict[Variant, tuple[Regime, ...]] = {
 }
 
 # Quantised keys, of one byte an element. A program wants as many bytes on their way and an SM the same speed of each warp, so that
-# Hopper's kernel has twice the keys and twice the warps, or programs, and the portable one twice the tiles in its ring. Reckoned,
-# not measured.
+# Hopper's kernel has twice the keys and twice the warps, or programs, and the portable one twice the tiles in its ring. Reckoned;
+# what the rule takes of it up to 16 rows was then measured (benchmarks/results/decode_fp8.json).
 _HALF_KEYS = ((64, 4, 3), (64, 4, 2), (32, 2, 3), (32, 2, 2))
 _QUANTISED_OWN_KEYS = (
     Regime(SPLIT_UNITS_PERCENT, ((128, 8, 3), (128, 8, 2), *_HALF_KEYS)),
@@ -143,6 +143,12 @@ _QUANTISED_OWN_KEYS = (
 )
 # asked for page by page: four warps do with half an SM's registers
 _QUANTISED_PAGES = (Regime(ANY_UNITS, ((64, 4, 6), (64, 4, 4), *_HALF_KEYS)),)
+# 16 rows: the warps' accumulators take twice the memory where they meet, beside which only smaller rings let two programs share an SM
+_QUANTISED_OWN_KEYS_16 = (*_QUANTISED_OWN_KEYS[:3], Regime(ANY_UNITS, ((128, 4, 2), *_HALF_KEYS)))
+_QUANTISED_PAGES_16 = (
+    Regime(WAVE_UNITS_PERCENT, ((64, 4, 6), (64, 4, 4), *_HALF_KEYS)),
+    Regime(ANY_UNITS, ((64, 4, 4), *_HALF_KEYS)),
+)
 PAGE_OF_QUANTISED = 128  # keys: pages of a multiple hold the tiles of _QUANTISED_OWN_KEYS whole
 
 SHAPES: dict[str, dict[Variant, tuple[Regime, ...]]] = {
@@ -163,8 +169,9 @@ def shapes_of(kernel: str, quantised: bool, page_size: int) -> dict[Variant, tup
         return SHAPES[kernel]
     if kernel == TRITON:
         return _QUANTISED_TRITON
-    regimes = _QUANTISED_PAGES if page_size % PAGE_OF_QUANTISED else _QUANTISED_OWN_KEYS
-    return {(8, False): regimes, (16, False): regimes}
+    if page_size % PAGE_OF_QUANTISED:
+        return {(8, False): _QUANTISED_PAGES, (16, False): _QUANTISED_PAGES_16}
+    return {(8, False): _QUANTISED_OWN_KEYS, (16, False): _QUANTISED_OWN_KEYS_16}
 
 
 def candidates_of(kernel: str, variant: Variant, quantised: bool, page_size: int) -> tuple[Tile, ...]:

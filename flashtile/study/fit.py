@@ -66,7 +66,7 @@ def halves(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
 
 
 def fit(samples: Sequence[Sample], start: Constants, device: Device, seconds: float = 120.0) -> Constants:
-    """The constants with the least mean error of the predictions' logarithms; no worse than ``start``. Needs no solver: 19 numbers.
+    """The constants with the least mean error of the predictions' logarithms; no worse than ``start``. Needs no solver: 21 numbers.
 
     A number that no sample depends on stays as it is.
     """

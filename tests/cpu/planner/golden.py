@@ -1,4 +1,4 @@
-"""The golden table: what the planner chooses for some seventy problems, so that each change of a rule is visible in a diff.
+"""The golden table: what the planner chooses for some eighty problems, so that each change of a rule is visible in a diff.
 
 After a deliberate change of a rule, regenerate the table and read the diff:
 
@@ -19,6 +19,7 @@ TABLE = Path(__file__).with_name("golden.txt")
 NVIDIA_AND_AMD = ("T4", "A100", "L40S", "RTX 4090", "RTX 5090", "H100", "B200", "MI300X")
 BATCHES = ((8, 16384), (32, 4096), (128, 1024))
 SPECULATIVE = ((1, 2), (1, 8), (1, 16), (16, 8), (1, 64))
+QUANTISED_QUERIES = ((16, 4), (16, 8), (16, 16), (16, 17), (16, 32), (64, 4), (1, 8))
 HEADS = {"32/8": (32, 8), "32/32": (32, 32), "64/8": (64, 8), "16/1": (16, 1)}
 
 # device, batch, seqlen_q, keys, heads, head dim, dtype, what else is special
@@ -44,7 +45,9 @@ PROBLEMS = [
     *[(device, 16, 8, 4096, "32/8", 256, "float16", "") for device in ("T4", "A100", "L40S", "RTX 5090", "B200", "MI300X")],
     # quantised: of q, and of keys and values
     *[("H200", batch, 1, keys, "32/8", 128, "bfloat16", "e4m3") for batch, keys in ((1, 512), (1, 4096), (1, 131072), (8, 2048), *BATCHES)],
-    *[("H200", 16, queries, 4096, "32/8", 128, "bfloat16", "e4m3") for queries in (4, 8)],
+    *[("H200", batch, queries, 4096, "32/8", 128, "bfloat16", "e4m3") for batch, queries in QUANTISED_QUERIES],
+    ("H200", 16, 8, 4096, "32/8", 128, "bfloat16", "e4m3 page 16"),
+    ("H200", 64, 512, 8192, "32/8", 128, "bfloat16", "e4m3 ragged"),
     *[("H200", 32, 1, 4096, "32/8", 128, "float16", special) for special in ("int8", "int8 page 16", "int8 page 1")],
     *[(device, 32, 1, 4096, "32/8", 128, "float16", "int8") for device in ("T4", "A100", "L40S", "B200", "MI300X")],
 ]  # fmt: skip
@@ -61,8 +64,8 @@ def problem_of(row: Row) -> tuple[Problem, Device]:
     problem = Problem(
         batch=batch, seqlen_q=seqlen_q, seqlen_k=keys, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, head_dim=head_dim, dtype_q=dtype,
         dtype_k=stored, dtype_v=stored, k_scales=scales, v_scales=scales,
-        band=Band(1023, 0) if special == "window" else Band(None, 0), ragged_q=special == "ragged",
-        total_q=batch + seqlen_q - 1 if special == "ragged" else -1,
+        band=Band(1023, 0) if special == "window" else Band(None, 0), ragged_q="ragged" in words,
+        total_q=batch + seqlen_q - 1 if "ragged" in words else -1,
         page_size=int(words[-1]) if "page" in words else 0,
     )  # fmt: skip
     return problem, Device.named(device)
