@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from benchmarks import backward_block, backward_grids, backward_peers, backward_step, fa4, timing
+from benchmarks import backward_block, backward_grids, backward_peers, backward_step, fa4, options, timing
+from benchmarks.ahead import Planned, planned, prepare
 from benchmarks.backward_block import Block
 from benchmarks.backward_grids import EVERY_NAME, BackwardShape
 from benchmarks.backward_measure import PROTOCOL, measure, plan_of
@@ -25,9 +25,6 @@ from benchmarks.speed_tables import line
 from benchmarks.timed_trials import Options
 from flashtile.planner.choose import plan_forward
 from flashtile.planner.device import Device
-from flashtile.planner.plans import Plan
-from flashtile.problem import Problem
-from flashtile.testing.compilers import Compilers
 
 Entry = BackwardShape | Block
 # what each grid gets of the time that is left, where several run
@@ -55,20 +52,18 @@ PROTOCOLS = {"block": backward_block.PROTOCOL, "memory": backward_step.MEMORY_PR
 
 def main(
     grid: Annotated[str, typer.Option(help=f"Of {', '.join(EVERY_NAME)} one or several (a,b), or all.")] = "dense",
-    out: Annotated[Path, typer.Option(help="Folder for the JSON files.")] = Path("benchmarks/results"),
-    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 300.0,
-    with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time other libraries beside us.")] = True,
-    peer: Annotated[list[str] | None, typer.Option(help="Which peers; may be repeated.")] = None,
-    peers_dir: Annotated[Path, typer.Option(help="Where the peers' libraries lie.")] = Path("/opt/peers"),
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    commit: Annotated[str, typer.Option(help="The commit measured, where there is no git.")] = "",
-    rounds: Annotated[int, typer.Option(help="Rounds of replays.")] = 11,
-    only: Annotated[str, typer.Option(help="Only problems whose name contains this.")] = "",
-    resume: Annotated[
-        bool, typer.Option(help="Continue the files in OUT: without the peer in whose call the last process died, or past that problem.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option(help="Shrink every problem, to try the scripts themselves.")] = False,
-    compilers: Annotated[int, typer.Option(help="Processes that compile ahead.")] = 15,
+    out: options.Out = Path("benchmarks/results"),
+    budget: options.Seconds = 300.0,
+    with_peers: options.WithPeers = True,
+    peer: options.Peer = None,
+    peers_dir: options.PeersDir = options.PEERS_DIR,
+    device: options.DeviceName = "cuda",
+    commit: options.Commit = "",
+    rounds: options.Rounds = 11,
+    only: options.Only = "",
+    resume: options.Resume = False,
+    dry_run: options.DryRun = False,
+    compilers: options.Workers = 15,
 ) -> None:
     """Checks and times the problems of some grids; exits with 3 where the device was lost (run again with --resume)."""
     end = time.monotonic() + budget
@@ -88,11 +83,11 @@ def main(
 
     def measured(entry: Entry, name: str, seconds: float, step: Callable[[str], None]) -> dict[str, Any]:
         peers = tuple(one for one in wanted if not on_gpu or one in PEERS_OF.get(name, wanted))
-        options = Options(where, peers, rounds)
+        timed = Options(where, peers, rounds)
         if isinstance(entry, Block):
-            return backward_block.measure(entry, options, step)
+            return backward_block.measure(entry, timed, step)
         kinds = {"host": backward_step.measure_step, "memory": backward_step.measure_memory}
-        return kinds.get(name, measure)(entry, options, step)
+        return kinds.get(name, measure)(entry, timed, step)
 
     for name, budget_now in shares(names, SHARES, end - time.monotonic()).items():
         runner = Runner(
@@ -115,7 +110,6 @@ def _prepare(
     """Compiles what will be timed, in processes that take no GPU, and loads the peers meanwhile; returns why which peer is missing."""
     if device.type != "cuda":
         return {}
-    began = time.monotonic()
     with_fa4 = "fa4" in wanted and fa4.lies_in(folder)
     theirs = [
         entry for name, entries in problems.items() for entry in entries
@@ -123,26 +117,15 @@ def _prepare(
     ]  # fmt: skip
     shapes = [entry.attention if isinstance(entry, Block) else entry for entries in problems.values() for entry in entries]
     ours = [one for shape in shapes for one in (shape, shape.beside) if isinstance(one, BackwardShape)]
-    compile_theirs = backward_peers.compile_flash_attention_4
-    with closing(Compilers(device, workers)) as pool, closing(fa4.Ahead(theirs, folder, device, compile_theirs)) as ahead:
-        count = pool.start(_planned(ours, Device.of(device)))
-        missing = backward_peers.load(folder, wanted)
-        pool.wait(began + seconds - time.monotonic())
-        compiled = ahead.wait(began + seconds - time.monotonic())
-    print(f"prepared in {time.monotonic() - began:.0f} s: {count} kinds of plan, {compiled} kernels of FlashAttention-4", flush=True)
-    return missing
+    plans = planned(ours, lambda shape: _plans_of(shape, Device.of(device)))
+    kernels = fa4.Ahead(theirs, folder, device, backward_peers.compile_flash_attention_4)
+    return prepare(device, plans, kernels, lambda: backward_peers.load(folder, wanted), workers, seconds)
 
 
-def _planned(shapes: list[BackwardShape], device: Device) -> list[tuple[Problem, Plan]]:
-    """Of each problem the backward plan, and that of the forward call before it."""
-    found: list[tuple[Problem, Plan]] = []
-    for shape in shapes:
-        try:
-            forward = problem_of(shape)
-            found += [plan_of(shape, device), (forward, plan_forward(forward, device))]
-        except Exception as error:  # says so again where it is timed
-            print(f"{shape.name}: no plan, {type(error).__name__} {error}"[:300], flush=True)
-    return found
+def _plans_of(shape: BackwardShape, device: Device) -> list[Planned]:
+    """The backward plan, and that of the forward call before it."""
+    forward = problem_of(shape)
+    return [plan_of(shape, device), (forward, plan_forward(forward, device))]
 
 
 if __name__ == "__main__":

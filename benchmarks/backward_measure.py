@@ -11,7 +11,6 @@ half of all.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +21,8 @@ from benchmarks.backward_check import GradientOracle
 from benchmarks.backward_grids import BackwardShape
 from benchmarks.backward_peers import PEERS
 from benchmarks.backward_sets import BackwardSets, backward_problem_of
-from benchmarks.forward_sets import num_sets
 from benchmarks.refusals import WrongResult
-from benchmarks.timed_trials import BESIDE, OURS, Options, time_on_gpu, with_rates
+from benchmarks.timed_trials import Operation, Options, measure_in_turn
 from benchmarks.trials import Trials
 from flashtile.errors import UnsupportedError
 from flashtile.ops.prepared import bound, kernel_module
@@ -69,34 +67,7 @@ def ours(sets: BackwardSets, plan: BackwardPlan | None = None) -> timing.Contest
 
 def measure(shape: BackwardShape, options: Options, step: Callable[[str], None]) -> dict[str, Any]:
     """Everything about one problem, as a result file carries it. A contestant that fails is recorded with its reason."""
-    facts = shape.facts()
-    facts["plan"] = json.loads(plan_of(shape, Device.of(options.device))[1].to_json())
-    sets = BackwardSets(shape, options.device, num_sets(shape, options.device))
-    oracle = GradientOracle(sets)
-    trials = Trials(options.device, step)
-    judges: dict[str, Callable[[Any], float]] = {OURS: oracle.exact}
-    enter_ours(trials, OURS, sets, oracle)
-    if isinstance(shape.beside, BackwardShape):
-        facts["beside"] = shape.beside.facts()
-        beside = BackwardSets(shape.beside, options.device, num_sets(shape.beside, options.device), seed=1)
-        other = GradientOracle(beside)
-        judges[BESIDE] = other.exact
-        enter_ours(trials, BESIDE, beside, other)
-    for name in options.peers:
-        judges[name] = oracle.error
-        trials.enter(name, lambda make=PEERS[name]: make(sets), oracle)  # type: ignore[misc]
-    time_all(trials, judges, sets, options)
-    return facts | {"sets": sets.count, "results": with_rates(trials.results, shape.flops, shape.beside)}
-
-
-def time_all(trials: Trials, judges: dict[str, Callable[[Any], float]], sets: BackwardSets, options: Options) -> None:
-    """Times everyone who is still in, by the device's clock."""
-    if options.device.type == "cuda":
-        time_on_gpu(trials, judges, sets, options)
-        return
-    trials.step("timing")
-    for name, clocked in timing.wall_time(trials.fns, sets.count, options.rounds).items():
-        trials.results[name] |= clocked.to_json()
+    return measure_in_turn(shape, options, step, Operation(plan_of, BackwardSets, GradientOracle, enter_ours, PEERS))
 
 
 def enter_ours(trials: Trials, name: str, sets: BackwardSets, oracle: GradientOracle, plan: BackwardPlan | None = None) -> None:

@@ -11,21 +11,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 import flashtile
 from benchmarks import timing
 from benchmarks.backward_check import GradientOracle
 from benchmarks.backward_grids import BOTH_WAYS, BackwardShape
-from benchmarks.backward_measure import time_all
 from benchmarks.backward_sets import BackwardSets
 from benchmarks.forward_peers import ensure_sdpa_can
 from benchmarks.forward_sets import num_sets
 from benchmarks.refusals import Refused
-from benchmarks.timed_trials import OURS, Options, host_us_of, with_rates
+from benchmarks.timed_trials import OURS, Options, host_us_of, time_all, with_rates
 from benchmarks.trials import Trials
 from flashtile.testing.backward_peers import Grads
+from flashtile.testing.peers import by_backend, sdpa
 
 MEMORY_PROTOCOL = " ".join((__doc__ or "").split("Protocol of memory: ")[1].split())
 Attend = Callable[[Grads], torch.Tensor]
@@ -77,29 +76,10 @@ def _flashtile(sets: BackwardSets) -> Attend:
     return lambda qkv: flashtile.attention(*qkv, causal=causal, scale=scale)
 
 
-def _sdpa_with(backend: SDPBackend) -> Callable[[BackwardSets], Attend]:
-    def attend_of(sets: BackwardSets) -> Attend:
-        of_any = _sdpa(sets)
-
-        def attend(qkv: Grads) -> torch.Tensor:
-            with sdpa_kernel([backend]):
-                return of_any(qkv)
-
-        return attend
-
-    return attend_of
-
-
 def _sdpa(sets: BackwardSets) -> Attend:
-    shape = sets.shape
-    ensure_sdpa_can(shape)
-    grouped = shape.num_heads_q != shape.num_heads_kv
-
-    def attend(qkv: Grads) -> torch.Tensor:
-        q, k, v = (tensor.transpose(1, 2) for tensor in qkv)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=shape.causal, enable_gqa=grouped).transpose(1, 2)
-
-    return attend
+    ensure_sdpa_can(sets.shape)
+    causal = sets.shape.causal
+    return lambda qkv: sdpa(*qkv, causal)
 
 
 def _flash_attention_4(sets: BackwardSets) -> Attend:
@@ -117,8 +97,9 @@ def _flash_attention_4(sets: BackwardSets) -> Attend:
 
 
 _ATTEND: dict[str, Callable[[BackwardSets], Attend]] = {
-    OURS: _flashtile, "cudnn": _sdpa_with(SDPBackend.CUDNN_ATTENTION), "torch_flash": _sdpa_with(SDPBackend.FLASH_ATTENTION),
-    "fa4": _flash_attention_4, "sdpa": _sdpa,
+    OURS: _flashtile, "fa4": _flash_attention_4, "sdpa": _sdpa,
+    "cudnn": lambda sets: by_backend(SDPBackend.CUDNN_ATTENTION, _sdpa(sets)),
+    "torch_flash": lambda sets: by_backend(SDPBackend.FLASH_ATTENTION, _sdpa(sets)),
 }  # fmt: skip
 
 

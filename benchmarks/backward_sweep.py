@@ -17,15 +17,15 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import axes, backward_grids, backward_peers
+from benchmarks import axes, backward_grids, backward_peers, options
 from benchmarks.backward_check import GradientOracle
 from benchmarks.backward_grids import BackwardShape
-from benchmarks.backward_measure import PROTOCOL, enter_ours, plan_of, time_all
+from benchmarks.backward_measure import PROTOCOL, enter_ours, plan_of
 from benchmarks.backward_sets import BackwardSets
 from benchmarks.forward_grids import shrunk
 from benchmarks.forward_sets import num_sets
 from benchmarks.runner import Budget, Runner, device_here, wanted_peers
-from benchmarks.timed_trials import OURS, Options, with_rates
+from benchmarks.timed_trials import OURS, Options, time_all, with_rates
 from benchmarks.trials import Trials
 from flashtile.planner.device import Device
 from flashtile.planner.plans import BackwardPlan
@@ -84,18 +84,18 @@ def table(row: dict[str, Any], top: int) -> str:
 
 def main(
     problems: Annotated[list[str], typer.Option(help="A problem's name (128 causal 4x4096), or a grid's; may be repeated.")],
-    plans: Annotated[list[str], typer.Option(help="field=value,value ... or the path of a JSON list of such; may be repeated.")],
+    plans: options.Plans,
     out: Annotated[Path, typer.Option(help="Folder for backward_sweep.json.")] = Path("."),
-    budget: Annotated[float, typer.Option(help="Seconds for everything; a problem that would not end in time is left out.")] = 400.0,
-    rounds: Annotated[int, typer.Option(help="Rounds of replays.")] = 7,
-    top: Annotated[int, typer.Option(help="Plans shown for each problem.")] = 14,
+    budget: options.Seconds = 400.0,
+    rounds: options.Rounds = 7,
+    top: options.Top = 14,
     peer: Annotated[list[str] | None, typer.Option(help="A peer timed beside; may be repeated.")] = None,
-    peers_dir: Annotated[Path, typer.Option(help="Where the peers' libraries lie.")] = Path("/opt/peers"),
-    compilers: Annotated[int, typer.Option(help="Processes that compile ahead.")] = 15,
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    commit: Annotated[str, typer.Option(help="The commit measured, where there is no git.")] = "",
+    peers_dir: options.PeersDir = options.PEERS_DIR,
+    compilers: options.Workers = 15,
+    device: options.DeviceName = "cuda",
+    commit: options.Commit = "",
     resume: Annotated[bool, typer.Option(help="Continue the file in OUT.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Shrink every problem, to try the script itself.")] = False,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Times plan variants; exits with 3 where the device was lost (run again with --resume)."""
     end = time.monotonic() + budget
@@ -108,15 +108,15 @@ def main(
     shapes = [shrunk(shape) for shape in shapes] if dry_run else shapes
     others = wanted_peers(bool(peer), peer, (), backward_peers.PEERS)
     missing = backward_peers.load(peers_dir, others) if where.type == "cuda" else {}
-    options = Options(where, tuple(name for name in others if name not in missing), rounds)
+    timed = Options(where, tuple(name for name in others if name not in missing), rounds)
     if where.type == "cuda":
         with closing(Compilers(where, compilers)) as pool:
             known = Device.of(where)
             print(f"{pool.compile(_jobs(shapes, wanted, known), 0.6 * budget)} kinds of plan compiled ahead", flush=True)
-    measured = lambda shape, grid, seconds, step: sweep(shape, wanted, options, step)  # noqa: E731
+    measured = lambda shape, grid, seconds, step: sweep(shape, wanted, timed, step)  # noqa: E731
     limit = {"limit": STEP_SECONDS} if where.type == "cuda" else {}
     runner = Runner("backward", where, out, commit, missing, measured, lambda row: table(row, top), PROTOCOL, resume, dry_run,
-                    peers=options.peers, **limit)  # fmt: skip
+                    peers=timed.peers, **limit)  # fmt: skip
     runner.run("sweep", shapes, Budget(end))
 
 

@@ -7,22 +7,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from benchmarks import fa4, forward_grids, forward_peers, timing
+from benchmarks import fa4, forward_grids, forward_peers, options, timing
+from benchmarks.ahead import planned, prepare
 from benchmarks.forward_grids import Shape
 from benchmarks.forward_measure import PROTOCOL, Options, measure, plan_of
 from benchmarks.runner import Runner, device_here, died_in_peers, shares, wanted_peers
 from benchmarks.speed_tables import line
 from flashtile.planner.device import Device
-from flashtile.planner.plans import Plan
-from flashtile.problem import Problem
-from flashtile.testing.compilers import Compilers
 
 # what each grid gets of the time that is left, where several run
 SHARES = {"dense": 36, "chunked": 2, "varlen": 2, "window": 2, "dims": 10, "gqa": 10, "host": 2, "portable": 10, "rescale": 12}
@@ -33,20 +30,18 @@ PEERS_OF = {"portable": ("torch_flash",), "rescale": ("cudnn", "fa3", "fa4")}
 
 def main(
     grid: Annotated[str, typer.Option(help=f"Of {', '.join(forward_grids.GRID_NAMES)} one or several (a,b), or all.")] = "dense",
-    out: Annotated[Path, typer.Option(help="Folder for the JSON files.")] = Path("benchmarks/results"),
-    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 300.0,
-    with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time other libraries beside us.")] = True,
-    peer: Annotated[list[str] | None, typer.Option(help="Which peers; may be repeated.")] = None,
-    peers_dir: Annotated[Path, typer.Option(help="Where the peers' libraries lie.")] = Path("/opt/peers"),
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    commit: Annotated[str, typer.Option(help="The commit measured, where there is no git.")] = "",
-    rounds: Annotated[int, typer.Option(help="Rounds of replays.")] = 11,
-    only: Annotated[str, typer.Option(help="Only problems whose name contains this.")] = "",
-    resume: Annotated[
-        bool, typer.Option(help="Continue the files in OUT: without the peer in whose call the last process died, or past that problem.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option(help="Shrink every problem, to try the scripts themselves.")] = False,
-    compilers: Annotated[int, typer.Option(help="Processes that compile ahead.")] = 12,
+    out: options.Out = Path("benchmarks/results"),
+    budget: options.Seconds = 300.0,
+    with_peers: options.WithPeers = True,
+    peer: options.Peer = None,
+    peers_dir: options.PeersDir = options.PEERS_DIR,
+    device: options.DeviceName = "cuda",
+    commit: options.Commit = "",
+    rounds: options.Rounds = 11,
+    only: options.Only = "",
+    resume: options.Resume = False,
+    dry_run: options.DryRun = False,
+    compilers: options.Workers = 12,
 ) -> None:
     """Checks and times the problems of some grids; exits with 3 where the device was lost (run again with --resume)."""
     end = time.monotonic() + budget
@@ -87,27 +82,11 @@ def _prepare(
     """Compiles what will be timed, in processes that take no GPU, and loads the peers meanwhile; returns why which peer is missing."""
     if device.type != "cuda":
         return {}
-    began = time.monotonic()
     with_fa4 = "fa4" in wanted and fa4.lies_in(folder)
     theirs = [shape for name, shapes in problems.items() for shape in shapes if with_fa4 and "fa4" in PEERS_OF.get(name, wanted)]
     ours = [one for shapes in problems.values() for shape in shapes for one in (shape, shape.beside) if one is not None]
-    with closing(Compilers(device, workers)) as pool, closing(fa4.Ahead(theirs, folder, device)) as ahead:
-        count = pool.start(_planned(ours, Device.of(device)))
-        missing = forward_peers.load(folder, wanted)
-        pool.wait(began + seconds - time.monotonic())
-        compiled = ahead.wait(began + seconds - time.monotonic())
-    print(f"prepared in {time.monotonic() - began:.0f} s: {count} kinds of plan, {compiled} kernels of FlashAttention-4", flush=True)
-    return missing
-
-
-def _planned(shapes: list[Shape], device: Device) -> list[tuple[Problem, Plan]]:
-    found: list[tuple[Problem, Plan]] = []
-    for shape in shapes:
-        try:
-            found.append(plan_of(shape, device))
-        except Exception as error:  # says so again where it is timed
-            print(f"{shape.name}: no plan, {type(error).__name__} {error}"[:300], flush=True)
-    return found
+    plans = planned(ours, lambda shape: [plan_of(shape, Device.of(device))])
+    return prepare(device, plans, fa4.Ahead(theirs, folder, device), lambda: forward_peers.load(folder, wanted), workers, seconds)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ on at most 64 random rows of every sequence and head. TFLOP/s count visible pair
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -17,8 +16,8 @@ from benchmarks import timing
 from benchmarks.forward_check import Oracle
 from benchmarks.forward_grids import Shape
 from benchmarks.forward_peers import PEERS
-from benchmarks.forward_sets import InputSets, num_sets, problem_of
-from benchmarks.timed_trials import BESIDE, OURS, Options, time_on_gpu, with_rates
+from benchmarks.forward_sets import InputSets, problem_of
+from benchmarks.timed_trials import Operation, Options, measure_in_turn
 from benchmarks.trials import Trials
 from flashtile.errors import UnsupportedError
 from flashtile.planner.choose import forward_plan_for_tile, plan_forward
@@ -45,29 +44,7 @@ def plan_of(shape: Shape, device: Device) -> tuple[Problem, ForwardPlan]:
 
 def measure(shape: Shape, options: Options, step: Callable[[str], None]) -> dict[str, Any]:
     """Everything about one problem, as a result file carries it. A contestant that fails is recorded with its reason."""
-    facts = shape.facts()
-    facts["plan"] = json.loads(plan_of(shape, Device.of(options.device))[1].to_json())
-    sets = InputSets(shape, options.device, num_sets(shape, options.device))
-    oracle = Oracle(sets)
-    trials = Trials(options.device, step)
-    judges: dict[str, Callable[[Any], float]] = {OURS: oracle.exact}
-    _enter_ours(trials, OURS, sets, oracle)
-    if shape.beside is not None:
-        facts["beside"] = shape.beside.facts()
-        beside = InputSets(shape.beside, options.device, num_sets(shape.beside, options.device), seed=1)
-        other = Oracle(beside)
-        judges[BESIDE] = other.exact
-        _enter_ours(trials, BESIDE, beside, other)
-    for name in options.peers:
-        judges[name] = oracle.error
-        trials.enter(name, lambda make=PEERS[name]: make(sets), oracle)  # type: ignore[misc]
-    if options.device.type == "cuda":
-        time_on_gpu(trials, judges, sets, options)
-    else:
-        step("timing")
-        for name, clocked in timing.wall_time(trials.fns, sets.count, options.rounds).items():
-            trials.results[name] |= clocked.to_json()
-    return facts | {"sets": sets.count, "results": with_rates(trials.results, shape.flops, shape.beside)}
+    return measure_in_turn(shape, options, step, Operation(plan_of, InputSets, Oracle, _enter_ours, PEERS))
 
 
 def _enter_ours(trials: Trials, name: str, sets: InputSets, oracle: Oracle) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from benchmarks import fa4
 from benchmarks.forward_grids import Shape
@@ -20,6 +20,7 @@ from benchmarks.forward_sets import InputSets
 from benchmarks.peers import load_object, operator
 from benchmarks.refusals import Refused
 from benchmarks.timing import Contestant
+from flashtile.testing.peers import by_backend
 
 DEFAULT = ("cudnn", "fa3", "fa4", "torch_flash")
 
@@ -85,14 +86,7 @@ def _sdpa(sets: InputSets, backend: SDPBackend | None) -> Contestant:
         q, k, v = (t[i].transpose(1, 2) for t in (sets.q, sets.k, sets.v))
         return F.scaled_dot_product_attention(q, k, v, **options).transpose(1, 2)
 
-    if backend is None:
-        return call
-
-    def call_with(i: int) -> torch.Tensor:
-        with sdpa_kernel([backend]):
-            return call(i)
-
-    return call_with
+    return call if backend is None else by_backend(backend, call)
 
 
 PEERS: dict[str, Callable[[InputSets], Contestant]] = {

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from benchmarks.grids import CAPACITY_STEP
 from benchmarks.refusals import Refused
 from benchmarks.sets import InputSets
 from benchmarks.timing import Contestant
+from flashtile.testing.peers import by_backend
 
 FLASHINFER_WORKSPACE = 256 << 20
 FLASH_OBJECTS = {"fa2": "_vllm_fa2_C.abi3.so", "fa3": "_vllm_fa3_C.abi3.so"}
@@ -133,14 +134,7 @@ def _sdpa(sets: InputSets, backend: SDPBackend | None) -> Contestant:
     def call(i: int) -> torch.Tensor:
         return F.scaled_dot_product_attention(sets.q[i].transpose(1, 2), keys[i], values[i], enable_gqa=grouped).transpose(1, 2)
 
-    if backend is None:
-        return call
-
-    def call_with(i: int) -> torch.Tensor:
-        with sdpa_kernel([backend]):
-            return call(i)
-
-    return call_with
+    return call if backend is None else by_backend(backend, call)
 
 
 class _Pages:

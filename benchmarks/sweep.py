@@ -18,7 +18,7 @@ import torch
 import typer
 
 import flashtile
-from benchmarks import axes, grids, peers, timing
+from benchmarks import axes, grids, options, peers, timing
 from benchmarks.check import Oracle, poisoned
 from benchmarks.measure import ours, planned
 from benchmarks.record import Record, heading
@@ -157,19 +157,19 @@ def _us(value: float | None) -> str:
 
 def main(
     problems: Annotated[list[str], typer.Option(help="An entry's name (8x2048 32/8 q4 page 16), or a grid's; may be repeated.")],
-    plans: Annotated[list[str], typer.Option(help="field=value,value ... or the path of a JSON list of such; may be repeated.")],
+    plans: options.Plans,
     out: Annotated[Path, typer.Option(help="Folder for sweep.json.")] = Path("."),
     name: Annotated[str, typer.Option(help="The result file's name.")] = "sweep",
-    budget: Annotated[float, typer.Option(help="Seconds for everything; a problem that would not end in time is left out.")] = 400.0,
-    rounds: Annotated[int, typer.Option(help="Rounds of replays.")] = 7,
-    top: Annotated[int, typer.Option(help="Plans shown for each problem.")] = 12,
+    budget: options.Seconds = 400.0,
+    rounds: options.Rounds = 7,
+    top: options.Top = 12,
     peer: Annotated[list[str] | None, typer.Option(help="A peer timed beside; may be repeated.")] = None,
-    peers_dir: Annotated[Path, typer.Option(help="Where the peers' libraries lie.")] = Path("/opt/peers"),
-    compilers: Annotated[int, typer.Option(help="Processes that compile ahead.")] = 15,
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    commit: Annotated[str, typer.Option(help="The commit measured, where there is no git.")] = "",
+    peers_dir: options.PeersDir = options.PEERS_DIR,
+    compilers: options.Workers = 15,
+    device: options.DeviceName = "cuda",
+    commit: options.Commit = "",
     resume: Annotated[bool, typer.Option(help="Continue the file in OUT.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Shrink every problem, to try the script itself.")] = False,
+    dry_run: options.DryRun = False,
 ) -> None:
     """Times plan variants; exits with 3 where the device was lost (run again with --resume)."""
     end = time.monotonic() + budget

@@ -1,19 +1,23 @@
-"""Timing the contestants of one problem: as graphs, in turn; what was timed is checked once more, and gets its rates."""
+"""The contestants of one problem, timed in turn, on a GPU as graphs; what was timed is checked once more, and gets its rates."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import timing
 from benchmarks.forward_grids import Shape
-from benchmarks.forward_sets import InputSets
+from benchmarks.forward_sets import InputSets, num_sets
 from benchmarks.refusals import WrongResult
 from benchmarks.trials import Trials
+from flashtile.planner.device import Device
+from flashtile.planner.plans import Plan
+from flashtile.problem import Problem
 
 OURS, BESIDE = "flashtile", "beside"
 GRAPH_SECONDS = 1e-3  # of GPU work in one graph, at least
@@ -31,6 +35,38 @@ class Options:
     host_times: bool = False
 
 
+class Operation(NamedTuple):
+    """An operation's part of a measurement: the plan of a shape, input sets, what judges results, how ours are entered, and the peers."""
+
+    plan_of: Callable[[Any, Device], tuple[Problem, Plan]]
+    sets: Callable[..., InputSets]
+    oracle: Callable[[Any], Any]
+    enter_ours: Callable[[Trials, str, Any, Any], None]
+    peers: Mapping[str, Callable[[Any], timing.Contestant]]
+
+
+def measure_in_turn(shape: Shape, options: Options, step: Callable[[str], None], of: Operation) -> dict[str, Any]:
+    """Everything about one problem of an operation: its facts, our plan, and what became of each contestant."""
+    facts = shape.facts()
+    facts["plan"] = json.loads(of.plan_of(shape, Device.of(options.device))[1].to_json())
+    sets = of.sets(shape, options.device, num_sets(shape, options.device))
+    oracle = of.oracle(sets)
+    trials = Trials(options.device, step)
+    judges: dict[str, Callable[[Any], float]] = {OURS: oracle.exact}
+    of.enter_ours(trials, OURS, sets, oracle)
+    if shape.beside is not None:
+        facts["beside"] = shape.beside.facts()
+        beside = of.sets(shape.beside, options.device, num_sets(shape.beside, options.device), seed=1)
+        other = of.oracle(beside)
+        judges[BESIDE] = other.exact
+        of.enter_ours(trials, BESIDE, beside, other)
+    for name in options.peers:
+        judges[name] = oracle.error
+        trials.enter(name, lambda make=of.peers[name]: make(sets), oracle)  # type: ignore[misc]
+    time_all(trials, judges, sets, options)
+    return facts | {"sets": sets.count, "results": with_rates(trials.results, shape.flops, shape.beside)}
+
+
 def with_rates(results: dict[str, dict[str, Any]], flops: float, beside: Shape | None = None) -> dict[str, dict[str, Any]]:
     """TFLOP/s of each contestant that was timed, and how many times its time is ours; ``beside`` is the problem timed in turn with it."""
     own = results[OURS].get("gpu_us")
@@ -41,6 +77,16 @@ def with_rates(results: dict[str, dict[str, Any]], flops: float, beside: Shape |
             if own and name != OURS:
                 result["ratio"] = round(us / own, 4)
     return results
+
+
+def time_all(trials: Trials, judges: dict[str, Callable[[Any], float]], sets: InputSets, options: Options) -> None:
+    """Times everyone who is still in, by the device's clock."""
+    if options.device.type == "cuda":
+        time_on_gpu(trials, judges, sets, options)
+        return
+    trials.step("timing")
+    for name, clocked in timing.wall_time(trials.fns, sets.count, options.rounds).items():
+        trials.results[name] |= clocked.to_json()
 
 
 def time_on_gpu(trials: Trials, judges: dict[str, Callable[[Any], float]], sets: InputSets, options: Options) -> None:

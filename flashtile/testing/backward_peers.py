@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 import flashtile
 from flashtile.kernels.call import BackwardCall
 from flashtile.testing.forward_peers import ForwardInputs
-from flashtile.testing.peers import Peer, on_cpu, on_gpu
+from flashtile.testing.peers import Peer, on_cpu, on_gpu, sdpa
 
 Grads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """dq, dk and dv, laid out like q, k and v."""
@@ -79,8 +78,7 @@ def flash_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torc
 def sdpa_backward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, causal: bool) -> Ready:
     """Autograd's, of whichever kernel torch SDPA picks, of the same; for a CPU, where no stream has to be that of the forward call."""
     leaves = [tensor.detach().requires_grad_() for tensor in (q, k, v)]
-    qt, kt, vt = _turned(leaves)
-    out = F.scaled_dot_product_attention(qt, kt, vt, is_causal=causal, enable_gqa=q.shape[2] != k.shape[2]).transpose(1, 2)
+    out = sdpa(leaves[0], leaves[1], leaves[2], causal)
 
     def run() -> Grads:
         dq, dk, dv = torch.autograd.grad(out, leaves, dout, retain_graph=True)

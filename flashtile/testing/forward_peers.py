@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from importlib import import_module
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flashtile.testing.peers import Peer, on_cpu, on_gpu
+from flashtile.testing.peers import Peer, on_gpu, sdpa, sdpa_peers
 
 
 @dataclass(frozen=True)
@@ -54,23 +52,6 @@ Run = Callable[[ForwardInputs], torch.Tensor]
 """Runs one input set and returns out (b, seqlen, hq, d)."""
 
 
-def _attend(x: ForwardInputs) -> torch.Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=x.causal, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-
-
-def _sdpa(sample: ForwardInputs) -> Run:
-    return _attend
-
-
-def _sdpa_with(backend: SDPBackend) -> Callable[[ForwardInputs], Run]:
-    def attend(x: ForwardInputs) -> torch.Tensor:
-        with sdpa_kernel([backend]):
-            return _attend(x)
-
-    return lambda sample: attend
-
-
 def _flash_attn(module: str) -> Callable[[ForwardInputs], Run]:
     """``flash_attn_func`` of one of FlashAttention's modules: newer ones return lse as well."""
 
@@ -87,10 +68,8 @@ def _flash_attn(module: str) -> Callable[[ForwardInputs], Run]:
     return prepare
 
 
-PEERS = (
-    Peer("SDPA", on_cpu, _sdpa),
-    Peer("SDPA cuDNN", on_gpu(), _sdpa_with(SDPBackend.CUDNN_ATTENTION)),
-    Peer("SDPA flash", on_gpu(), _sdpa_with(SDPBackend.FLASH_ATTENTION)),
+PEERS: tuple[Peer[ForwardInputs], ...] = (
+    *sdpa_peers(lambda x: sdpa(x.q, x.k, x.v, x.causal)),
     Peer("flash-attn 2", on_gpu("flash_attn"), _flash_attn("flash_attn")),
     Peer("flash-attn 3", on_gpu("flash_attn_interface"), _flash_attn("flash_attn_interface")),
     Peer("flash-attn 4", on_gpu("flash_attn", "cutlass"), _flash_attn("flash_attn.cute")),

@@ -69,21 +69,30 @@ class Peer(Generic[Inputs]):
     prepare: Callable[[Inputs], Callable[[Inputs], Any]]
 
 
-def _attend(x: DecodeInputs) -> torch.Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool = False) -> torch.Tensor:
+    """torch SDPA of tensors as flashtile has them, (b, seqlen, heads, dim)."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
 
-def _sdpa(sample: DecodeInputs) -> Run:
-    return _attend
+def by_backend(backend: SDPBackend, call: Callable[[Inputs], torch.Tensor]) -> Callable[[Inputs], torch.Tensor]:
+    """``call``, in which torch SDPA has that backend alone."""
 
-
-def _sdpa_with(backend: SDPBackend) -> Callable[[DecodeInputs], Run]:
-    def attend(x: DecodeInputs) -> torch.Tensor:
+    def run(x: Inputs) -> torch.Tensor:
         with sdpa_kernel([backend]):
-            return _attend(x)
+            return call(x)
 
-    return lambda sample: attend
+    return run
+
+
+def sdpa_peers(attend: Callable[[Inputs], torch.Tensor]) -> tuple[Peer[Inputs], ...]:
+    """``attend`` by SDPA as it comes on a CPU, and by its fast backends on a GPU."""
+    cudnn, flash = (by_backend(backend, attend) for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION))
+    return (
+        Peer("SDPA", on_cpu, lambda sample: attend),
+        Peer("SDPA cuDNN", on_gpu(), lambda sample: cudnn),
+        Peer("SDPA flash", on_gpu(), lambda sample: flash),
+    )
 
 
 def _flash_attn_2(sample: DecodeInputs) -> Run:
@@ -143,10 +152,8 @@ def on_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if device.type == "cpu" else "its backends are timed one by one on a GPU"
 
 
-PEERS = (
-    Peer("SDPA", on_cpu, _sdpa),
-    Peer("SDPA cuDNN", on_gpu(), _sdpa_with(SDPBackend.CUDNN_ATTENTION)),
-    Peer("SDPA flash", on_gpu(), _sdpa_with(SDPBackend.FLASH_ATTENTION)),
+PEERS: tuple[Peer[DecodeInputs], ...] = (
+    *sdpa_peers(lambda x: sdpa(x.q, x.k, x.v)),
     Peer("flash-attn 2", on_gpu("flash_attn"), _flash_attn_2),
     Peer("flash-attn 3", on_gpu("flash_attn_interface"), _flash_attn_3),
     Peer("FlashInfer", on_gpu("flashinfer"), _flashinfer),
