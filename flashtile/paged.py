@@ -230,7 +230,7 @@ class PagedKV:
         numbers = [0, *accumulate(counts), *lengths, *(length - count for length, count in zip(lengths, counts))]
         for one in owned:
             numbers += one.pages + [-1] * (width - len(one.pages))
-        host = torch.tensor(numbers, dtype=torch.int32, pin_memory=self.k.is_cuda)
+        host = torch.tensor(numbers, dtype=torch.int32, device="cpu", pin_memory=self.k.is_cuda)
         sizes = [batch + 1, batch, batch, batch * width]
         starts, after, before, table = host.to(self.k.device, non_blocking=True).split(sizes)  # type: ignore[no-untyped-call]
         return Step(table.view(batch, width), after, before, starts, tuple(counts), max(lengths, default=0))

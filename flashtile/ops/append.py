@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from flashtile.arguments.append import check_append
 from flashtile.checking import CHECKING, check_append_values
 from flashtile.errors import UnsupportedError
 from flashtile.kernels.call import AppendCall
-from flashtile.ops.autocast import without_autocast
+from flashtile.ops.modes import apart_from_callers_modes
 
 Appended = tuple[torch.Tensor, torch.Tensor | None]
 """The keys of each sequence from now on, (batch,) int32; and q turned, None where nothing turns it."""
@@ -65,7 +66,7 @@ def append(
     if not seqlens_k.shape[0]:
         return call.new_seqlens, turned_q
     run: Any = _module_for(k_cache.device).runner_for(call)
-    with torch.no_grad(), without_autocast(k_cache.device):
+    with apart_from_callers_modes(k_cache.device) if k_cache.device.type == "cpu" else nullcontext():
         run(call)
     note = getattr(run, "note", None)
     if note is not None:

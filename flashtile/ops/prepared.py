@@ -15,7 +15,7 @@ from flashtile.arguments import check_number, is_int
 from flashtile.errors import ArgumentError, message
 from flashtile.facts import Key
 from flashtile.kernels.call import DecodeCall, ForwardCall
-from flashtile.ops.autocast import without_autocast
+from flashtile.ops.modes import apart_from_callers_modes
 from flashtile.planner.catalog import module_of
 from flashtile.planner.plans import Plan
 from flashtile.problem import Problem
@@ -76,10 +76,10 @@ def bound(module: ModuleType, problem: Problem, plan: Plan, device: torch.device
 
 
 def _apart_from_callers_modes(run: Callable[[Any], None], device: torch.device) -> Callable[[Any], None]:
-    """The runner of a CPU engine, whose operations are torch's: none that autograd would follow, or autocast give other dtypes."""
+    """The runner of a CPU engine, whose operations are torch's."""
 
     def run_apart(call: Any) -> None:
-        with torch.no_grad(), without_autocast(device):
+        with apart_from_callers_modes(device):
             run(call)
 
     return run_apart
@@ -101,6 +101,7 @@ def _run_nothing(call: Call) -> None:
     """No query: out and lse have no element."""
 
 
+@torch.no_grad()
 def _run_without_keys(call: Call) -> None:
     """No sequence, or none that could have a key: out 0, lse that of the sink alone."""
     call.out.zero_()
