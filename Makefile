@@ -5,7 +5,7 @@
 #   make test-all       the same with all that they compile, of which make test has the telling part
 #   make test-oldest    the same on the oldest Triton that is supported, in an environment of its own
 #   make test-gpu       the tests that need a GPU
-#   make matrix         compile every kernel for every architecture, and keep what the compiler said
+#   make matrix         compile the decode kernels for every architecture, and keep what the compiler said
 #   make lint           ruff and mypy
 #   make docs           the site of docs/ into build/site, with warnings as errors
 #   make format         let ruff rewrite what it can
