@@ -25,6 +25,7 @@ from flashtile.ops.prepared import (
     runner_without_kernel,
     shape_of,
 )
+from flashtile.planner.after_append import joins_append
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
@@ -129,7 +130,10 @@ def _prepare(
     with PREPARING:
         if key is not None and key in _PREPARED:
             return _PREPARED[key]
-        plan = plan_decode(problem, Device.of(device), block_m=block_m, num_splits=num_splits, plan=plan)
+        figures = Device.of(device)
+        plan = plan_decode(problem, figures, block_m=block_m, num_splits=num_splits, plan=plan)
+        if problem.after_append and not joins_append(problem, plan, figures):
+            problem = problem.with_(after_append=False)
         run: DecodeRunner | None = runner_without_kernel(problem, holds_keys)
         if run is None:
             run = bound(kernel_module(plan), problem, plan, device)

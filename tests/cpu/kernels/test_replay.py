@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from flashtile.kernels.call import DecodeCall
+from flashtile.planner.after_append import append_programs
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
@@ -320,6 +321,25 @@ def test_a_call_after_an_append_takes_its_place_early(gpu: FakeGpu) -> None:
     gpu.settle(num_splits=4, **given)
     gpu.decode(num_splits=4, **given)
     assert [told.attributes for told in gpu.driver.launched] == [{}, {PDL: 1}]
+
+
+def test_a_long_call_that_would_be_spread_unevenly_waits_for_the_append_to_end(gpu: FakeGpu) -> None:
+    """As does one whose plan is given."""
+    given = tensors(4096, batch=32)
+    plan = plan_decode(Problem.decode(**given), Device.named("h200"))
+    for wish in (None, plan):
+        gpu.settle(after_append=True, plan=wish, **given)
+        gpu.decode(after_append=True, plan=wish, **given)
+        assert gpu.driver.launched[0].attributes == {}
+
+
+@pytest.mark.parametrize(("batch", "tokens", "head_dim"), [(1, 1, 128), (3, 1, 128), (2, 4, 128), (2, 5, 96), (1, 3, 256)])
+def test_the_planner_counts_an_appends_programs(batch: int, tokens: int, head_dim: int, gpu: FakeGpu) -> None:
+    q, new, cache = (torch.empty(batch, count, heads, head_dim) for count, heads in ((tokens, 32), (tokens, 8), (64, 8)))
+    table, lengths = torch.empty(64, 16), torch.zeros(batch, dtype=torch.int32)
+    gpu.append(k_cache=cache, v_cache=cache.clone(), k=new, v=new, seqlens_k=lengths, q=q, rotary_cos=table, rotary_sin=table)
+    ((_, programs, _, _),) = gpu.longer
+    assert append_programs(Problem.decode(q, cache, cache, lengths)) == programs
 
 
 @pytest.mark.parametrize("want_lse", [False, True], ids=["out", "out and lse"])
@@ -938,6 +958,7 @@ from triton.backends.compiler import GPUTarget
 from flashtile.kernels import combine, decode, launch
 from flashtile.kernels.block import Kernel, sizes_of
 from flashtile.kernels.cubin import parameter_sizes
+from flashtile.planner.after_append import append_programs
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.problem import Problem
