@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import backward_block, backward_grids, backward_peers, backward_step, fa4, options, timing
+from benchmarks import backward_block, backward_grids, backward_peers, backward_step, fa4, flags, timing
 from benchmarks.ahead import Planned, planned, prepare
 from benchmarks.backward_block import Block
 from benchmarks.backward_grids import EVERY_NAME, BackwardShape
@@ -52,18 +52,18 @@ PROTOCOLS = {"block": backward_block.PROTOCOL, "memory": backward_step.MEMORY_PR
 
 def main(
     grid: Annotated[str, typer.Option(help=f"Of {', '.join(EVERY_NAME)} one or several (a,b), or all.")] = "dense",
-    out: options.Out = Path("benchmarks/results"),
-    budget: options.Seconds = 300.0,
-    with_peers: options.WithPeers = True,
-    peer: options.Peer = None,
-    peers_dir: options.PeersDir = options.PEERS_DIR,
-    device: options.DeviceName = "cuda",
-    commit: options.Commit = "",
-    rounds: options.Rounds = 11,
-    only: options.Only = "",
-    resume: options.Resume = False,
-    dry_run: options.DryRun = False,
-    compilers: options.Workers = 15,
+    out: flags.Out = Path("benchmarks/results"),
+    budget: flags.Seconds = 300.0,
+    with_peers: flags.WithPeers = True,
+    peer: flags.Peer = None,
+    peers_dir: flags.PeersDir = flags.PEERS_DIR,
+    device: flags.DeviceName = "cuda",
+    commit: flags.Commit = "",
+    rounds: flags.Rounds = 11,
+    only: flags.Only = "",
+    resume: flags.Resume = False,
+    dry_run: flags.DryRun = False,
+    compilers: flags.Workers = 15,
 ) -> None:
     """Checks and times the problems of some grids; exits with 3 where the device was lost (run again with --resume)."""
     end = time.monotonic() + budget
@@ -83,11 +83,11 @@ def main(
 
     def measured(entry: Entry, name: str, seconds: float, step: Callable[[str], None]) -> dict[str, Any]:
         peers = tuple(one for one in wanted if not on_gpu or one in PEERS_OF.get(name, wanted))
-        timed = Options(where, peers, rounds)
+        options = Options(where, peers, rounds)
         if isinstance(entry, Block):
-            return backward_block.measure(entry, timed, step)
+            return backward_block.measure(entry, options, step)
         kinds = {"host": backward_step.measure_step, "memory": backward_step.measure_memory}
-        return kinds.get(name, measure)(entry, timed, step)
+        return kinds.get(name, measure)(entry, options, step)
 
     for name, budget_now in shares(names, SHARES, end - time.monotonic()).items():
         runner = Runner(

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import axes, backward_grids, backward_peers, options
+from benchmarks import axes, backward_grids, backward_peers, flags
 from benchmarks.backward_check import GradientOracle
 from benchmarks.backward_grids import BackwardShape
 from benchmarks.backward_measure import PROTOCOL, enter_ours, plan_of
@@ -84,18 +84,18 @@ def table(row: dict[str, Any], top: int) -> str:
 
 def main(
     problems: Annotated[list[str], typer.Option(help="A problem's name (128 causal 4x4096), or a grid's; may be repeated.")],
-    plans: options.Plans,
+    plans: flags.Plans,
     out: Annotated[Path, typer.Option(help="Folder for backward_sweep.json.")] = Path("."),
-    budget: options.Seconds = 400.0,
-    rounds: options.Rounds = 7,
-    top: options.Top = 14,
+    budget: flags.Seconds = 400.0,
+    rounds: flags.Rounds = 7,
+    top: flags.Top = 14,
     peer: Annotated[list[str] | None, typer.Option(help="A peer timed beside; may be repeated.")] = None,
-    peers_dir: options.PeersDir = options.PEERS_DIR,
-    compilers: options.Workers = 15,
-    device: options.DeviceName = "cuda",
-    commit: options.Commit = "",
+    peers_dir: flags.PeersDir = flags.PEERS_DIR,
+    compilers: flags.Workers = 15,
+    device: flags.DeviceName = "cuda",
+    commit: flags.Commit = "",
     resume: Annotated[bool, typer.Option(help="Continue the file in OUT.")] = False,
-    dry_run: options.DryRun = False,
+    dry_run: flags.DryRun = False,
 ) -> None:
     """Times plan variants; exits with 3 where the device was lost (run again with --resume)."""
     end = time.monotonic() + budget
@@ -108,15 +108,15 @@ def main(
     shapes = [shrunk(shape) for shape in shapes] if dry_run else shapes
     others = wanted_peers(bool(peer), peer, (), backward_peers.PEERS)
     missing = backward_peers.load(peers_dir, others) if where.type == "cuda" else {}
-    timed = Options(where, tuple(name for name in others if name not in missing), rounds)
+    options = Options(where, tuple(name for name in others if name not in missing), rounds)
     if where.type == "cuda":
         with closing(Compilers(where, compilers)) as pool:
             known = Device.of(where)
             print(f"{pool.compile(_jobs(shapes, wanted, known), 0.6 * budget)} kinds of plan compiled ahead", flush=True)
-    measured = lambda shape, grid, seconds, step: sweep(shape, wanted, timed, step)  # noqa: E731
+    measured = lambda shape, grid, seconds, step: sweep(shape, wanted, options, step)  # noqa: E731
     limit = {"limit": STEP_SECONDS} if where.type == "cuda" else {}
     runner = Runner("backward", where, out, commit, missing, measured, lambda row: table(row, top), PROTOCOL, resume, dry_run,
-                    peers=timed.peers, **limit)  # fmt: skip
+                    peers=options.peers, **limit)  # fmt: skip
     runner.run("sweep", shapes, Budget(end))
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks import grids, kvcache, kvcache_targets, peers, timing
+from benchmarks import flags, grids, kvcache, kvcache_targets, peers, timing
 from benchmarks.measure import Options, measure, warm
 from benchmarks.report import line
 from benchmarks.runner import Runner, device_here, shares, wanted_peers
@@ -27,21 +27,21 @@ PEERLESS = ("floor", "kvcache", "search")  # these are held to something else, a
 
 def main(
     grid: Annotated[str, typer.Option(help=f"Of {', '.join(grids.GRID_NAMES)} one or several (a,b), or all.")] = "seqlen1",
-    out: Annotated[Path, typer.Option(help="Folder for the JSON files.")] = Path("benchmarks/results"),
-    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 300.0,
-    with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Time other libraries beside us.")] = True,
-    peer: Annotated[list[str] | None, typer.Option(help="Which peers; may be repeated.")] = None,
-    peers_dir: Annotated[Path, typer.Option(help="Where the peers' libraries lie.")] = Path("/opt/peers"),
-    device: Annotated[str, typer.Option(help="cuda or cpu.")] = "cuda",
-    commit: Annotated[str, typer.Option(help="The commit measured, where there is no git.")] = "",
-    rounds: Annotated[int, typer.Option(help="Rounds of replays.")] = 11,
-    only: Annotated[str, typer.Option(help="Only entries whose name contains this.")] = "",
+    out: flags.Out = Path("benchmarks/results"),
+    budget: flags.Seconds = 300.0,
+    with_peers: flags.WithPeers = True,
+    peer: flags.Peer = None,
+    peers_dir: flags.PeersDir = flags.PEERS_DIR,
+    device: flags.DeviceName = "cuda",
+    commit: flags.Commit = "",
+    rounds: flags.Rounds = 11,
+    only: flags.Only = "",
     resume: Annotated[
         bool, typer.Option(help="Continue the files in OUT; what ran when the last process died is recorded as failed.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option(help="Shrink every problem, to try the scripts themselves.")] = False,
+    dry_run: flags.DryRun = False,
     full_search: Annotated[bool, typer.Option(help="Search the whole product of coordinates.")] = False,
-    compilers: Annotated[int, typer.Option(help="Processes that compile ahead.")] = 12,
+    compilers: flags.Workers = 12,
     warm_peers: Annotated[
         bool, typer.Option(help="Call each peer once on a small problem of each kind first: some load or build parts for tens of seconds.")
     ] = True,

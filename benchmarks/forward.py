@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks import fa4, forward_grids, forward_peers, options, timing
+from benchmarks import fa4, flags, forward_grids, forward_peers, timing
 from benchmarks.ahead import planned, prepare
 from benchmarks.forward_grids import Shape
 from benchmarks.forward_measure import PROTOCOL, Options, measure, plan_of
@@ -30,18 +30,18 @@ PEERS_OF = {"portable": ("torch_flash",), "rescale": ("cudnn", "fa3", "fa4")}
 
 def main(
     grid: Annotated[str, typer.Option(help=f"Of {', '.join(forward_grids.GRID_NAMES)} one or several (a,b), or all.")] = "dense",
-    out: options.Out = Path("benchmarks/results"),
-    budget: options.Seconds = 300.0,
-    with_peers: options.WithPeers = True,
-    peer: options.Peer = None,
-    peers_dir: options.PeersDir = options.PEERS_DIR,
-    device: options.DeviceName = "cuda",
-    commit: options.Commit = "",
-    rounds: options.Rounds = 11,
-    only: options.Only = "",
-    resume: options.Resume = False,
-    dry_run: options.DryRun = False,
-    compilers: options.Workers = 12,
+    out: flags.Out = Path("benchmarks/results"),
+    budget: flags.Seconds = 300.0,
+    with_peers: flags.WithPeers = True,
+    peer: flags.Peer = None,
+    peers_dir: flags.PeersDir = flags.PEERS_DIR,
+    device: flags.DeviceName = "cuda",
+    commit: flags.Commit = "",
+    rounds: flags.Rounds = 11,
+    only: flags.Only = "",
+    resume: flags.Resume = False,
+    dry_run: flags.DryRun = False,
+    compilers: flags.Workers = 12,
 ) -> None:
     """Checks and times the problems of some grids; exits with 3 where the device was lost (run again with --resume)."""
     end = time.monotonic() + budget

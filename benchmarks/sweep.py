@@ -18,7 +18,7 @@ import torch
 import typer
 
 import flashtile
-from benchmarks import axes, grids, options, peers, timing
+from benchmarks import axes, flags, grids, peers, timing
 from benchmarks.check import Oracle, poisoned
 from benchmarks.measure import ours, planned
 from benchmarks.record import Record, heading
@@ -157,19 +157,19 @@ def _us(value: float | None) -> str:
 
 def main(
     problems: Annotated[list[str], typer.Option(help="An entry's name (8x2048 32/8 q4 page 16), or a grid's; may be repeated.")],
-    plans: options.Plans,
+    plans: flags.Plans,
     out: Annotated[Path, typer.Option(help="Folder for sweep.json.")] = Path("."),
     name: Annotated[str, typer.Option(help="The result file's name.")] = "sweep",
-    budget: options.Seconds = 400.0,
-    rounds: options.Rounds = 7,
-    top: options.Top = 12,
+    budget: flags.Seconds = 400.0,
+    rounds: flags.Rounds = 7,
+    top: flags.Top = 12,
     peer: Annotated[list[str] | None, typer.Option(help="A peer timed beside; may be repeated.")] = None,
-    peers_dir: options.PeersDir = options.PEERS_DIR,
-    compilers: options.Workers = 15,
-    device: options.DeviceName = "cuda",
-    commit: options.Commit = "",
+    peers_dir: flags.PeersDir = flags.PEERS_DIR,
+    compilers: flags.Workers = 15,
+    device: flags.DeviceName = "cuda",
+    commit: flags.Commit = "",
     resume: Annotated[bool, typer.Option(help="Continue the file in OUT.")] = False,
-    dry_run: options.DryRun = False,
+    dry_run: flags.DryRun = False,
 ) -> None:
     """Times plan variants; exits with 3 where the device was lost (run again with --resume)."""
     end = time.monotonic() + budget
