@@ -22,6 +22,7 @@ MAX_SPLITS = 65_535  # the grid's second dimension
 MAX_STREAM_TILES = 2**31 - 1  # the device counts a batch's key tiles in 32 bits
 MANY_WAVES = 2  # waves of units from which cutting few of them matters more than beginning few of them
 FULL_ENOUGH_WAVES = 1.5  # the same where several blocks of quantised rows read the keys, which neighbours find in L2: not measured
+SPLIT_COMPUTING_PERCENT = 50  # units in percent of the SMs up to which such blocks are split; not measured either
 GATHERING_PROGRAMS_PER_SM = (
     2  # gathered keys keep the threads that ask for them at work: one program's asking hides behind another's products
 )
@@ -76,11 +77,15 @@ def stream_programs(work: Work, tile: TileShape, footprint: Footprint, num_split
     if work.batch <= 1 or tiles <= 1 or units == 0 or most_tiles(work, tile) > MAX_STREAM_TILES:
         return 0
     programs, resident = units * num_splits, device.num_sms * footprint.resident
-    reads_again = work.quantised and row_blocks_of(work, tile.block_m) > work.batch
-    shared_up_to = FULL_ENOUGH_WAVES if reads_again else MANY_WAVES
+    shared_up_to = FULL_ENOUGH_WAVES if reads_again(work, tile) else MANY_WAVES
     if tile.kernel == GLUON_SM90 and not resident < programs <= shared_up_to * resident:
         return min(programs, MAX_SPLITS)
     return min(programs, resident)
+
+
+def reads_again(work: Work, tile: TileShape) -> bool:
+    """Whether several blocks of quantised rows read the same keys, each to convert them."""
+    return work.quantised and row_blocks_of(work, tile.block_m) > work.batch
 
 
 def most_tiles(work: Work, tile: TileShape) -> int:
@@ -119,11 +124,13 @@ def _by_time(work: Work, tile: TileShape, footprint: Footprint, device: Device, 
 def _by_units(work: Work, tile: TileShape, footprint: Footprint, device: Device, units: int, tiles: int) -> int:
     """One program for each SM while units leave two of three SMs free, else no split; two for each SM where threads gather keys.
 
-    On an H200 with head dim 128, 64 units on 64 SMs reach 93 % of a plain read, and a combine would cost what more SMs gain.
+    On an H200 with head dim 128, 64 units on 64 SMs reach 93 % of a plain read, and a combine would cost what more SMs gain. Several
+    blocks of quantised rows compute for longer than they read, and are split while that gives each SM a program.
     """
     if footprint.gathers:
         return max(1, min(tiles, GATHERING_PROGRAMS_PER_SM * device.num_sms // units))
-    return min(tiles, device.num_sms // units) if units * 100 <= SPLIT_UNITS_PERCENT * device.num_sms else 1
+    most_percent = SPLIT_COMPUTING_PERCENT if reads_again(work, tile) else SPLIT_UNITS_PERCENT
+    return min(tiles, device.num_sms // units) if units * 100 <= most_percent * device.num_sms else 1
 
 
 SplitRule = Callable[[Work, TileShape, Footprint, Device, int, int], int]

@@ -87,6 +87,12 @@ def test_blocks_of_one_sequence_run_side_by_side(batch: int, seqlen_q: int, prog
     assert (plan.num_programs, plan.num_splits) == (programs, 1)
 
 
+def test_blocks_that_compute_longer_than_they_read_are_split_while_half_of_the_sms_are_free() -> None:
+    for batch, seqlen_q, splits, programs in ((4, 8, 2, 128), (4, 16, 1, 128), (8, 4, 1, 64)):
+        plan = plan_decode(over_codes(batch, seqlen_q), H200)
+        assert (plan.num_splits, plan.num_programs) == (splits, programs), (batch, seqlen_q)
+
+
 @pytest.mark.parametrize("page_size", [0, 16, 1, 128])
 def test_two_programs_of_sixteen_rows_share_an_sm_where_there_is_more_than_a_wave(page_size: int) -> None:
     for batch, seqlen_q in ((64, 4), (16, 8), (16, 16), (128, 4)):
