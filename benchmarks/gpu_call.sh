@@ -82,7 +82,7 @@ case $what in
 check)
   [ $# -gt 0 ] || set -- tests/gpu
   timeout -k 10 $((seconds * 65 / 100)) "$python" -m pytest "$@" -q -n 15 --durations 8 -p no:cacheprovider -o addopts= \
-    --import-mode=importlib 2>&1 | tee "$out/tests_gpu.txt" | tail -n 60
+    --import-mode=importlib --junitxml "$out/tests_gpu.xml" 2>&1 | tee "$out/tests_gpu.txt" | tail -n 60
   measure 100 --grid seqlen1 --no-peers --only 32/8
   ;;
 sweep) sweep "$@" ;;
