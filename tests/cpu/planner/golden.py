@@ -2,7 +2,7 @@
 
 After a deliberate change of a rule, regenerate the table and read the diff:
 
-    python tests/cpu/planner/golden.py > tests/cpu/planner/golden.txt
+    python -m tests.cpu.planner.golden > tests/cpu/planner/golden.txt
 """
 
 from __future__ import annotations

@@ -2,32 +2,19 @@
 
 After a deliberate change of a rule, regenerate the table and read the diff:
 
-    python tests/cpu/planner/golden_backward.py > tests/cpu/planner/golden_backward.txt
+    python -m tests.cpu.planner.golden_backward > tests/cpu/planner/golden_backward.txt
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from flashtile.band import Band
 from flashtile.planner.choose import plan_backward
-from flashtile.planner.device import Device
-from flashtile.problem import Problem
+from tests.cpu.planner.golden_forward import ELSEWHERE, SQUARES, Row, asked, problem_of
 
 TABLE = Path(__file__).with_name("golden_backward.txt")
-
-ELSEWHERE = ("T4", "A100", "L40S", "RTX 5090", "B200", "MI300X")
-BANDS = {"full": Band(), "causal": Band(None, 0), "window": Band(1023, 0)}
-
-# device, batch, queries, keys, heads, head dim, dtype, mask, what else is special
-Row = tuple[str, int, int, int, str, int, str, str, str]
 PROBLEMS: list[Row] = [
-    *[
-        ("H200", 16384 // keys, keys, keys, f"{2048 // dim}/{2048 // dim}", dim, "bfloat16", mask, "")
-        for dim in (64, 128, 256) for mask in ("full", "causal") for keys in (1024, 4096, 16384)
-    ],
-    *[("H200", 4, 4096, 4096, "16/16", dim, "bfloat16", "causal", "") for dim in (32, 80, 96, 192)],
-    ("H200", 2, 8192, 8192, "32/8", 128, "bfloat16", "causal", ""),
+    *SQUARES,
     ("H200", 64, 8192, 8192, "32/8", 128, "bfloat16", "causal", "packed"),
     ("H200", 1, 16384, 16384, "32/8", 128, "bfloat16", "window", ""),
     ("H200", 1, 100, 100, "8/8", 128, "float16", "causal", ""),
@@ -44,27 +31,13 @@ PROBLEMS: list[Row] = [
 ]  # fmt: skip
 
 
-def problem_of(row: Row) -> tuple[Problem, Device]:
-    device, batch, seqlen_q, seqlen_k, heads, head_dim, dtype, mask, special = row
-    num_heads_q, num_heads_kv = (int(number) for number in heads.split("/"))
-    packed = special == "packed"
-    problem = Problem(
-        "backward", batch, seqlen_q, seqlen_k=seqlen_k, num_heads_q=num_heads_q, num_heads_kv=num_heads_kv, head_dim=head_dim,
-        dtype_q=dtype, band=BANDS[mask], ragged_q=packed, ragged_k=packed, total_q=batch * seqlen_q // 4 if packed else -1,
-        softcap=special == "softcap", lse=True, alignment=2 if special == "unaligned" else 16,
-    )  # fmt: skip
-    return problem, Device.named(device)
-
-
 def line_of(row: Row) -> str:
-    """One problem and its plan, in fixed columns: the pass over keys, then that over queries."""
-    device, batch, seqlen_q, seqlen_k, heads, head_dim, dtype, mask, special = row
-    plan = plan_backward(*problem_of(row))
-    asked = f"{device:8} {batch:3} x {seqlen_q:5} q {seqlen_k:5} k {heads:5} d{head_dim:<3} {dtype:8} {mask:6} {special:9}"
+    """One problem and its plan: the pass over keys, then that over queries."""
+    plan = plan_backward(*problem_of(row, "backward"))
     keys = f"n{plan.block_n} m{plan.block_m} w{plan.num_warps} s{plan.num_stages}"
     queries = f"m{plan.dq_block_m} n{plan.dq_block_n} w{plan.dq_num_warps} s{plan.dq_num_stages}"
     programs = f" programs {plan.num_programs}" if plan.num_programs else ""
-    return f"{asked} | {plan.kernel} keys {keys} queries {queries}{programs}"
+    return f"{asked(row)} | {plan.kernel} keys {keys} queries {queries}{programs}"
 
 
 if __name__ == "__main__":

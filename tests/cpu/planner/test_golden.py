@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
+from tests.cpu.planner import golden, golden_backward, golden_forward
 
-def module(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-TABLES = (module("golden"), module("golden_forward"), module("golden_backward"))
+TABLES = (golden, golden_forward, golden_backward)
 EXPECTED = [table.TABLE.read_text(encoding="utf-8").splitlines() for table in TABLES]
 ROWS = [(table, row, line) for table, lines in zip(TABLES, EXPECTED) for row, line in zip(table.PROBLEMS, lines)]
 
