@@ -34,7 +34,8 @@ class Swept:
 
 def load(folder: Path) -> Results:
     """The result files that claims rest on."""
-    names = ("decode_sweep", "decode_seqlen1", "decode_floor", "decode_speculative", "decode_ragged", "compile_matrix", "access_width")
+    grids = ("sweep", "seqlen1", "floor", "speculative", "ragged", "fp8")
+    names = (*(f"decode_{grid}" for grid in grids), "compile_matrix", "access_width")
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in names}
 
 
@@ -108,6 +109,14 @@ def of_floor(results: Results) -> dict[str, list[float]]:
     rows = {row["name"]: row for grid in ("decode_floor", "decode_seqlen1") for row in results[grid]["entries"]}
     shares = [(row["kv_bytes"], share) for row in rows.values() if (share := targets.of_floor(row)) is not None]
     return {name: [share for kv_bytes, share in shares if low <= kv_bytes < high] for name, low, high in SIZES}
+
+
+def of_floor_quantised(results: Results) -> dict[str, list[float]]:
+    """The same of caches without pages in 8 bits, sizes of which nothing was measured left out."""
+    rows = [row for row in results["decode_fp8"]["entries"] if row.get("seqlen_q") == 1 and not row["page_size"]]
+    shares = [(row["kv_bytes"], share) for row in rows if (share := targets.of_floor(row)) is not None]
+    found = {name: [share for kv_bytes, share in shares if low <= kv_bytes < high] for name, low, high in SIZES}
+    return {name: some for name, some in found.items() if some}
 
 
 def of_floor_with_tile(results: Results, block_m: int) -> list[float]:

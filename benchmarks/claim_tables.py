@@ -100,9 +100,11 @@ def _widths(results: Results) -> str:
 def _floors(results: Results) -> str:
     one = [["1", name, str(len(some)), facts.shares_of(some)] for name, some in facts.of_floor(results).items()]
     more = [[str(n), "64 MB and more", str(len(some)), facts.shares_of(some)] for n, some in facts.of_floor_by_queries(results).items()]
+    bytewise = [["1, in 8 bits", name, str(len(some)), facts.shares_of(some)] for name, some in facts.of_floor_quantised(results).items()]
     source = {results[name]["commit"] for name in ("decode_seqlen1", "decode_floor", "decode_speculative")}
-    table = markdown.table(["queries", "keys and values", "problems", "the read floor's share of our time"], one + more)
-    return f"{table}\nOn {results['decode_floor']['device']}, commit {', '.join(sorted(source))}.\n"
+    table = markdown.table(["queries", "keys and values", "problems", "the read floor's share of our time"], one + more + bytewise)
+    commits = f"commit {', '.join(sorted(source))}, 8 bits {results['decode_fp8']['commit']}"
+    return f"{table}\nOn {results['decode_floor']['device']}, {commits}.\n"
 
 
 def _ragged(results: Results) -> str:
