@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flashtile import ops
+from flashtile.ops.tracing import is_traced
 
 
 def append_kv(
@@ -65,7 +66,7 @@ def append_kv(
 
     No gradient flows through it. Work goes to the current stream of the caches' device, and nothing waits for it.
     """
-    run = torch.ops.flashtile.append_kv if torch.compiler.is_compiling() else ops.append.append
+    run = torch.ops.flashtile.append_kv if is_traced(k_cache, k, k if q is None else q) else ops.append.append
     seqlens, turned_q = run(
         k_cache, v_cache, k, v, seqlens_k, page_table, cu_seqlens_k_new, q, cu_seqlens_q, max_seqlen_q, rotary_cos, rotary_sin,
         rotary_seqlens, rotary_interleaved, queries_advance, k_scale, v_scale,

@@ -11,6 +11,7 @@ import torch
 
 from flashtile import ops
 from flashtile.api.traced import copied, text_of
+from flashtile.ops.tracing import is_traced
 from flashtile.planner.plans import DecodePlan
 
 
@@ -82,7 +83,7 @@ def decode(
         plan: a whole plan, obeyed as it is.
         allow_tf32: lets float32 products run in TF32.
         after_append: a hint that changes no result: `append_kv` is what this stream was given last. Then the kernel takes its place on
-            the GPU while that one ends, and waits there.
+            the GPU while that one ends, and waits there, unless the planner finds it better off later.
 
     Returns:
         out: (*q.shape[:-1], head_dim_v). A batch of 0, no query and a sequence of no keys are valid.
@@ -95,7 +96,7 @@ def decode(
 
     No gradient flows through decode. Work goes to the current stream of q's device, which need not be the current device.
     """
-    run = _decode_traced if torch.compiler.is_compiling() else ops.decode.decode
+    run = _decode_traced if is_traced(q, k_cache, v_cache) else ops.decode.decode
     return run(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale,
         sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out, out_dtype, block_m, num_splits, plan, allow_tf32, after_append, False,
@@ -138,7 +139,7 @@ def decode_with_lse(
         lse: float32, natural logarithm, the sink included if there is one; (batch, num_heads_q, seqlen_q), or
             (num_heads_q, total_q) where q is packed. -inf (or the sink) where a query sees no key.
     """
-    run = _decode_traced if torch.compiler.is_compiling() else ops.decode.decode
+    run = _decode_traced if is_traced(q, k_cache, v_cache) else ops.decode.decode
     return run(  # type: ignore[return-value]
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale,
         sinks, alibi_slopes, k_scale, v_scale, leftpad_k, out, out_dtype, block_m, num_splits, plan, allow_tf32, after_append, True,

@@ -13,6 +13,7 @@ from flashtile import ops
 from flashtile.api.traced import copied, text_of
 from flashtile.arguments import check_no_out, needs_gradient
 from flashtile.dropout import draw_seed
+from flashtile.ops.tracing import is_traced
 from flashtile.planner.plans import ForwardPlan
 
 
@@ -79,7 +80,7 @@ def attention(
 
     Work goes to the current stream of q's device, which need not be the current device.
     """
-    run = _traced if torch.compiler.is_compiling() else ops.forward.forward
+    run = _traced if is_traced(q, k, v) else ops.forward.forward
     return run(
         q, k, v, None, None, None, None, None, None, causal, window, softcap, scale, sinks, alibi_slopes, out, block_m, plan,
         allow_tf32, deterministic, False, dropout_p,
@@ -113,7 +114,7 @@ def attention_with_lse(
         lse: (batch, num_heads_q, seqlen_q) float32, natural logarithm, the sink included if there is one. -inf (or the sink)
             where a query sees no key.
     """
-    run = _traced if torch.compiler.is_compiling() else ops.forward.forward
+    run = _traced if is_traced(q, k, v) else ops.forward.forward
     return run(  # type: ignore[return-value]
         q, k, v, None, None, None, None, None, None, causal, window, softcap, scale, sinks, alibi_slopes, out, block_m, plan,
         allow_tf32, deterministic, True, dropout_p,
@@ -178,7 +179,7 @@ def attention_varlen(
     Raises:
         What `attention` raises. Values that live on the device are not read: `flashtile.checked` does that on request.
     """
-    run = _traced if torch.compiler.is_compiling() else ops.forward.forward
+    run = _traced if is_traced(q, k, v) else ops.forward.forward
     return run(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, window, softcap, scale,
         sinks, alibi_slopes, out, block_m, plan, allow_tf32, deterministic, False, dropout_p,
@@ -218,7 +219,7 @@ def attention_varlen_with_lse(
         lse: (num_heads_q, total_q) float32, natural logarithm, the sink included if there is one. -inf (or the sink) where a
             query sees no key; -inf in rows that belong to nobody.
     """
-    run = _traced if torch.compiler.is_compiling() else ops.forward.forward
+    run = _traced if is_traced(q, k, v) else ops.forward.forward
     return run(  # type: ignore[return-value]
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, page_table, seqused_k, causal, window, softcap, scale,
         sinks, alibi_slopes, out, block_m, plan, allow_tf32, deterministic, True, dropout_p,

@@ -9,6 +9,7 @@ import torch
 
 from flashtile.arguments.rotary import check_rotary
 from flashtile.errors import UnsupportedError
+from flashtile.ops.tracing import is_traced
 
 
 def rotary(
@@ -34,7 +35,7 @@ def rotary(
     starts = None if cu_seqlens is None else cu_seqlens.contiguous()
     longest = x.shape[1] if max_seqlen is None else max_seqlen
     args = cos.contiguous(), sin.contiguous(), of_sequence, offset, starts, longest, interleaved
-    if torch.compiler.is_compiling():
+    if is_traced(x, cos, sin):
         turned: torch.Tensor = torch.ops.flashtile.rotary(x, *args, False)
         return x.copy_(turned) if in_place else turned
     if torch.is_grad_enabled() and x.requires_grad:
