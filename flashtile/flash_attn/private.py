@@ -195,12 +195,16 @@ def _backward(
         ("dq", grads[0], q.shape, q.dtype), ("dk", grads[1], k.shape, k.dtype), ("dv", grads[2], v.shape, v.dtype),
     ):  # fmt: skip
         _check_like(name, tensor, tuple(wanted), dtype, q.device)
+    seed = None
+    if dropout_p:
+        _check_like("rng_state", rng_state, (2,), torch.int64, q.device)
+        seed = rng_state.contiguous()  # type: ignore[union-attr]  # it is checked
     dq, dk, dv = (_writable(grad, x) for grad, x in zip(grads, (q, k, v)))
     with torch.no_grad():
         ops.backward.backward(
             with_rows(q), with_rows(k), with_rows(v), with_rows(out), lse_from_either(softmax_lse), dout, None, *_lengths(packed),
             None if packed is None else packed.seqused_k, causal, window, float(softcap), scale, None, alibi_slopes, False,
-            deterministic or None, False, dropout_p, rng_state, (dq, dk, dv),
+            deterministic or None, False, dropout_p, seed, (dq, dk, dv),
         )  # fmt: skip
         for grad, written in zip(grads, (dq, dk, dv)):
             if grad is not None and grad is not written:

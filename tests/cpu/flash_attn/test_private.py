@@ -130,6 +130,11 @@ def test_what_does_not_fit_is_refused() -> None:
         _flash_attn_backward(out, q, k, v, out, lse.transpose(1, 2), None, None, None, *tail)
     with pytest.raises(ArgumentError, match="rng_state"):
         _flash_attn_backward(out, q, k, v, out, lse, None, None, None, 0.1, *tail[1:])
+    for wrong, error in ((torch.zeros(2, dtype=torch.int32), DtypeError), (torch.zeros(3, dtype=torch.int64), ShapeError),
+                         (torch.zeros(2, dtype=torch.int64, device="meta"), ShapeError)):  # fmt: skip
+        with pytest.raises(error, match="rng_state"):
+            _flash_attn_backward(out, q, k, v, out, lse, None, None, None, 0.1, *tail[1:], wrong)
+    _flash_attn_backward(out, q, k, v, out, lse, None, None, None, *tail, torch.zeros(3))  # without dropout nothing reads it
     starts = torch.tensor([0, 8], dtype=torch.int32), torch.tensor([0, 8], dtype=torch.int32), 8, 8
     for argument in ({"leftpad_k": starts[0]}, {"num_splits": 4}):
         with pytest.raises(UnsupportedError, match=next(iter(argument))):
