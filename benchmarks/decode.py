@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks import flags, grids, kvcache, kvcache_targets, peers, timing
-from benchmarks.measure import Options, measure, warm
+from benchmarks.measure import Options, measure, other_kernels, warm
 from benchmarks.report import line
 from benchmarks.runner import Runner, device_here, shares, wanted_peers
 from benchmarks.search import regret
@@ -90,7 +90,8 @@ def _prepare(entries: dict[str, list[grids.Entry]], options: Options, pool: Comp
         known = Device.of(options.device)
         timed = [entry for name, some in entries.items() if name != "search" for entry in some]
         problems = [one.problem() for entry in timed for one in (entry, entry.beside) if one is not None]
-        pool.compile([(problem, plan_decode(problem, known)) for problem in problems], seconds)
+        plans = [(problem, plan) for problem in problems for plan in (plan_decode(problem, known), *other_kernels(problem, known).values())]
+        pool.compile(plans, seconds)
     beside_peers = [entry for name, some in entries.items() if name not in PEERLESS for entry in some]
     if warm_peers and options.peers and beside_peers:
         warm(beside_peers, options)

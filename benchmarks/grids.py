@@ -194,9 +194,10 @@ def cpu() -> list[Entry]:
 
 
 def fp8() -> list[Entry]:
-    """Quantised caches, each beside the same keys and values in bfloat16."""
+    """Quantised caches, each beside the same keys and values in bfloat16: one query, then as many as several blocks of 16 rows hold."""
     shapes = ((32, 4096, 1, 0), (1, 131072, 1, 0), (1, 4096, 1, 0), (8, 2048, 1, 0), (1, 32768, 1, 0), (128, 1024, 1, 0),
-              (32, 4096, 1, 16), (16, 4096, 4, 0), (16, 4096, 8, 0), (1, 512, 1, 0))  # fmt: skip
+              (32, 4096, 1, 16), (16, 4096, 4, 0), (16, 4096, 8, 0), (1, 512, 1, 0), (16, 4096, 2, 0), (16, 4096, 16, 0), (16, 4096, 32, 0),
+              (1, 32768, 8, 0), (1, 32768, 16, 0), (4, 8192, 8, 0), (16, 4096, 8, 16))  # fmt: skip
     in_e4m3 = [(*shape, "e4m3") for shape in shapes]
     in_int8 = [(*shape, "int8") for shape in shapes[:2]]
     return [replace(even(b, n, GQA, q, page, stored), beside=even(b, n, GQA, q, page)) for b, n, q, page, stored in [*in_e4m3, *in_int8]]

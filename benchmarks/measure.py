@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -15,12 +16,16 @@ from benchmarks.grids import Entry, shrunk
 from benchmarks.refusals import WrongResult
 from benchmarks.sets import InputSets, num_sets
 from benchmarks.trials import Trials
+from flashtile.errors import UnsupportedError
+from flashtile.planner.catalog import kernels_of
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
+from flashtile.testing.variants import HOPPER, PORTABLE, kernels_choice
 
 OURS, BESIDE = "flashtile", "beside"
+OTHER_KERNELS = {PORTABLE: "portable", HOPPER: "hopper"}  # contestants beside a plan of another kernel
 HOST_TIME_BYTES = 150_000_000  # beyond it the GPU is the slower side by far
 
 
@@ -48,16 +53,35 @@ def planned(sets: InputSets) -> tuple[Problem, DecodePlan]:
     return problem, plan_decode(problem, Device.of(sets.device))
 
 
+def other_kernels(problem: Problem, device: Device) -> dict[str, DecodePlan]:
+    """Of several queries over a quantised cache, where a rule decides between kernels: the choice of each that is not planned, by name."""
+    if not (problem.quantised and problem.seqlen_q > 1 and device.is_gpu):
+        return {}
+    planned_kernel = plan_decode(problem, device).kernel
+    found = {}
+    for kernel in kernels_of(problem.operation):
+        if kernel.name != planned_kernel and not kernel.reasons_against(problem, device):
+            with contextlib.suppress(UnsupportedError):  # it has no tile
+                found[OTHER_KERNELS[kernel.name]] = kernels_choice(problem, device, kernel.name)
+    return found
+
+
 def measure(entry: Entry, options: Options) -> dict[str, Any]:
     """Everything about one entry, as a result file carries it. A contestant that fails is recorded with its reason."""
     sets = InputSets(entry, options.device, num_sets(entry, options.device))
     facts: dict[str, Any] = entry.facts() | {"sets": sets.count}
-    facts["plan"] = json.loads(planned(sets)[1].to_json())
+    problem, plan = planned(sets)
+    others = other_kernels(problem, Device.of(options.device))
+    facts["plan"] = json.loads(plan.to_json())
+    if others:
+        facts["other_plans"] = {name: json.loads(other.to_json()) for name, other in others.items()}
     oracle = Oracle(sets)
     trials = Trials(options.device)
     trials.enter(OURS, lambda: ours(sets), oracle)
     if OURS in trials.fns:
         trials.attempt(OURS, lambda: oracle.error(poisoned(lambda args: flashtile.decode(**args), sets)))
+    for name, other in others.items():
+        trials.enter(name, lambda other=other: ours(sets, other), oracle)  # type: ignore[misc]
     for name in options.peers:
         trials.enter(name, lambda make=peers.PEERS[name]: make(sets), oracle)  # type: ignore[misc]
     oracles = dict.fromkeys(trials.fns, oracle)
@@ -108,9 +132,11 @@ def _time_gpu(trials: Trials, oracles: dict[str, Oracle], sets: InputSets, optio
     for name, graph in captured.items():
         if name in oracles:
             trials.attempt(name, lambda name=name, graph=graph: _check_after(trials, name, oracles[name], graph))  # type: ignore[misc]
-    if options.host_times and sets.entry.kv_bytes <= HOST_TIME_BYTES:
-        for name in [name for name in trials.fns if name in oracles and name != BESIDE]:
-            trials.results[name]["host_us"] = round(timing.host_time(trials.fns[name], sets.count).median_us, 2)
+    if options.host_times:
+        for name in [name for name in trials.fns if name in oracles]:
+            entry = sets.entry.beside if name == BESIDE else sets.entry
+            if entry is not None and entry.kv_bytes <= HOST_TIME_BYTES:
+                trials.results[name]["host_us"] = round(timing.host_time(trials.fns[name], sets.count).median_us, 2)
 
 
 def _check_reader(reader: timing.Contestant, sets: InputSets) -> None:

@@ -157,8 +157,10 @@ def _against_beside(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _against_16_bits(rows: list[Row]) -> tuple[list[str], list[list[str]]]:
-    shown = [name for name in ("flashinfer_tc", "flashinfer_cc") if any(targets.microseconds(row, name) for row in rows)]
-    labels = [LABELS[name] for name in shown]
+    beside_ours = {"portable": "by the portable kernel", "hopper": "by Hopper's kernel"} | LABELS
+    peers = ("portable", "hopper", "flashinfer_tc", "flashinfer_cc")
+    shown = [name for name in peers if any(targets.microseconds(row, name) for row in rows)]
+    labels = [beside_ours[name] for name in shown]
     header = ["problem", "MB", "tile, warps, stages, splits", "read floor", "flashtile", "TB/s", "in 16 bits", "times as fast", *labels]
     cells = []
     for row in rows:

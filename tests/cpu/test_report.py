@@ -11,7 +11,9 @@ import typer
 from typer.testing import CliRunner
 
 from benchmarks import decode as runner
-from benchmarks import kvcache_targets, report, targets
+from benchmarks import grids, kvcache_targets, report, targets
+from benchmarks.measure import other_kernels
+from flashtile.planner.device import Device
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,6 +118,30 @@ def test_float8_is_held_to_the_time_in_16_bits_on_two_problems() -> None:
     assert verdict.misses == ("1x131072 32/8 e4m3: 1.74x, target 1.75x",)
     (goal,) = [goal for goal in targets.goals({"fp8": rows[:1]}) if goal.grid == "fp8"]
     assert (goal.reached, goal.met) == ("1.80x", True)
+
+
+def test_another_kernels_time_is_shown_beside_ours() -> None:
+    plain, several = quantised("32x4096 32/8 e4m3", 10.0, 18.0), quantised("16x4096 32/8 q8 e4m3", 50.0, 60.0)
+    assert "portable" not in report.tables({"fp8": data(plain)})["fp8"]
+    several["results"]["portable"] = {"gpu_us": 102.8}
+    table = report.tables({"fp8": data(plain, several)})["fp8"]
+    assert "| times as fast | by the portable kernel |" in table
+    assert "| 1.20x | 102.8 |" in table
+    assert "| 1.80x | - |" in table
+
+
+def test_other_kernels_are_timed_where_a_rule_decides_between_them() -> None:
+    h200 = Device.named("H200")
+
+    def others(name: str, device: Device) -> dict[str, tuple[str, str]]:
+        (entry,) = grids.named(name)
+        return {label: (plan.kernel, plan.source) for label, plan in other_kernels(entry.problem(), device).items()}
+
+    assert others("16x4096 32/8 q8 e4m3", h200) == {"portable": ("triton.decode", "rule")}
+    assert others("16x4096 32/8 q32 int8", h200) == {"hopper": ("gluon.decode_sm90", "rule")}
+    for name, device in (("16x4096 32/8 e4m3", h200), ("16x4096 32/8 q8", h200), ("16x4096 32/8 q8 e4m3", Device.named("A100"))):
+        assert others(name, device) == {}
+    assert others("16x4096 32/8 q8 e4m3", Device.named("cpu")) == {}
 
 
 def appended(name: str, alone: float, whole: float, host: float) -> dict[str, Any]:
