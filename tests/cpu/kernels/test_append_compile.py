@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytest
+
+from tests.cpu.kernels.uninterpreted import answers
 
 pytest.importorskip("triton")
 
@@ -64,11 +62,7 @@ for point in json.load(sys.stdin):
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
     """What each point became, compiled in a process without Triton's interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    asked = json.dumps([asdict(point) for point in POINTS.values()])
-    done = subprocess.run([sys.executable, "-c", COMPILE], input=asked, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(POINTS, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(POINTS, answers(COMPILE, [asdict(point) for point in POINTS.values()]), strict=True))
 
 
 @pytest.mark.slow

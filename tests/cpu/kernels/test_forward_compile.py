@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +11,7 @@ from flashtile.band import Band
 from flashtile.planner.figures import ARCHITECTURES
 from flashtile.planner.plans import ForwardPlan
 from flashtile.problem import Problem
+from tests.cpu.kernels.uninterpreted import answers
 
 pytest.importorskip("triton")
 
@@ -109,10 +106,7 @@ for arch, problem, plan in json.load(sys.stdin):
 def compiled() -> dict[str, dict[str, Any]]:
     """What each point became, compiled in a process without Triton's interpreter."""
     asked = [[point.arch, point.problem.to_json(), point.plan.to_json()] for point in POINTS.values()]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], input=json.dumps(asked), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(POINTS, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(POINTS, answers(COMPILE, asked), strict=True))
 
 
 @pytest.mark.slow

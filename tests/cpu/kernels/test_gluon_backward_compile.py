@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +11,7 @@ import pytest
 from flashtile.band import Band
 from flashtile.planner.plans import BackwardPlan
 from flashtile.problem import Problem
+from tests.cpu.kernels.uninterpreted import answers
 
 pytest.importorskip("triton")
 
@@ -128,11 +125,7 @@ def compiled(name: str) -> list[dict[str, Any]]:
     """What the kernels of a case became: the keys' pass, the queries' pass; or both in one. Compiled in a process without Triton's
     interpreter."""
     changes, tile, _ = EVERY[name]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    asked = json.dumps([value.to_json() for value in planned(changes, tile)])
-    done = subprocess.run([sys.executable, "-c", COMPILE], input=asked, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    found: list[dict[str, Any]] = json.loads(done.stdout)
+    (found,) = answers(COMPILE, [value.to_json() for value in planned(changes, tile)])
     return found
 
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -17,6 +13,7 @@ from flashtile.planner.footprint_gluon import asks_by_page
 from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
 from flashtile.testing.variants import HOPPER, ONE, Share, fitting_plan
+from tests.cpu.kernels.uninterpreted import answers
 
 pytest.importorskip("triton")
 
@@ -99,10 +96,7 @@ def planned(name: str) -> tuple[Problem, DecodePlan]:
 def compiled() -> dict[str, dict[str, Any]]:
     """What each case became, compiled in a process without Triton's interpreter."""
     asked = [[value.to_json() for value in planned(name)] for name in CASES]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], input=json.dumps(asked), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(CASES, answers(COMPILE, asked), strict=True))
 
 
 @pytest.mark.slow

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -16,6 +12,7 @@ from flashtile.planner.device import Device
 from flashtile.planner.forward_footprint import forward_shared_memory
 from flashtile.planner.plans import ForwardPlan
 from flashtile.problem import Problem
+from tests.cpu.kernels.uninterpreted import answers
 
 pytest.importorskip("triton")
 
@@ -103,10 +100,7 @@ def planned(name: str) -> tuple[Problem, ForwardPlan]:
 def compiled() -> dict[str, list[dict[str, Any]]]:
     """What the kernels of each case became, compiled in a process without Triton's interpreter."""
     asked = [[value.to_json() for value in planned(name)] for name in CASES]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", COMPILE], input=json.dumps(asked), capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(CASES, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(CASES, answers(COMPILE, asked), strict=True))
 
 
 def parts(dim: int) -> int:

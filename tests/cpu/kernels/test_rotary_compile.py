@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+
+from tests.cpu.kernels.uninterpreted import answers
 
 pytest.importorskip("triton")
 
@@ -44,11 +42,7 @@ for arch, packed, interleaved, in_place, pairs, dim, tokens in json.load(sys.std
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
     """What each point became, compiled in a process without Triton's interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    asked = json.dumps(list(POINTS.values()))
-    done = subprocess.run([sys.executable, "-c", COMPILE], input=asked, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return dict(zip(POINTS, map(json.loads, done.stdout.splitlines()), strict=True))
+    return dict(zip(POINTS, answers(COMPILE, list(POINTS.values())), strict=True))
 
 
 @pytest.mark.slow

@@ -40,7 +40,8 @@ from flashtile.planner.device import Device
 from flashtile.planner.forward_cost import forward_flops
 from flashtile.planner.forward_work import tile_kinds, visible_pairs
 from flashtile.planner.plans import BackwardPlan
-from flashtile.problem import DTYPE_BYTES, Problem
+from flashtile.problem import Problem
+from tests.cpu.planner.drawn import bands, problems
 
 H200 = Device.named("H200")
 A100 = Device.named("A100")
@@ -55,9 +56,6 @@ def training(seqlen: int = 4096, batch: int = 4, **facts: Any) -> Problem:
     return Problem(
         "backward", batch, seqlen, **{"seqlen_k": seqlen, "num_heads_q": 16, "num_heads_kv": 16, "band": CAUSAL, "lse": True, **facts}
     )
-
-
-bands = st.builds(Band, left=st.sampled_from([None, 0, 1, 5, 17, 64]), right=st.sampled_from([None, 0, 1, 9, 40]))
 
 
 @settings(max_examples=200, deadline=None)
@@ -99,35 +97,8 @@ def test_flops_are_two_and_a_half_times_the_forwards_and_bytes_those_of_all_tens
     assert backward_bytes(problem) == 4 * 1024 * (16 * (4 * 128 * 2 + 4) + 4 * 4 * 128 * 2)
 
 
-problems = st.builds(
-    lambda group, num_heads_kv, dtype_q, alignment, **facts: Problem(
-        "backward",
-        num_heads_q=group * num_heads_kv,
-        num_heads_kv=num_heads_kv,
-        dtype_q=dtype_q,
-        alignment=max(alignment, DTYPE_BYTES[dtype_q]),
-        **facts,
-    ),
-    group=st.sampled_from([1, 4, 7]),
-    num_heads_kv=st.sampled_from([1, 8, 32]),
-    batch=st.integers(0, 100),
-    seqlen_q=st.sampled_from([0, 1, 16, 64, 100, 128, 2048, 65536]),
-    seqlen_k=st.sampled_from([0, 1, 63, 777, 4096, 131072]),
-    head_dim=st.sampled_from([8, 64, 72, 96, 128, 160, 192, 256]),
-    head_dim_v=st.sampled_from([8, 64, 96, 128, 256]),
-    dtype_q=st.sampled_from(["float16", "bfloat16", "float32"]),
-    band=st.sampled_from([CAUSAL, FULL, Band(1023, 0), Band(0, 0), Band(100, 200)]),
-    ragged_q=st.booleans(),
-    alibi=st.booleans(),
-    softcap=st.booleans(),
-    dropout=st.booleans(),
-    allow_tf32=st.booleans(),
-    alignment=st.sampled_from([2, 8, 16]),
-)
-
-
 @settings(max_examples=300, deadline=None)
-@given(problem=problems, device=st.sampled_from([*GPUS, Device.named("cpu")]))
+@given(problem=problems("backward", dropout=st.booleans()), device=st.sampled_from([*GPUS, Device.named("cpu")]))
 def test_every_planned_backward_is_feasible(problem: Problem, device: Device) -> None:
     if device is T4 and max(problem.head_dim, problem.head_dim_v) > 128:
         with pytest.raises(UnsupportedError, match="it has no tile"):  # no registers for dK and dV without matrix instructions
