@@ -91,7 +91,7 @@ def step_tensors(device: torch.device, case: AppendCase = STEP) -> dict[str, Any
 
 
 @pytest.mark.parametrize("page_size", [0, 16])
-@pytest.mark.parametrize("batch", [1, 2, 40])
+@pytest.mark.parametrize("batch", [1, 2, 32, 40])  # 32 without pages begins once the append has ended
 def test_a_dependent_launch_sees_all_that_was_appended(batch: int, page_size: int, device: torch.device) -> None:
     """Each step's own key decides: q is 30 times it, so that a decode that came too soon is wrong by far, however rarely."""
     case = replace(STEP, seqlens=STEP.seqlens * (batch // 2) if batch > 1 else (4000,), page_size=page_size)
