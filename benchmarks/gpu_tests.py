@@ -1,7 +1,8 @@
 """What tests/gpu said on a GPU, out of pytest's reports: ``python -m benchmarks.gpu_tests one.xml two.xml --commit C``.
 
 Writes gpu_tests.json, of which the README and docs/performance.md have tables. The runs of one call are of one commit: where a test ran
-in several, the last run counts. A test file that is not among them keeps what an earlier call wrote of it, with its own commit.
+in several, the last run counts that did not skip it (one machine has two GPUs, another has one). A test file of which nothing ran keeps
+what an earlier call wrote of it, with its own commit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from benchmarks.record import heading
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = "gpu_tests.json"
-PROTOCOL = "pytest tests/gpu; of a test that ran several times the last run counts"
+PROTOCOL = "pytest tests/gpu; of a test that ran several times the last time counts"
 _WORST_FIRST = ("failed", "skipped", "passed")
 _LONGEST = 200  # characters of a reason
 
@@ -35,9 +36,12 @@ class Tests:
     again: set[str] = field(default_factory=set)
 
     def take(self, later: dict[str, tuple[str, str]]) -> None:
-        """What a later run says of tests that it ran."""
+        """What a later run says; a test that it skipped stays what it was."""
         for name, (outcome, why) in later.items():
-            if outcome == "passed" and self.found.get(name, ("",))[0] == "failed":
+            before, _ = self.found.get(name, ("skipped", ""))
+            if outcome == "skipped" and before != "skipped":
+                continue
+            if outcome == "passed" and before == "failed":
                 self.again.add(name)
             self.found[name] = (outcome, why)
 
@@ -82,6 +86,10 @@ def merged(reports: list[Path]) -> dict[str, dict[str, Any]]:
     return {file: tests.to_json() for file, tests in sorted(files.items())}
 
 
+def _ran(counts: dict[str, Any]) -> bool:
+    return bool(counts["passed"] + counts["failed"])
+
+
 def _dates(reports: list[Path]) -> Iterator[str]:
     for report in reports:
         for suite in ElementTree.parse(report).iter("testsuite"):
@@ -113,7 +121,9 @@ def main(
     if before["device"] != head["device"]:
         raise typer.BadParameter(f"{path} is of {before['device']}, and these tests ran on {head['device']}", param_hint="--out")
     dated = {"commit": commit, "date": max(_dates(reports), default="unknown")}
-    files = before["files"] | {file: dated | counts for file, counts in merged(reports).items()}
+    files = before["files"] | {
+        file: dated | counts for file, counts in merged(reports).items() if _ran(counts) or file not in before["files"]
+    }
     document = {"schema": 1, "grid": "gpu_tests", **dated, **head, "protocol": PROTOCOL, "files": dict(sorted(files.items()))}
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")

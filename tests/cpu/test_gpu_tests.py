@@ -71,6 +71,18 @@ def test_the_last_run_of_a_test_counts_and_a_failure_before_it_is_told(tmp_path:
     assert (tests["passed"], tests["failed"], tests["failed_before"]) == (1, 1, [])
 
 
+def test_a_run_that_skips_a_test_says_nothing_of_it(tmp_path: Path, like: Path) -> None:
+    ran = run(tmp_path, "1.xml", case("test_distributed_gpu", "test_a"), case("test_api_gpu", "test_a", SKIP))
+    skipped = run(tmp_path, "2.xml", case("test_distributed_gpu", "test_a", SKIP))
+    tests = gpu_tests.merged([ran, skipped])["test_distributed_gpu.py"]
+    assert (tests["passed"], tests["skipped"], tests["failed_before"]) == (1, 0, [])
+    for reports, commit in (([ran], "abc"), ([skipped], "def")):
+        gpu_tests.main(reports, commit=commit, out=tmp_path, like=like)
+    files = json.loads((tmp_path / "gpu_tests.json").read_text())["files"]
+    assert (files["test_distributed_gpu.py"]["commit"], files["test_distributed_gpu.py"]["passed"]) == ("abc", 1)
+    assert files["test_api_gpu.py"]["skipped"] == 1
+
+
 def test_a_test_of_another_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(typer.BadParameter, match=r"test_band\.test_a is no test of tests/gpu"):
         gpu_tests.read(run(tmp_path, "1.xml", '<testcase classname="tests.cpu.test_band" name="test_a"/>'))
