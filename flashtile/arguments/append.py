@@ -8,7 +8,7 @@ from flashtile.arguments.keys import check_cache, check_heads
 from flashtile.arguments.quantised import check_kv_scales
 from flashtile.arguments.queries import check_queries, check_starts
 from flashtile.arguments.rotary import check_tables
-from flashtile.arguments.tensors import check_int32, check_last_dim, check_tensors
+from flashtile.arguments.tensors import check_int32, check_last_dim, check_tensors, check_writable
 from flashtile.arguments.values import check_bool
 from flashtile.errors import ArgumentError, DtypeError, ShapeError, message
 
@@ -97,6 +97,4 @@ def _check_new(name: str, new: torch.Tensor, cache: torch.Tensor, cu_seqlens_k_n
     floats = new.dtype in (torch.float16, torch.bfloat16, torch.float32)
     if new.dtype != cache.dtype and not (floats and cache.dtype in (torch.float8_e4m3fn, torch.int8)):
         raise DtypeError(message(name, f"{name}_cache's dtype, {cache.dtype}", new.dtype, f"Cast it with {name}.to({cache.dtype})."))
-    if any(size > 1 and stride == 0 for size, stride in zip(cache.shape, cache.stride())):
-        wanted, got = "memory of its own for every element", f"strides {cache.stride()}"
-        raise ShapeError(message(f"{name}_cache", wanted, got, "An expanded tensor cannot be written: use .clone()."))
+    check_writable(f"{name}_cache", cache)

@@ -32,7 +32,7 @@ def check_rotary(
         raise ShapeError(message("x", form, f"shape {tuple(x.shape)}", "Packed tokens come with cu_seqlens."))
     _check_floats("x", x)
     check_tables("cos", cos, "sin", sin, x.shape[-1])
-    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
     if cu_seqlens is not None and (cu_seqlens.ndim != 1 or cu_seqlens.dtype != torch.int32 or batch < 0):
         got = f"shape {tuple(cu_seqlens.shape)} {cu_seqlens.dtype}"
         raise ShapeError(message("cu_seqlens", "(batch + 1,) int32", got, "Cast it with .to(torch.int32)."))

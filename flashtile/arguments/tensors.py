@@ -90,15 +90,14 @@ def check_out(out: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dty
     if tuple(out.shape) != shape:
         raise ShapeError(message("out", f"shape {shape}", f"shape {tuple(out.shape)}", "Leave it out to have it allocated."))
     check_last_dim("out", out)
-    if any(size > 1 and stride == 0 for size, stride in zip(out.shape, out.stride())):
-        raise ShapeError(
-            message(
-                "out",
-                "memory of its own for every element",
-                f"strides {out.stride()}",
-                "An expanded tensor cannot be written: use out.clone().",
-            )
-        )
+    check_writable("out", out)
+
+
+def check_writable(name: str, tensor: torch.Tensor) -> None:
+    """Raises ShapeError for an expanded tensor, of which several elements are one."""
+    if any(size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride())):
+        wanted, got = "memory of its own for every element", f"strides {tensor.stride()}"
+        raise ShapeError(message(name, wanted, got, f"An expanded tensor cannot be written: use {name}.clone()."))
 
 
 def check_per_head(name: str, tensor: torch.Tensor | None, heads: int, batch: int | None) -> None:

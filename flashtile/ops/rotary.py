@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from flashtile.arguments.rotary import check_rotary
+from flashtile.arguments.tensors import check_writable
 from flashtile.errors import UnsupportedError
 from flashtile.ops.tracing import is_traced
 
@@ -30,6 +31,8 @@ def rotary(
     ``in_place``.
     """
     check_rotary(x, cos, sin, interleaved, offsets, cu_seqlens, max_seqlen)
+    if in_place:
+        check_writable("x", x)
     offset = 0 if isinstance(offsets, torch.Tensor) else offsets
     of_sequence = offsets.contiguous() if isinstance(offsets, torch.Tensor) else None
     starts = None if cu_seqlens is None else cu_seqlens.contiguous()

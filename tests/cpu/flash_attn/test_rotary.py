@@ -189,6 +189,8 @@ def test_compilers_see_one_graph(inplace: bool) -> None:
         ({"seqlen_offsets": torch.zeros(3, dtype=torch.int32)}, ShapeError, "seqlen_offsets"),
         ({"x": torch.zeros(4, 2, 16), "cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, ArgumentError, "max_seqlen"),
         ({"x": torch.zeros(4, 2, 16), "cu_seqlens": torch.tensor([0, 4]), "max_seqlen": 4}, ShapeError, "cu_seqlens"),
+        ({"x": torch.zeros(4, 2, 16), "cu_seqlens": torch.tensor(4, dtype=torch.int32), "max_seqlen": 4}, ShapeError, "cu_seqlens"),
+        ({"x": torch.zeros(1, 4, 1, 16).expand(1, 4, 2, 16), "inplace": True}, ShapeError, "x: expected memory of its own"),
         ({"x": torch.zeros(1, 4, 2, 16, device="meta"), "cos": torch.zeros(4, 8, device="meta"),
           "sin": torch.zeros(4, 8, device="meta")}, UnsupportedError, "meta"),
         ({"cos": torch.zeros(4, 8, device="meta")}, ArgumentError, "cos"),
