@@ -186,20 +186,27 @@ def test_a_tensor_map_follows_its_tensor(gpu: FakeGpu) -> None:
     assert told.params[6] == struct.pack("<Q", others[0].data_ptr())
 
 
+@pytest.mark.parametrize("stored", [None, torch.float8_e4m3fn, torch.int8], ids=str)
 @pytest.mark.parametrize("splits", [1, 4])
-def test_the_kernel_with_tensor_maps_is_repeated(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_with_tensor_maps_is_repeated(splits: int, stored: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over codes of one byte too, whose scales lie elsewhere each time."""
     gluon = pytest.importorskip("flashtile.kernels.gluon.decode_sm90")
     gpu = FakeGpu(monkeypatch)
     monkeypatch.setattr(ops, "kernel_module", lambda plan: gluon)
     monkeypatch.setattr(launch, "_encoded", lambda meta, tensor: (bytes(128), *tensor.shape, *tensor.stride()))
     monkeypatch.setattr("flashtile.kernels.block._bytes_of", lambda tensor_map: tensor_map)
     call = tensors(4096)
+    if stored is not None:
+        call |= {name: torch.empty(call[name].shape, dtype=stored) for name in ("k_cache", "v_cache")}
+        call |= {name: torch.ones(1) for name in ("k_scale", "v_scale")}
     gpu.settle(num_splits=splits, **call)
     others = {name: tensor.clone() for name, tensor in call.items()}
     gpu.decode(num_splits=splits, **others)
     assert not gpu.longer
     assert len(gpu.driver.launched) == (1 if splits == 1 else 2)
     assert [address for _, address in gpu.driver.moved] == [others["k_cache"].data_ptr(), others["v_cache"].data_ptr()]
+    told = gpu.driver.launched[0].params
+    assert all(struct.pack("<Q", others[name].data_ptr()) in told for name in ("k_scale", "v_scale") if name in others)
 
 
 def test_tritons_object_for_a_tensor_map_ends_with_it() -> None:
