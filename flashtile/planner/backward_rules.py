@@ -45,10 +45,6 @@ OWNED_GAIN_PERCENT = 8  # what a tile that owns less must gain: less is within t
 UNEVEN_WALK = 4096  # under a mask, programs that stay lost from here on: 0.91x at 16384 keys, causal; 1.15x at 1024, 1.00x at 4096 (of
 # wide heads 0.92x at 4096 already)
 ONE_PASS_KEYS = 2048  # one pass won from here on, by 4 to 13%; with fewer keys what it needs beside the pass ate that up
-PACKED_UNPROVEN = (
-    "of packed sequences it gave one a wrong dK on an H200 (an assembler's fault, mended since); until a GPU has shown it right, "
-    "they are its only where a plan asks for it"
-)
 MAX_ONE_PASS_DIM = 128  # beyond it, registers hold no part of dQ beside dK and dV
 
 Fit = tuple[PassTile, Footprint]
@@ -130,8 +126,6 @@ def choose_backward_plan(problem: Problem, device: Device, kernel: str) -> Backw
     if not device.is_gpu:
         rows = max(1, problem.seqlen_q)
         return BackwardPlan(kernel, rows, 1, 1, 1, rows, 1, 1, 1)
-    if kernel == GLUON_BACKWARD_SM90 and (problem.ragged_q or problem.ragged_k):
-        return [PACKED_UNPROVEN]
     if typical_keys(problem) >= ONE_PASS_KEYS:
         plan = one_pass_plan(problem, kernel)
         if not backward_infeasible(problem, plan, device):

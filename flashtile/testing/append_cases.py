@@ -99,7 +99,7 @@ def written(args: dict[str, Any]) -> Written:
                 k_cache[entry, slot] = _turned(keys[b][i], positions[b] + i, args)
                 v_cache[entry, slot] = values[b][i].double()
     if "rotary_cos" not in args or "q" not in args:
-        return Written(k_cache, v_cache, torch.tensor(after, dtype=torch.int32), args.get("q"))
+        return Written(k_cache, v_cache, torch.tensor(after, dtype=torch.int32), args["q"].cpu() if "q" in args else None)
     step = 1 if args["queries_advance"] else 0
     queries = _sequences(args["q"], args.get("cu_seqlens_q"))
     turned = [_turned(x, positions[b] + step * i, args) for b, sequence in enumerate(queries) for i, x in enumerate(sequence)]
