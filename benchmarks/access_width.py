@@ -22,7 +22,7 @@ from flashtile.kernels.launch import compile_spec
 from flashtile.planner.catalog import TRITON
 from flashtile.planner.plans import DecodePlan
 from flashtile.planner.tiles import CANDIDATES
-from flashtile.testing.matrix import Point
+from flashtile.testing.matrix_points import Point
 
 OUT = Path(__file__).parent / "results" / "access_width.json"
 _COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*?\], (0x[0-9a-f]+|\d+)")

@@ -12,7 +12,8 @@ from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan
 from flashtile.study.points import Task
 from flashtile.study.rows import Row, facts_of
-from flashtile.testing.matrix import AXES, HOPPER_AXES, Outcome, Point, compile_all
+from flashtile.testing.matrix import Outcome, compile_all
+from flashtile.testing.matrix_points import AXES, HOPPER_AXES, Point
 
 PROTOCOL = "nothing was measured: times are the cost model's"
 HEAD_DIMS = (128, 64, 256)

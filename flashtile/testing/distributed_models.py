@@ -9,7 +9,7 @@ from torch import nn
 import flashtile
 from flashtile import distributed as parallel
 from flashtile.distributed import SequenceShards
-from flashtile.testing.distributed_work import device_here
+from flashtile.testing.distributed_sequences import device_here
 
 HEADS, DIM = 4, 16
 WIDTH = HEADS * DIM

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from flashtile.testing.distributed_work import CacheCase, SequenceCase, check_append, check_attention, check_decode, replay_decode
+from flashtile.testing.distributed_caches import CacheCase, check_append, check_decode, replay_decode
+from flashtile.testing.distributed_sequences import SequenceCase, check_attention
 from flashtile.testing.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

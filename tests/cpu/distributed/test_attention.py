@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from flashtile.testing.distributed_work import SequenceCase, check_attention
+from flashtile.testing.distributed_sequences import SequenceCase, check_attention
 from flashtile.testing.ranks import Ranks
 
 CASES = [

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flashtile.testing.distributed_work import CacheCase, check_append, check_decode
+from flashtile.testing.distributed_caches import CacheCase, check_append, check_decode
 from flashtile.testing.ranks import Ranks
 
 LENGTHS = (0, 5, 17, 40, 100)  # none, on the first rank, over two, over all, more than there is room for

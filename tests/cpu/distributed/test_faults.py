@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from flashtile.testing.distributed_work import die, disagree
+from flashtile.testing.distributed_faults import die, disagree
 from flashtile.testing.ranks import RankFailed, Ranks
 
 

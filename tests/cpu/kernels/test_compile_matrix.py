@@ -11,7 +11,8 @@ import pytest
 from flashtile.planner.catalog import TRITON
 from flashtile.planner.explain import explain
 from flashtile.planner.plans import DecodePlan
-from flashtile.testing.matrix import AXES, COLUMNS, Outcome, Point, claims, compile_all, cover, full, row_of, store
+from flashtile.testing.matrix import COLUMNS, Outcome, claims, compile_all, row_of, store
+from flashtile.testing.matrix_points import AXES, Point, cover, full
 from flashtile.testing.pairwise import pairwise
 
 SEED = 0  # of the pairwise cover; any other must pass as well

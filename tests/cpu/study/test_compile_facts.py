@@ -6,7 +6,7 @@ import pytest
 
 from flashtile.planner.catalog import GLUON_SM90, TRITON
 from flashtile.study.predict import compile_points, compiled
-from flashtile.testing.matrix import DEVICES
+from flashtile.testing.matrix_points import DEVICES
 
 
 def test_every_query_tile_of_every_architecture_is_compiled() -> None:
