@@ -7,7 +7,6 @@ part of the result is held against the whole's.
 
 from __future__ import annotations
 
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -20,12 +19,12 @@ import torch.distributed as dist
 import typer
 
 import flashtile
+from benchmarks.record import Record, heading
 from flashtile import distributed as parallel
 from flashtile.distributed import CacheShards, Link, SequenceShards, Workload, choose
 from flashtile.distributed.groups import members_of
 from flashtile.distributed.transport import Flight, gather
 from flashtile.planner.device import Device
-from flashtile.testing.record import Record
 from flashtile.testing.tolerance import relative_l2
 
 PROTOCOL = " ".join((__doc__ or "").split("Protocol: ")[1].split())
@@ -70,11 +69,7 @@ def main(
     """Checks and times every problem; rank 0 prints and writes."""
     device = _begin(dry_run)
     rank, size = dist.get_rank(), dist.get_world_size()
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.processor()
-    head = {
-        "kind": "distributed", "protocol": PROTOCOL, "commit": commit, "device": name, "num_ranks": size, "backend": dist.get_backend(),
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-    }  # fmt: skip
+    head = heading("distributed", device, commit, PROTOCOL, {}) | {"num_ranks": size, "backend": dist.get_backend()}
     record = Record(out, head)
     link = measured_link(device, dry_run)
     for problem in PROBLEMS:

@@ -2,7 +2,7 @@
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; NAME is a grid's (``forward-NAME`` of forward's, ``backward-NAME``
 of backward's), or ``targets`` for what decode is held to, ``forward-targets`` for forward, ``backward-targets`` for backward; or
-``sanitize`` and ``gpu-tests`` for what compute-sanitizer and the tests on a GPU said.
+``transformers`` and ``distributed`` for whole systems, ``sanitize`` for compute-sanitizer, ``gpu-tests`` for the tests on a GPU.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from benchmarks import (
     markdown,
     sanitize_report,
     speed_tables,
+    system_report,
     targets,
 )
 from benchmarks.markdown import times, us
 from benchmarks.targets import Row
 
 GRIDS = ("seqlen1", "speculative", "paged", "ragged", "fp8", "kvcache", "floor", "search", "sweep", "host", "cpu")
-TABLES = ("targets", *GRIDS, *forward_report.TABLES, *backward_report.TABLES, "sanitize", "gpu-tests")
+TABLES = ("targets", *GRIDS, *forward_report.TABLES, *backward_report.TABLES, *system_report.TABLES, "sanitize", "gpu-tests")
 HERE = Path(__file__).parent
 LABELS = {
     "flashtile": "flashtile", "fa2": "FA2", "fa3": "FA3", "flashinfer_tc": "FlashInfer tc", "flashinfer_cc": "FlashInfer cc",
@@ -72,11 +73,12 @@ def line(row: Row) -> str:
 
 
 def load(folder: Path) -> dict[str, dict[str, Any]]:
-    """The result file of each grid that has one, the sanitizer's, and that of the tests on a GPU."""
+    """Each table's result file, where there is one."""
     files = {grid: folder / f"decode_{grid}.json" for grid in GRIDS}
     others = [name for name in (*forward_report.TABLES, *backward_report.TABLES) if not name.endswith("-targets")]
     files |= {name: folder / f"{name.replace('-', '_')}.json" for name in others}
     files |= {name: folder / f"{name}.json" for name in ("sanitize", "gpu_tests")}
+    files |= {name: folder / f"{file}.json" for name, file in system_report.TABLES.items()}
     return {name: json.loads(path.read_text()) for name, path in files.items() if path.exists()}
 
 
@@ -87,7 +89,8 @@ def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
         "sanitize": sanitize_report.table(results["sanitize"]) if "sanitize" in results else sanitize_report.NOT_YET,
         "gpu-tests": gpu_tests_report.tables(results)["gpu-tests"],
     }
-    return {"targets": _targets(results), **made, **forward_report.tables(results), **backward_report.tables(results), **checks}
+    others = (forward_report.tables(results), backward_report.tables(results), system_report.tables(results))
+    return {"targets": _targets(results), **made, **{name: table for some in others for name, table in some.items()}, **checks}
 
 
 def _targets(results: dict[str, dict[str, Any]]) -> str:

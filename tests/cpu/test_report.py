@@ -168,6 +168,22 @@ def test_what_was_wrong_beside_decode_alone_is_listed() -> None:
     assert "- 1x4096 32/8, append: wrong: WrongResult: off" in table
 
 
+def test_generation_is_told_in_milliseconds_and_failures_are_listed() -> None:
+    ours, theirs = {"prefill_ms": 10.0, "token_ms": 2.5, "same_tokens": 65}, {"prefill_ms": 12.0, "token_ms": 3.25, "same_tokens": 65}
+    rows = [{"name": "dynamic cache, 1 x 4096", "results": {"flashtile": ours, "sdpa": theirs}}, {"name": "b", "failed": "out of memory"}]
+    table = report.tables({"transformers": data(*rows)})["transformers"]
+    assert "| dynamic cache, 1 x 4096 | 10.00 | 12.00 | 2.50 | 3.25 | 65 |" in table
+    assert "Failures:\n\n- b: out of memory" in table
+
+
+@pytest.mark.parametrize(("num_ranks", "speedup"), [(2, "**1.70x**"), (4, "1.70x")])
+def test_several_gpus_are_held_to_what_is_asked_of_two(num_ranks: int, speedup: str) -> None:
+    entry = {"name": "decode", "alone_us": 170.0, "together_us": 100.0, "speedup": 1.7, "target": 1.85, "paper_speedup": 1.9}
+    table = report.tables({"distributed": data(entry) | {"num_ranks": num_ranks, "backend": "nccl"}})["distributed"]
+    assert f"| decode | 170.0 | 100.0 | {speedup} | 1.85x | 1.90x |" in table
+    assert f"on {num_ranks} x a GPU, nccl, driver 1" in table
+
+
 def test_regret_has_two_bars() -> None:
     rows = [{"name": str(i), "regret": 0.01} for i in range(9)] + [{"name": "bad", "regret": 0.2}]
     verdict = targets.verdict("search", rows)
