@@ -13,7 +13,7 @@ from flashtile.arguments.append import check_append
 from flashtile.checking import CHECKING, check_append_values
 from flashtile.errors import UnsupportedError
 from flashtile.kernels.call import AppendCall
-from flashtile.ops.modes import apart_from_callers_modes
+from flashtile.ops.modes import apart_from_callers_modes, note_written
 
 Appended = tuple[torch.Tensor, torch.Tensor | None]
 """The keys of each sequence from now on, (batch,) int32; and q turned, None where nothing turns it."""
@@ -50,6 +50,8 @@ def append(
     if _repeat is not None and not checking:
         repeated = _repeat(*args)
         if repeated is not None:
+            if torch.is_grad_enabled():
+                note_written(k_cache, v_cache)
             return repeated
     check_append(*args)
     turned_q = None
@@ -68,6 +70,8 @@ def append(
     run: Any = _module_for(k_cache.device).runner_for(call)
     with apart_from_callers_modes(k_cache.device) if k_cache.device.type == "cpu" else nullcontext():
         run(call)
+    if torch.is_grad_enabled():
+        note_written(k_cache, v_cache)
     note = getattr(run, "note", None)
     if note is not None:
         _repeat = note(args, call) or _repeat

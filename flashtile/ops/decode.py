@@ -12,6 +12,7 @@ import torch
 from flashtile.checking import CHECKING, check_decode_values
 from flashtile.facts import Key, decode_key, rounded_hint
 from flashtile.kernels.call import DecodeCall, DecodeRunner
+from flashtile.ops.modes import note_written
 from flashtile.ops.prepared import (
     PREPARING,
     Result,
@@ -82,6 +83,8 @@ def decode(
     if _repeat is not None and not checking:
         repeated = _repeat(*args)
         if repeated is not None:
+            if out is not None and torch.is_grad_enabled():
+                note_written(out)
             return repeated
     if softcap.__class__ is not float or not 0.0 <= softcap < math.inf:
         softcap = as_float("softcap", softcap, minimum=0.0)
@@ -103,7 +106,7 @@ def decode(
         holds_keys = k_cache.numel() > 0
         prepared = _prepare(key, problem, q.device, holds_keys, block_m=block_m, num_splits=num_splits, plan=plan)
     run, shape, note = prepared
-    out, lse = results(q, out, shape, want_lse)
+    given, (out, lse) = out, results(q, out, shape, want_lse)
     call = DecodeCall(
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, sinks, alibi_slopes, out, lse,
         shape.scale if scale is None else scale, softcap, k_scale, v_scale, leftpad_k,
@@ -111,6 +114,8 @@ def decode(
     if checking:
         check_decode_values(call, max_seqlen_q, None if window is None else window[0])
     run(call)
+    if given is not None and torch.is_grad_enabled():
+        note_written(given)
     if note is not None:
         _repeat = note(args, call) or _repeat
     return out, lse

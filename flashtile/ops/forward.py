@@ -19,6 +19,7 @@ from flashtile.kernels.call import Dropout, ForwardCall, ForwardRunner
 from flashtile.ops.autocast import cast_by_autocast, taken_as_they_come
 from flashtile.ops.backward import backward, traced_backward
 from flashtile.ops.gradients import gradients, keep
+from flashtile.ops.modes import note_written
 from flashtile.ops.prepared import (
     PREPARING,
     Result,
@@ -87,6 +88,8 @@ def forward(
     if _repeat is not None and drops_none and not checking and taken_as_they_come(q, k, v, sinks, alibi_slopes, out):
         repeated = _repeat(*args)
         if repeated is not None:
+            if out is not None and torch.is_grad_enabled():
+                note_written(out)
             return repeated
     if softcap.__class__ is not float or not 0.0 <= softcap < math.inf:
         softcap = as_float("softcap", softcap, minimum=0.0)
@@ -127,7 +130,7 @@ def forward(
         check_choice(plan, ForwardPlan, block_m=block_m)
         prepared = _prepare(key, problem, q.device, holds_keys=k.numel() > 0, block_m=block_m, plan=plan)
     run, shape, note = prepared
-    out, lse = results(q, out, shape, want_lse)
+    given, (out, lse) = out, results(q, out, shape, want_lse)
     call = ForwardCall(
         q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, page_table, q.shape[1] if max_seqlen_q is None else max_seqlen_q,
         sinks, alibi_slopes, out, lse, shape.scale if scale is None else scale, softcap,
@@ -136,6 +139,8 @@ def forward(
     if checking:
         check_forward_values(call, None if window is None else window[0])
     run(call)
+    if given is not None and torch.is_grad_enabled():
+        note_written(given)
     if note is not None and drops_none:
         _repeat = note(args, call) or _repeat
     return out, lse

@@ -10,6 +10,7 @@ import torch
 from flashtile.arguments.rotary import check_rotary
 from flashtile.arguments.tensors import check_writable
 from flashtile.errors import UnsupportedError
+from flashtile.ops.modes import note_written
 from flashtile.ops.tracing import is_traced
 
 
@@ -55,7 +56,12 @@ def _rotated(x: torch.Tensor, cos: torch.Tensor, *args: Any, conjugate: bool, in
     module = importlib.import_module("flashtile.kernels.cpu_rotary" if x.device.type == "cpu" else "flashtile.kernels.rotary")
     with torch.no_grad():
         module.rotate(readable, out, cos, *args, conjugate)
-        return x.copy_(out) if in_place and readable is not x else out
+        if not in_place:
+            return out
+        if readable is not x:
+            return x.copy_(out)
+        note_written(x)
+        return x
 
 
 class Rotary(torch.autograd.Function):

@@ -96,6 +96,7 @@ def test_a_given_out_is_written_and_returned(gpu: FakeGpu) -> None:
         result, lse = gpu.decode(out=out, num_splits=1, **call)
         assert result is out
         assert lse is None
+        assert out._version == 1, "autograd is told"
     (told,) = gpu.driver.launched
     assert struct.pack("<Q", out.data_ptr()) in told.params
 

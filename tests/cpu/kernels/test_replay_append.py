@@ -28,9 +28,11 @@ pytestmark = pytest.mark.skipif(launch.c_compiler() is None, reason="the module 
 def test_a_repeated_append_launches_what_the_longer_way_launches(case: AppendCase, gpu: FakeGpu) -> None:
     gpu.settle(gpu.append, **case.arguments())
     second = case.arguments(seed=1)
+    versions = [second[name]._version for name in ("k_cache", "v_cache")]
     seqlens, q = gpu.append(**second)
     (told,) = gpu.driver.launched
     assert not gpu.longer
+    assert [second[name]._version - version for name, version in zip(("k_cache", "v_cache"), versions)] == [1, 1], "autograd is told"
     gpu.table.clear()
     longer_seqlens, longer_q = gpu.append(**second)
     ((kernel, grid_x, grid_y, block),) = gpu.longer
