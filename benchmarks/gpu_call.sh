@@ -80,6 +80,7 @@ sweep() { # arguments of benchmarks.sweep; resumed where the device was lost
 
 case $what in
 check)
+  export OMP_NUM_THREADS=1
   [ $# -gt 0 ] || set -- tests/gpu
   timeout -k 10 $((seconds * 65 / 100)) "$python" -m pytest "$@" -q -n 15 --durations 8 -p no:cacheprovider -o addopts= \
     --import-mode=importlib --junitxml "$out/tests_gpu.xml" 2>&1 | tee "$out/tests_gpu.txt" | tail -n 60
@@ -106,6 +107,7 @@ forward | backward)
 unpack) unpacked "$@" ;;
 search) measure 100 --grid search --no-peers --compilers 12 ;;
 sanitize)
+  export OMP_NUM_THREADS=1 # so many processes compute references
   # the tools watch kernels that the unwatched run has compiled into Triton's cache; without torch's caching allocator, for
   # inside its large blocks nothing is out of bounds
   [ -f "$out/trials.json" ] || "$python" -m benchmarks.sanitize prepare --out "$out" --operation "${OPERATION:-}" --budget $((seconds / 2))
