@@ -19,8 +19,6 @@ from flashtile.study.points import CACHES, STAGES, Task
 from flashtile.study.run import Study, opened, run
 from flashtile.testing.record import Record
 
-SHOWN = 40  # problems in the table
-
 
 def study(
     out: Annotated[Path, typer.Option("--out", help="The study's file; one that is there is gone on with.")] = Path("flashtile-study.json"),

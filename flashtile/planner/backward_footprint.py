@@ -21,8 +21,8 @@ from flashtile.planner.resources import (
     Footprint,
     features_of,
     fma_operands,
-    instruction_for,
     instruction_in_words,
+    instruction_of,
     programs_that_fit,
     registers_limit,
 )
@@ -46,10 +46,7 @@ FMA_BYTES = 4  # of an FMA dot's operand, whatever it was in memory
 
 def pass_mma(problem: Problem, tile: PassTile, device: Device) -> Mma | None:
     """The matrix instruction of a pass's products; None where they run as FMA."""
-    if not device.is_gpu:
-        return None
-    float32 = problem.dtype_k == "float32"
-    return instruction_for(device.architecture, float32, problem.allow_tf32, tile.owned, tile.step, tile.num_warps)
+    return instruction_of(problem, tile.owned, tile.step, tile.num_warps, device)
 
 
 def pass_mma_name(problem: Problem, tile: PassTile, device: Device) -> str:

@@ -74,30 +74,21 @@ def pass_tiles(plan: BackwardPlan) -> tuple[PassTile, ...]:
 
 def plan_of_passes(keys: PassTile, queries: PassTile | None, num_programs: int = 0, source: Source = "rule") -> BackwardPlan:
     """The plan whose ``pass_tiles`` these are."""
-    if queries is None:
-        return BackwardPlan(
-            kernel=keys.kernel,
-            block_m=keys.step,
-            block_n=keys.owned,
-            num_warps=keys.num_warps,
-            num_stages=keys.num_stages,
-            num_programs=num_programs,
-            one_pass=True,
-            source=source,
-        )
-    return BackwardPlan(
+    plan = BackwardPlan(
         kernel=keys.kernel,
         block_m=keys.step,
         block_n=keys.owned,
         num_warps=keys.num_warps,
         num_stages=keys.num_stages,
-        dq_block_m=queries.owned,
-        dq_block_n=queries.step,
-        dq_num_warps=queries.num_warps,
-        dq_num_stages=queries.num_stages,
         num_programs=num_programs,
+        one_pass=queries is None,
         source=source,
     )
+    if queries is None:
+        return plan
+    return plan.with_(
+        dq_block_m=queries.owned, dq_block_n=queries.step, dq_num_warps=queries.num_warps, dq_num_stages=queries.num_stages
+    )  # fmt: skip
 
 
 # Hopper's kernel: rows a step and ring stages of both passes.

@@ -17,8 +17,8 @@ from flashtile.planner.resources import (
     Footprint,
     features_of,
     fma_operands,
-    instruction_for,
     instruction_in_words,
+    instruction_of,
     programs_that_fit,
     registers_limit,
 )
@@ -82,10 +82,7 @@ def parts_of(dim: int) -> tuple[int, int]:
 
 def forward_mma(problem: Problem, tile: ForwardTileShape, device: Device) -> Mma | None:
     """The matrix instruction of a tile's products; None where they run as FMA."""
-    if not device.is_gpu:
-        return None
-    float32 = problem.dtype_k == "float32"
-    return instruction_for(device.architecture, float32, problem.allow_tf32, tile.block_m, tile.block_n, tile.num_warps)
+    return instruction_of(problem, tile.block_m, tile.block_n, tile.num_warps, device)
 
 
 def forward_mma_name(problem: Problem, tile: ForwardTileShape, device: Device) -> str:

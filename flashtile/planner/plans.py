@@ -4,16 +4,42 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, TypeVar
 
 from flashtile.errors import ArgumentError, message
 
 BLOCK_MS = (1, 8, 16, 32, 64, 128)
 Source = Literal["rule", "tuned", "explicit"]
+PlanOf = TypeVar("PlanOf", bound="_Stored")
 
 
 @dataclass(frozen=True)
-class DecodePlan:
+class _Stored:
+    """What plans of all operations share: changed copies, and the way to JSON and back."""
+
+    operation: ClassVar[str]
+
+    def with_(self: PlanOf, **changes: Any) -> PlanOf:
+        return replace(self, **changes)
+
+    def to_json(self) -> str:
+        return json.dumps({"operation": self.operation, **asdict(self)}, sort_keys=True)
+
+    @classmethod
+    def from_json(cls: type[PlanOf], text: str) -> PlanOf:
+        """The plan in a JSON text; ArgumentError where it is another operation's, or has fields unknown here."""
+        data: dict[str, Any] = json.loads(text)
+        came = data.pop("operation", cls.operation)
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(data) - known)
+        if came != cls.operation or unknown:
+            expected = f"a {cls.operation} plan with fields {sorted(known)}"
+            raise ArgumentError(message("plan", expected, came if came != cls.operation else unknown, f"Use {cls.__name__}.to_json()."))
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class DecodePlan(_Stored):
     """How one decode call runs.
 
     ``block_m`` is the query tile (FlashAttention's kBlockM): rows of (query position, head of a group) that one
@@ -26,6 +52,7 @@ class DecodePlan:
     et al. 2023). ``num_splits`` then only says what a unit gets where all lengths are alike.
     """
 
+    operation: ClassVar[str] = "decode"
     kernel: str
     block_m: int
     block_n: int = 64
@@ -41,19 +68,9 @@ class DecodePlan:
     dependent_launch: bool = False
     source: Source = "rule"
 
-    def with_(self, **changes: Any) -> DecodePlan:
-        return replace(self, **changes)
-
-    def to_json(self) -> str:
-        return _to_json("decode", self)
-
-    @classmethod
-    def from_json(cls, text: str) -> DecodePlan:
-        return cls(**_fields_of("decode", cls, text))
-
 
 @dataclass(frozen=True)
-class ForwardPlan:
+class ForwardPlan(_Stored):
     """How one forward call (prefill, or the forward half of training) runs.
 
     A program holds ``block_m`` query rows of one sequence and query head and walks their keys, ``block_n`` at a time, through a
@@ -63,6 +80,7 @@ class ForwardPlan:
     the new one); the result is exact either way. ``q_in_registers`` keeps q as an operand in registers.
     """
 
+    operation: ClassVar[str] = "forward"
     kernel: str
     block_m: int = 128
     block_n: int = 64
@@ -73,19 +91,9 @@ class ForwardPlan:
     q_in_registers: bool = False
     source: Source = "rule"
 
-    def with_(self, **changes: Any) -> ForwardPlan:
-        return replace(self, **changes)
-
-    def to_json(self) -> str:
-        return _to_json("forward", self)
-
-    @classmethod
-    def from_json(cls, text: str) -> ForwardPlan:
-        return cls(**_fields_of("forward", cls, text))
-
 
 @dataclass(frozen=True)
-class BackwardPlan:
+class BackwardPlan(_Stored):
     """How one backward call runs: in two passes over the scores, without atomics, so that its results never vary, or in one.
 
     In the first, a program owns ``block_n`` keys of a sequence and key head, walks the queries that see them ``block_m`` at a
@@ -96,6 +104,7 @@ class BackwardPlan:
     dQ in memory, in float32 and in no fixed order.
     """
 
+    operation: ClassVar[str] = "backward"
     kernel: str
     block_m: int = 64
     block_n: int = 128
@@ -109,31 +118,5 @@ class BackwardPlan:
     one_pass: bool = False
     source: Source = "rule"
 
-    def with_(self, **changes: Any) -> BackwardPlan:
-        return replace(self, **changes)
-
-    def to_json(self) -> str:
-        return _to_json("backward", self)
-
-    @classmethod
-    def from_json(cls, text: str) -> BackwardPlan:
-        return cls(**_fields_of("backward", cls, text))
-
 
 Plan = DecodePlan | ForwardPlan | BackwardPlan
-
-
-def _to_json(operation: str, plan: Plan) -> str:
-    return json.dumps({"operation": operation, **asdict(plan)}, sort_keys=True)
-
-
-def _fields_of(operation: str, plan: type[Plan], text: str) -> dict[str, Any]:
-    """The fields in a plan's JSON text; ArgumentError where it is another operation's, or has fields unknown here."""
-    data: dict[str, Any] = json.loads(text)
-    came = data.pop("operation", operation)
-    known = {field.name for field in fields(plan)}
-    unknown = sorted(set(data) - known)
-    if came != operation or unknown:
-        expected = f"a {operation} plan with fields {sorted(known)}"
-        raise ArgumentError(message("plan", expected, came if came != operation else unknown, f"Use {plan.__name__}.to_json()."))
-    return data

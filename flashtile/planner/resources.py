@@ -52,6 +52,13 @@ def instruction_for(arch: Architecture, float32: bool, allow_tf32: bool, m: int,
     return None
 
 
+def instruction_of(problem: Problem, rows: int, columns: int, num_warps: int, device: Device) -> Mma | None:
+    """That of the products with the problem's keys; None on a CPU too."""
+    if not device.is_gpu:
+        return None
+    return instruction_for(device.architecture, problem.dtype_k == "float32", problem.allow_tf32, rows, columns, num_warps)
+
+
 def instruction_in_words(mma: Mma | None, columns: int, device: Device) -> str:
     """The instruction as people write it ("wgmma m64n64k16"): its N side is as wide as the ``columns`` of the scores, where it can be."""
     if not device.is_gpu:
@@ -65,7 +72,7 @@ def product_rate(problem: Problem, device: Device) -> float:
     """FLOP a second that the products may reach: those of the vector units where no instruction takes the dtype (float32 without TF32)."""
     if not device.is_gpu:
         return device.matrix_rate
-    mma = instruction_for(device.architecture, problem.dtype_k == "float32", problem.allow_tf32, TALL_TILE, TALL_TILE, ITS_WARPS)
+    mma = instruction_of(problem, TALL_TILE, TALL_TILE, ITS_WARPS, device)
     return device.vector_rate if mma is None else device.matrix_rate * mma.rate
 
 
