@@ -5,7 +5,7 @@ Each raises the error that names the argument, what was expected, what came and 
 
 from __future__ import annotations
 
-from flashtile.arguments.gradients import check_differentiable, check_no_out, needs_gradient
+from flashtile.arguments.gradients import check_differentiable, check_no_out, check_no_tangent, needs_gradient
 from flashtile.arguments.keys import check_cache, check_heads, check_hint, check_keys, check_leftpad, check_lengths
 from flashtile.arguments.quantised import check_cache_dtype, check_kv_scales
 from flashtile.arguments.queries import check_queries, check_varlen
@@ -25,6 +25,7 @@ __all__ = [
     "check_leftpad",
     "check_lengths",
     "check_no_out",
+    "check_no_tangent",
     "check_number",
     "check_out",
     "check_out_dtype",

@@ -48,3 +48,13 @@ def check_no_out(out: object) -> None:
                 f"Autograd does not follow what is written to a given tensor: leave it out to have it allocated. {_INSTEAD}",
             )
         )
+
+
+def check_no_tangent(*tensors: object) -> None:
+    """Raises UnsupportedError for a dual tensor of forward-mode differentiation, whose tangent no kernel would see."""
+    import torch
+    from torch.autograd import forward_ad
+
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise UnsupportedError("There is no forward mode AD of these calls: expected tensors without a tangent. Use reverse mode.")

@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
-from flashtile.arguments import check_bool, check_differentiable, check_dropout, needs_gradient
+from flashtile.arguments import check_bool, check_differentiable, check_dropout, check_no_tangent, needs_gradient
 from flashtile.checking import CHECKING, check_forward_values, check_longest_keys
 from flashtile.dropout import draw_seed
 from flashtile.facts import Key, forward_key, rounded_hint
@@ -78,6 +79,8 @@ def forward(
 ) -> Result:
     """One forward call on the tensors' own device; the lse is None unless wanted. A ``seed`` is drawn where dropout has none."""
     global _repeat
+    if forward_ad._current_level >= 0:
+        check_no_tangent(q, k, v, sinks, alibi_slopes)
     hint = max_seqlen_k if max_seqlen_k is None else rounded_hint(max_seqlen_k, k, page_table, 0 if page_table is None else 1)
     args = (
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, hint, page_table, seqused_k, causal, window, softcap, scale,

@@ -6,7 +6,9 @@ import importlib
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
+from flashtile.arguments.gradients import check_no_tangent
 from flashtile.arguments.rotary import check_rotary
 from flashtile.arguments.tensors import check_writable
 from flashtile.errors import UnsupportedError
@@ -42,6 +44,8 @@ def rotary(
     if is_traced(x, cos, sin):
         turned: torch.Tensor = torch.ops.flashtile.rotary(x, *args, False)
         return x.copy_(turned) if in_place else turned
+    if forward_ad._current_level >= 0:
+        check_no_tangent(x, cos, sin)
     if torch.is_grad_enabled() and x.requires_grad:
         return Rotary.apply(x, *args, in_place)  # type: ignore[no-any-return, no-untyped-call]
     return _rotated(x, *args, conjugate=False, in_place=in_place)

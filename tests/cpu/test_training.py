@@ -11,6 +11,7 @@ import torch
 
 import flashtile
 from flashtile.errors import UnsupportedError
+from flashtile.flash_attn.layers.rotary import apply_rotary_emb
 from flashtile.testing.forward_cases import ForwardCase
 from flashtile.testing.forward_inputs import make_forward_inputs
 
@@ -72,6 +73,19 @@ def test_transforms_of_torch_func_and_forward_mode_are_refused() -> None:
         torch.func.grad(lambda q: run(q).sum())(q.detach())
     with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode AD"):
         run(torch.autograd.forward_ad.make_dual(q, torch.ones_like(q)))
+
+
+@pytest.mark.parametrize("name", ["q", "v", "sinks", "x"])
+def test_a_tangent_is_refused_though_nothing_requires_a_gradient(name: str) -> None:
+    """As kernels would drop it in silence."""
+    q, k, v = (leaf.detach() for leaf in leaves_of(3, 5))
+    given = {"q": q, "k": k, "v": v, "sinks": torch.zeros(q.shape[2]), "x": q}
+    with torch.autograd.forward_ad.dual_level():
+        given[name] = torch.autograd.forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+        x = given.pop("x")
+        with pytest.raises(UnsupportedError, match="forward mode AD of these calls"):
+            apply_rotary_emb(x, torch.ones(3, 2), torch.ones(3, 2)) if name == "x" else flashtile.attention(**given)
+    assert flashtile.attention(q, k, v).shape == q.shape
 
 
 # Autocast
