@@ -56,5 +56,5 @@ def check_no_tangent(*tensors: object) -> None:
     from torch.autograd import forward_ad
 
     for tensor in tensors:
-        if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:
+        if isinstance(tensor, torch.Tensor) and forward_ad.unpack_dual(tensor).tangent is not None:  # type: ignore[no-untyped-call]
             raise UnsupportedError("There is no forward mode AD of these calls: expected tensors without a tangent. Use reverse mode.")
