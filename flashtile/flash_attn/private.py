@@ -217,7 +217,7 @@ def _lengths(packed: Packed | None) -> tuple[torch.Tensor | None, torch.Tensor |
 
 def _writable(grad: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
     """What a kernel writes x's gradient to: the tensor that was given, if it can."""
-    return torch.empty_like(x) if grad is None or grad.stride(-1) != 1 else grad
+    return ops.backward.gradient_like(x) if grad is None or grad.stride(-1) != 1 else grad
 
 
 def _check_like(name: str, tensor: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:

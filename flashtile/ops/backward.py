@@ -51,7 +51,7 @@ def backward(
     """
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    dq, dk, dv = into or (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v))
+    dq, dk, dv = into or (gradient_like(q), gradient_like(k), gradient_like(v))
     dsinks = torch.empty_like(sinks) if sinks is not None and want_dsinks else None
     # dlse is promised like lse, contiguous: of one number a row, a copy costs little.
     call = BackwardCall(
@@ -78,6 +78,12 @@ def backward(
         run = _prepare(key, problem, q.device, holds_keys=k.numel() > 0)
     run(call)
     return dq, dk, dv, dsinks
+
+
+def gradient_like(x: torch.Tensor) -> torch.Tensor:
+    """A tensor for x's gradient, laid out like x; contiguous where x's elements overlap, so that torch might order dimensions otherwise."""
+    gradient = torch.empty_like(x)
+    return gradient if gradient.stride(-1) == 1 else torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _readable(dout: torch.Tensor) -> torch.Tensor:
@@ -181,7 +187,7 @@ def _(
     seed: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dsinks = torch.empty_like(sinks) if sinks is not None and want_dsinks else lse.new_empty(0)
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks
+    return gradient_like(q), gradient_like(k), gradient_like(v), dsinks
 
 
 def traced_backward(*args: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

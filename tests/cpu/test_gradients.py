@@ -162,6 +162,18 @@ def test_tensors_that_share_memory_sum_their_gradients(name: str) -> None:
     torch.testing.assert_close(found, torch.stack(torch.autograd.grad(flashtile.attention(*apart_qkv), apart_qkv, dout), dim=2))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_heads_that_overlap_in_memory_are_trained_like_others(compiled: bool) -> None:
+    """Windows of a line: torch would lay their gradients out with the heads last."""
+    line = torch.randn(80, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    q = torch.randn(2, 3, 2, 16, generator=torch.Generator().manual_seed(2))
+    windows = line.as_strided((2, 3, 2, 16), (16, 16, 1, 1))
+    attend = torch.compile(flashtile.attention, backend="aot_eager") if compiled else flashtile.attention
+    results = [attend(q, k, k, causal=True) for k in (windows, windows.contiguous())]
+    (got,), (expected,) = (torch.autograd.grad(result.square().sum(), line) for result in results)
+    torch.testing.assert_close(got, expected)
+
+
 def test_the_gradient_of_a_sum() -> None:
     inputs = plain()
     args, leaves = with_leaves(inputs.args)
