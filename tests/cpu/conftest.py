@@ -22,6 +22,14 @@ torch.set_num_threads(max(1, (os.cpu_count() or 1) // _workers))
 
 
 @pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    """torch.compile knows nothing of what other tests had it compile."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """One thread for torch: problems so small take longer on several."""
     before = torch.get_num_threads()

@@ -20,6 +20,7 @@ from flashtile.rounding import length_bucket, query_bucket
 from flashtile.testing.cases import SMALL_CASES, Case
 from flashtile.testing.inputs import make_inputs
 from flashtile.testing.tolerance import assert_close
+from tests.cpu.bound_plans import bound_plans
 
 INF = float("inf")
 CHOSEN = {
@@ -142,17 +143,7 @@ def test_no_gradient_flows(changes: dict[str, Any]) -> None:
 
 def test_an_explicit_plan_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None:
     args = small()
-    bound: list[DecodePlan] = []
-    module = ops.kernel_module(flashtile.warmup([Problem.decode(**args)], device="cpu")[0])
-
-    class Spy:
-        @staticmethod
-        def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> Any:
-            bound.append(plan)
-            return module.bind(problem, plan, device)
-
-    monkeypatch.setattr(ops, "kernel_module", lambda plan: Spy)
-    monkeypatch.setattr(ops, "_PREPARED", {})
+    bound = bound_plans(ops, monkeypatch)
     expected = flashtile.decode(**args)
     wanted = bound[0].with_(block_m=64)
     torch.testing.assert_close(flashtile.decode(**args, plan=wanted), expected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,17 +11,13 @@ import torch
 import flashtile
 from flashtile.errors import ArgumentError, ShapeError, UnsupportedError
 from flashtile.ops import forward as ops
-from flashtile.planner.plans import ForwardPlan
 from flashtile.problem import Problem
 from flashtile.testing.forward_cases import ForwardCase
 from flashtile.testing.forward_inputs import make_forward_inputs
+from tests.cpu.bound_plans import bound_plans
+from tests.cpu.compiling import compiled
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def plain(**changes: Any) -> dict[str, Any]:
@@ -35,10 +31,6 @@ def varlen(**changes: Any) -> dict[str, Any]:
 def run(args: dict[str, Any], **others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     function = flashtile.attention_varlen_with_lse if "cu_seqlens_q" in args else flashtile.attention_with_lse
     return function(**args, **others)
-
-
-def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
 
 
 @pytest.mark.parametrize(
@@ -78,17 +70,7 @@ def test_out_is_written() -> None:
 def test_the_plan_crosses_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     args = plain()
     [plan] = flashtile.warmup([Problem.forward(**args)], device="cpu")
-    bound: list[ForwardPlan] = []
-    module = ops.kernel_module(plan)
-
-    class Spy:
-        @staticmethod
-        def bind(problem: Problem, plan: ForwardPlan, device: torch.device) -> Any:
-            bound.append(plan)
-            return module.bind(problem, plan, device)
-
-    monkeypatch.setattr(ops, "kernel_module", lambda plan: Spy)
-    monkeypatch.setattr(ops, "_PREPARED", {})
+    bound = bound_plans(ops, monkeypatch)
     step = compiled(lambda args, plan: flashtile.attention(**args, plan=plan))
     for block_m in (32, 64):
         step(args, plan.with_(block_m=block_m))

@@ -38,6 +38,7 @@ from flashtile import UnsupportedError, reference
 from flashtile.planner.device import Device
 from flashtile.problem import Problem
 from flashtile.testing.head_gradients import head_gradients
+from tests.cpu.dry_runs import dry_run
 
 CPU = torch.device("cpu")
 H200 = Device.named("h200")
@@ -321,18 +322,9 @@ def replace_plan(entry: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return entry | {"plan": entry["plan"] | changes}
 
 
-def invoke(tmp_path: Path, *flags: str) -> dict[str, Any]:
-    app = typer.Typer()
-    app.command()(script.main)
-    usual = ["--device", "cpu", "--dry-run", "--rounds", "1", "--out", str(tmp_path)]
-    outcome = CliRunner().invoke(app, [*usual, *flags])
-    assert outcome.exit_code == 0, outcome.output
-    return {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-
-
 def test_a_dry_run_measures_and_a_resumed_one_goes_on(tmp_path: Path) -> None:
     flags = ("--grid", "varlen,host", "--only", "6")
-    files = invoke(tmp_path, *flags)
+    files = dry_run(script.main, tmp_path, *flags)
     (uneven,) = files["backward_varlen"]["entries"]
     assert uneven["results"]["flashtile"]["error"] < 7.5e-3
     assert uneven["results"]["beside"]["gpu_us"] > 0
@@ -342,7 +334,7 @@ def test_a_dry_run_measures_and_a_resumed_one_goes_on(tmp_path: Path) -> None:
     assert files["backward_host"]["protocol"].startswith("DRY RUN")
     path = tmp_path / "backward_host.json"
     path.write_text(json.dumps(files["backward_host"] | {"entries": [], "running": step["name"], "step": "sdpa"}))
-    again = invoke(tmp_path, *flags, "--resume")["backward_host"]
+    again = dry_run(script.main, tmp_path, *flags, "--resume")["backward_host"]
     assert again["entries"][0]["results"].keys() == {"flashtile"}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,25 +11,17 @@ import torch
 import flashtile
 from flashtile.errors import ShapeError
 from flashtile.ops import decode as ops
-from flashtile.planner.plans import DecodePlan
 from flashtile.problem import Problem
 from flashtile.testing.cases import Case
 from flashtile.testing.inputs import make_inputs
+from tests.cpu.bound_plans import bound_plans
+from tests.cpu.compiling import compiled
 
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def call(**changes: Any) -> dict[str, Any]:
     return make_inputs(Case("compiled", (9, 30), capacity=40, dtype="float32", **changes)).args
-
-
-def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
 
 
 @pytest.mark.parametrize(
@@ -69,17 +61,7 @@ def test_out_and_out_dtype() -> None:
 def test_the_plan_crosses_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     args = call()
     [plan] = flashtile.warmup([Problem.decode(**args)], device="cpu")
-    bound: list[DecodePlan] = []
-    module = ops.kernel_module(plan)
-
-    class Spy:
-        @staticmethod
-        def bind(problem: Problem, plan: DecodePlan, device: torch.device) -> Any:
-            bound.append(plan)
-            return module.bind(problem, plan, device)
-
-    monkeypatch.setattr(ops, "kernel_module", lambda plan: Spy)
-    monkeypatch.setattr(ops, "_PREPARED", {})
+    bound = bound_plans(ops, monkeypatch)
     step = compiled(lambda args, plan: flashtile.decode(**args, plan=plan))
     for block_m in (32, 64):
         step(args, plan.with_(block_m=block_m))

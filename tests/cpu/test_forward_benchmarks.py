@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import typer
-from typer.testing import CliRunner
 
 from benchmarks import forward as script
 from benchmarks import forward_grids, forward_measure, forward_peers, forward_targets, report, runner, speed_tables, timed_trials, timing
@@ -27,6 +26,7 @@ from flashtile.band import Band
 from flashtile.planner.choose import plan_forward
 from flashtile.planner.device import Device
 from flashtile.problem import Problem
+from tests.cpu.dry_runs import dry_run
 
 CPU = torch.device("cpu")
 H200 = Device.named("h200")
@@ -261,18 +261,9 @@ def test_on_a_gpu_what_a_graph_cannot_hold_is_issued_call_by_call(monkeypatch: p
     assert "wrong" in trials.results["off"]
 
 
-def invoke(tmp_path: Path, *flags: str) -> dict[str, Any]:
-    app = typer.Typer()
-    app.command()(script.main)
-    usual = ["--device", "cpu", "--dry-run", "--rounds", "1", "--out", str(tmp_path)]
-    outcome = CliRunner().invoke(app, [*usual, *flags])
-    assert outcome.exit_code == 0, outcome.output
-    return {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
-
-
 def test_a_dry_run_measures_and_a_resumed_one_goes_on(tmp_path: Path) -> None:
     flags = ("--grid", "chunked,host", "--only", "1")
-    files = invoke(tmp_path, *flags)
+    files = dry_run(script.main, tmp_path, *flags)
     (chunk,) = files["forward_chunked"]["entries"]
     assert chunk["results"]["flashtile"]["gpu_us"] > 0
     assert chunk["results"]["beside"]["error"] < 5e-3
@@ -282,13 +273,13 @@ def test_a_dry_run_measures_and_a_resumed_one_goes_on(tmp_path: Path) -> None:
     # a process that died in our own call leaves a failure; one that died in a peer's is measured again without it
     path = tmp_path / "forward_host.json"
     path.write_text(json.dumps(files["forward_host"] | {"entries": [], "running": "128 causal 1x256", "step": "flashtile"}))
-    resumed = invoke(tmp_path, *flags, "--resume")["forward_host"]["entries"]
+    resumed = dry_run(script.main, tmp_path, *flags, "--resume")["forward_host"]["entries"]
     assert resumed[0]["failed"] == "the process died or was stopped here (flashtile)"
     path.write_text(json.dumps(files["forward_host"] | {"entries": [], "running": "128 causal 1x256", "step": "sdpa"}))
-    again = invoke(tmp_path, *flags, "--resume")["forward_host"]
+    again = dry_run(script.main, tmp_path, *flags, "--resume")["forward_host"]
     assert again["entries"][0]["results"].keys() == {"flashtile"}
     assert again["peers_missing"] == {"sdpa": f"{runner.DIED} at 128 causal 1x256"}
-    assert invoke(tmp_path, *flags, "--resume")["forward_host"]["peers_missing"] == again["peers_missing"]
+    assert dry_run(script.main, tmp_path, *flags, "--resume")["forward_host"]["peers_missing"] == again["peers_missing"]
 
 
 def test_a_device_lost_in_a_peers_call_is_the_peers_loss(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from flashtile.planner.plans import BackwardPlan
 from flashtile.problem import Problem
 from flashtile.testing.forward_cases import ForwardCase
 from flashtile.testing.forward_inputs import make_forward_inputs
+from tests.cpu.compiling import compiled
 
 NAMES = ("q", "k", "v", "sinks")
 ARGUMENTS = (
@@ -26,11 +27,7 @@ ARGUMENTS = (
 )  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def plain(**changes: Any) -> dict[str, Any]:
@@ -53,10 +50,6 @@ def loss(args: dict[str, Any]) -> torch.Tensor:
 def leaves_of(args: dict[str, Any]) -> tuple[dict[str, Any], list[torch.Tensor]]:
     leaves = {name: args[name].detach().requires_grad_() for name in NAMES if args[name] is not None}
     return args | leaves, list(leaves.values())
-
-
-def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -207,14 +207,7 @@ def test_a_cascade_of_parts_trains_like_the_whole() -> None:
 # Under compilers
 
 
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("packed", [False, True])
 def test_compiled_is_eager(packed: bool) -> None:
     outs, lses = parts_of(packed)
@@ -227,7 +220,7 @@ def test_compiled_is_eager(packed: bool) -> None:
         torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.usefixtures("fresh")
+@pytest.mark.usefixtures("fresh_compiler")
 def test_attention_over_parts_is_compiled_and_exported_as_one_graph() -> None:
     class Halves(torch.nn.Module):
         def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from benchmarks import decode as runner
 from benchmarks import grids, kvcache_targets, report, targets
 from benchmarks.measure import other_kernels
 from flashtile.planner.device import Device
+from tests.cpu.dry_runs import dry_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -243,34 +243,14 @@ def test_the_document_shows_the_results_in_the_tree() -> None:
 
 
 def test_a_dry_run_measures_reports_and_resumes(tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(runner.main)
-    flags = [
-        "--grid",
-        "paged",
-        "--device",
-        "cpu",
-        "--dry-run",
-        "--rounds",
-        "1",
-        "--only",
-        "32x4096 32/8 page 16",
-        "--out",
-        str(tmp_path),
-        "--no-peers",
-    ]
-    outcome = CliRunner().invoke(app, flags)
-    assert outcome.exit_code == 0, outcome.output
-    path = tmp_path / "decode_paged.json"
-    written = json.loads(path.read_text())
+    flags = ("--grid", "paged", "--only", "32x4096 32/8 page 16", "--no-peers")
+    written = dry_run(runner.main, tmp_path, *flags)["decode_paged"]
     (entry,) = written["entries"]
     assert entry["results"]["flashtile"]["gpu_us"] > 0
     assert entry["results"]["beside"]["error"] < 5e-3
     assert written["protocol"].startswith("DRY RUN")
     assert "of the contiguous cache's speed" in report.tables({"paged": written})["paged"]
     # a process that died leaves the entry that ran; a resumed one records it and measures the rest
-    path.write_text(json.dumps(written | {"entries": [], "running": entry["name"]}))
-    outcome = CliRunner().invoke(app, [*flags, "--resume"])
-    assert outcome.exit_code == 0, outcome.output
-    (entry,) = json.loads(path.read_text())["entries"]
+    (tmp_path / "decode_paged.json").write_text(json.dumps(written | {"entries": [], "running": entry["name"]}))
+    (entry,) = dry_run(runner.main, tmp_path, *flags, "--resume")["decode_paged"]["entries"]
     assert entry["failed"] == "the process died or was stopped here"

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-import typer
-from typer.testing import CliRunner
 
 from benchmarks import axes, grids, sweep
 from benchmarks.measure import planned
 from benchmarks.sets import InputSets
 from flashtile import DecodePlan, Device
 from flashtile.planner.choose import plan_decode
+from tests.cpu.dry_runs import dry_run
 
 H200 = Device.named("h200")
 
@@ -81,19 +80,14 @@ def test_an_unknown_problem_is_refused() -> None:
 
 
 def test_a_dry_run_times_what_runs_and_names_what_does_not(tmp_path: Path) -> None:
-    app = typer.Typer()
-    app.command()(sweep.main)
     specs = tmp_path / "specs.json"
     specs.write_text(
         json.dumps(["kernel=cpu.decode block_m=8,16 num_splits=1", {"kernel": "triton.decode", "block_m": 16, "num_splits": 1}])
     )
-    flags = ["--problems", "1x512 32/8", "--plans", str(specs), "--device", "cpu", "--dry-run", "--rounds", "1", "--out", str(tmp_path)]
-    outcome = CliRunner().invoke(app, flags)
-    assert outcome.exit_code == 0, outcome.output
-    (row,) = json.loads((tmp_path / "sweep.json").read_text())["entries"]
+    (row,) = dry_run(sweep.main, tmp_path, "--problems", "1x512 32/8", "--plans", str(specs))["sweep"]["entries"]
     assert sorted(timed["plan"]["block_m"] for timed in row["timed"]) == [8, 16]
     assert all(timed["us"] > 0 and timed["error"] < 5e-3 for timed in row["timed"])
     assert [timed["us"] for timed in row["timed"]] == sorted(timed["us"] for timed in row["timed"])
     (refusal,) = row["refused"]
     assert refusal["who"]["kernel"] == "triton.decode"
-    assert "2 plans timed, 1 refused, 0 of them WRONG" in outcome.output
+    assert "2 plans timed, 1 refused, 0 of them WRONG" in sweep.table(row, 9)[0]
