@@ -7,20 +7,16 @@ from typing import Any
 from benchmarks import backward_targets
 from benchmarks.backward_grids import EVERY_NAME
 from benchmarks.backward_targets import FIGURE_OF, RIVALS_OF
-from benchmarks.speed_tables import EVERYONE, LABELS, Columns, grid_table, host_times, mean_in_words, measured, speeds, targets_table
+from benchmarks.speed_tables import EVERYONE, LABELS, Columns, grid_table, host_times, mean_in_words, measured, speeds, tables_of
 from benchmarks.targets import Row, ratio
 
 BESIDE = {"gqa": "32/32 heads", "varlen": "the even batch"}
-TARGETS = "backward-targets"
-TABLES = (TARGETS, *(f"backward-{grid}" for grid in EVERY_NAME))
+TABLES = ("backward-targets", *(f"backward-{grid}" for grid in EVERY_NAME))
 
 
 def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Markdown of each table of training; ``results`` has the files by the tables' names."""
-    by_grid = {grid: results[f"backward-{grid}"] for grid in EVERY_NAME if f"backward-{grid}" in results}
-    made = {f"backward-{grid}": _table(grid, by_grid[grid]) if grid in by_grid else "Not measured yet.\n" for grid in EVERY_NAME}
-    rows = {grid: measured(data) for grid, data in by_grid.items()}
-    return {TARGETS: targets_table(backward_targets.goals(rows), by_grid), **made}
+    return tables_of("backward", EVERY_NAME, results, backward_targets.goals, _table)
 
 
 def _table(grid: str, data: dict[str, Any]) -> str:

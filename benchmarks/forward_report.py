@@ -6,20 +6,16 @@ from typing import Any
 
 from benchmarks import forward_targets
 from benchmarks.forward_grids import GRID_NAMES
-from benchmarks.speed_tables import EVERYONE, LABELS, Columns, grid_table, host_times, mean_in_words, measured, speeds, targets_table
+from benchmarks.speed_tables import EVERYONE, LABELS, Columns, grid_table, host_times, mean_in_words, measured, speeds, tables_of
 from benchmarks.targets import Row
 
 NAMES = LABELS | {"beside": "without pages"}
-TARGETS = "forward-targets"
-TABLES = (TARGETS, *(f"forward-{grid}" for grid in GRID_NAMES))
+TABLES = ("forward-targets", *(f"forward-{grid}" for grid in GRID_NAMES))
 
 
 def tables(results: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Markdown of each forward table; ``results`` has the files by the tables' names."""
-    by_grid = {grid: results[f"forward-{grid}"] for grid in GRID_NAMES if f"forward-{grid}" in results}
-    made = {f"forward-{grid}": _table(grid, by_grid[grid]) if grid in by_grid else "Not measured yet.\n" for grid in GRID_NAMES}
-    rows = {grid: measured(data) for grid, data in by_grid.items()}
-    return {TARGETS: targets_table(forward_targets.goals(rows), by_grid), **made}
+    return tables_of("forward", GRID_NAMES, results, forward_targets.goals, _table)
 
 
 def _table(grid: str, data: dict[str, Any]) -> str:

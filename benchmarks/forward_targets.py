@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from benchmarks.bars import Bar, of_head_dims
-from benchmarks.targets import Goal, Row, host_us, microseconds
+from benchmarks.targets import Goal, Row, host_us
 
 RIVALS = ("cudnn", "fa3", "fa4")
 CPU_PROBLEM = "1x1024"
@@ -44,9 +44,3 @@ def misses(grid: str, rows: list[Row]) -> list[str]:
     if grid == "host":
         return [f"{row['name']}: {us:.1f} us, target {HOST_US:.0f}" for row in rows if (us := host_us(row)) and us > HOST_US]
     return [miss for bar in BARS if bar.grid == grid for miss in bar.misses(rows)]
-
-
-def tflops(row: Row, name: str = "flashtile") -> float | None:
-    """Multiplications and additions over visible pairs a second, in 10^12."""
-    us = microseconds(row, name)
-    return row["flops"] / us * 1e-6 if us else None

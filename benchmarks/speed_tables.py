@@ -35,6 +35,20 @@ def line(row: Row) -> str:
     return ", ".join(words)
 
 
+def tables_of(
+    operation: str,
+    grids: Sequence[str],
+    results: dict[str, dict[str, Any]],
+    goals: Callable[[dict[str, list[Row]]], list[Goal]],
+    table_of: Callable[[str, dict[str, Any]], str],
+) -> dict[str, str]:
+    """Markdown of an operation's targets and of each of its grids; ``results`` has the files by the tables' names."""
+    files = {grid: results[f"{operation}-{grid}"] for grid in grids if f"{operation}-{grid}" in results}
+    targets = targets_table(goals({grid: measured(data) for grid, data in files.items()}), files)
+    made = {f"{operation}-{grid}": table_of(grid, files[grid]) if grid in files else "Not measured yet.\n" for grid in grids}
+    return {f"{operation}-targets": targets, **made}
+
+
 def targets_table(goals: list[Goal], files: dict[str, dict[str, Any]]) -> str:
     """Every target with what was reached, and the commit that the figure is from."""
     if all(goal.met is None for goal in goals):
