@@ -1,4 +1,4 @@
-"""Problems of forward and backward as hypothesis draws them."""
+"""Problems of forward and backward as hypothesis draws them, and a usual one of backward."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from flashtile.band import Band
 from flashtile.problem import DTYPE_BYTES, Problem
 
 bands = st.builds(Band, left=st.sampled_from([None, 0, 1, 5, 17, 64]), right=st.sampled_from([None, 0, 1, 9, 40]))
+
+
+def training(seqlen: int = 4096, batch: int = 4, **facts: Any) -> Problem:
+    usual = {"seqlen_k": seqlen, "num_heads_q": 16, "num_heads_kv": 16, "band": Band(None, 0), "lse": True}
+    return Problem("backward", batch, seqlen, **{**usual, **facts})
 
 
 def problems(operation: str, **more: st.SearchStrategy[Any]) -> st.SearchStrategy[Problem]:
