@@ -140,4 +140,5 @@ def _float32_noise_of_dk(case: Parity, tensors: Tensors) -> float:
     heads_q, heads_k = case.heads
     rows = heads_q // heads_k * (case.lengths_q if isinstance(case.lengths_q, int) else max(case.lengths_q, default=0))
     dim_v = tensors["v"].shape[-1]
-    return 6 * torch.finfo(torch.float32).eps * case.head_dim**-0.5 * q * dout * v * (rows * dim_v) ** 0.5
+    noise: float = 6 * torch.finfo(torch.float32).eps * case.head_dim**-0.5 * q * dout * v * (rows * dim_v) ** 0.5
+    return noise
