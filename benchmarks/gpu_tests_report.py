@@ -34,7 +34,7 @@ FEATURES = (
     Feature("backward, training", ("backward", "gradients", "training"), f"compiled for sm_75 to sm_100 and for gfx942; {_TRITON}; {_CPU}"),
     Feature("dropout", ("dropout",), f"compiled for sm_80 and sm_90; {_TRITON}; {_CPU}"),
     Feature("the functions of `flash_attn`", ("flash_attn",), _CPU),
-    Feature("transformers, torch's own attention, `PagedKV`", ("integrations",), _CPU),
+    Feature("transformers, torch's own attention, `PagedKV`", ("integrations", "callers"), _CPU),
     Feature("several GPUs", ("distributed",), "2, 3 and 4 processes of a CPU"),
     Feature("`study`, `tune`", ("study",), "a CPU, where the study predicts"),
 )
