@@ -23,6 +23,9 @@ HERE = Path(__file__).parent
 Check = Callable[..., None]
 PlanOf = Callable[[Problem, Device, Share], DecodePlan]
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # of processes as many as cores, each computes its references
+
 
 def _missing() -> str:
     """Why kernels cannot run on a GPU in this process; empty where they can."""
