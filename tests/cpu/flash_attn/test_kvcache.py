@@ -108,6 +108,22 @@ def test_plans_made_ahead_are_obeyed(queries: int) -> None:
         three.flash_attn_with_kvcache(tensors["q"], tensors["k"], tensors["v"], scheduler_metadata=given["cache_seqlens"])
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("batch", [2, 0])
+def test_no_query_is_valid_with_either_plan(packed: bool, batch: int) -> None:
+    k = torch.ones(batch, CAPACITY, 2, 64)
+    facts = Problem(batch=batch, total_q=0, seqlen_k=CAPACITY, num_heads_q=4, num_heads_kv=2, head_dim=64, dtype_q="float32", lse=True)
+    whole = facts.with_(operation="forward", page_size=CAPACITY, ragged_q=True, seqused_k=True)
+    starts = torch.zeros(batch + 1, dtype=torch.int32)
+    given: dict[str, Any] = {"cu_seqlens_q": starts, "max_seqlen_q": 0} if packed else {}
+    q, heads_first = (torch.ones(0, 4, 64), (4, 0)) if packed else (torch.ones(batch, 0, 4, 64), (batch, 4, 0))
+    for plan in (plan_decode(facts, Device.of(k)), plan_forward(whole, Device.of(k))):
+        lengths = torch.ones(batch, dtype=torch.int32)
+        args = given | {"cache_seqlens": lengths, "scheduler_metadata": plan, "return_softmax_lse": True}
+        out, lse, *_ = three.flash_attn_with_kvcache(q, k, k, **args)
+        assert out.shape == q.shape and lse.shape == heads_first
+
+
 @pytest.mark.parametrize("queries", [1, 4, 700])
 @pytest.mark.parametrize("layout", ["lengths", 16])
 def test_plans_made_ahead_are_those_of_the_call(queries: int, layout: Layout, monkeypatch: pytest.MonkeyPatch) -> None:
