@@ -182,9 +182,10 @@ def _prefill(
     if starts is None:
         batch, longest = q.shape[0], q.shape[1]
         packed = q.flatten(0, 1)
-        starts = (
-            torch.arange(0, batch * longest + 1, longest, dtype=torch.int32, device=q.device) if longest else seqlens_k.new_zeros(batch + 1)
-        )
+        if longest:
+            starts = torch.arange(0, batch * longest + 1, longest, dtype=torch.int32, device=q.device)
+        else:
+            starts = torch.zeros(batch + 1, dtype=torch.int32, device=q.device)
     out, lse = attention_varlen_with_lse(
         packed, k_cache, v_cache, starts, None, longest, max_seqlen_k,  # type: ignore[arg-type]  # its check names max_seqlen_q
         page_table=page_table, seqused_k=seqlens_k, causal=causal, window=window, softcap=softcap, scale=scale,
