@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flashtile.arguments.counts import check_most
 from flashtile.arguments.queries import check_starts
 from flashtile.arguments.tensors import check_int32, check_last_dim
 from flashtile.arguments.values import is_int
@@ -46,6 +47,7 @@ def check_cache(k_cache: torch.Tensor, v_cache: torch.Tensor, page_table: torch.
                 "Pass page_table for a paged cache.",
             )
         )
+    check_most("k_cache", k_cache.shape[1], "keys of a sequence")
     return heads_kv, head_dim_v, 0, k_cache.shape[1]
 
 
@@ -70,6 +72,7 @@ def check_keys(
         heads_kv, head_dim_v = _check_pair("k", k, "v", v, "(batch, seqlen_k, num_heads_kv, head_dim)", packed_keys)
         if k.shape[0] != batch:
             raise ShapeError(message("k", f"q's {batch} sequences", f"shape {tuple(k.shape)}", "q, k and v share the first dimension."))
+        check_most("k", k.shape[1], "keys of a sequence")
         return heads_kv, head_dim_v, 0, k.shape[1]
     if page_table is None:
         if cu_seqlens_k is None:
@@ -79,6 +82,7 @@ def check_keys(
         pages = "Pages need page_table and seqused_k in the place of cu_seqlens_k; sequences of one length are packed by .flatten(0, 1)."
         heads_kv, head_dim_v = _check_pair("k", k, "v", v, "(total_k, num_heads_kv, head_dim)", pages)
         check_starts("cu_seqlens_k", cu_seqlens_k, batch)
+        check_most("k", k.shape[0], "packed keys")
         return heads_kv, head_dim_v, 0, k.shape[0]
     if cu_seqlens_k is not None:
         raise ArgumentError(
@@ -123,7 +127,10 @@ def _check_pages(name: str, k: torch.Tensor, page_table: torch.Tensor, batch: in
         )
     if k.shape[1] < 1:
         raise ShapeError(message(name, "a page size of at least 1", f"shape {tuple(k.shape)}", "Pages lie in the second dimension."))
-    return k.shape[1], page_table.shape[1] * k.shape[1]
+    check_most(name, k.shape[0], "pages")
+    capacity = page_table.shape[1] * k.shape[1]
+    check_most("page_table", capacity, "keys of a sequence, max_pages * page_size")
+    return k.shape[1], capacity
 
 
 def check_hint(max_seqlen_k: int | None, capacity: int, what: str = "the cache's capacity") -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flashtile.arguments.counts import check_most
 from flashtile.arguments.tensors import check_int32, check_last_dim
 from flashtile.arguments.values import is_int
 from flashtile.errors import ArgumentError, ShapeError, message
@@ -49,6 +50,7 @@ def check_queries(
         batch, total_q = check_starts("cu_seqlens_q", cu_seqlens_q, batch), q.shape[0]
         seqlen_q = _check_longest(max_seqlen_q, total_q)
     check_last_dim("q", q)
+    check_most("q", total_q, "queries")
     return batch, total_q, seqlen_q, q.shape[-2], q.shape[-1]
 
 

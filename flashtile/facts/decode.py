@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from flashtile.arguments.counts import MOST_TOKENS
 from flashtile.facts.features import Key, out_has_a_key, scale_facts, vector_facts, window_facts
 from flashtile.planner.plans import DecodePlan
 from flashtile.rounding import alignment_of, length_bucket, query_bucket
@@ -53,7 +54,7 @@ def decode_key(
         table_rows: int | None = None
         page_size, capacity = 0, size
         if page_table is not None:
-            if page_table.dtype is not torch.int32 or page_table.device != device or page_table.stride(-1) != 1:
+            if page_table.dtype is not torch.int32 or page_table.device != device or page_table.stride(-1) != 1 or stored > MOST_TOKENS:
                 return None
             table_rows, max_pages = page_table.shape
             page_size, capacity, stored = size, max_pages * size, stored > 0
@@ -74,7 +75,7 @@ def decode_key(
 
         seqlen_k = capacity
         if max_seqlen_k is not None:
-            if max_seqlen_k.__class__ is not int or not 0 <= max_seqlen_k <= capacity:
+            if max_seqlen_k.__class__ is not int or not 0 <= max_seqlen_k <= capacity <= MOST_TOKENS:
                 return None
             seqlen_k = max_seqlen_k or min(capacity, 1)
 

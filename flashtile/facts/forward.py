@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from flashtile.arguments.counts import MOST_TOKENS
 from flashtile.facts.features import Key, out_has_a_key, vector_facts, window_facts
 from flashtile.planner.plans import ForwardPlan
 from flashtile.rounding import alignment_of, length_bucket, query_bucket
@@ -131,12 +132,14 @@ def _packed_facts(
         ):  # fmt: skip
             return None
         num_pages, page_size = stored
+        if num_pages > MOST_TOKENS:
+            return None
         table_rows, max_pages = page_table.shape
         room = max_pages * page_size
         pages = (num_pages > 0, page_size, table_rows)
 
     if max_seqlen_k is not None:
-        if max_seqlen_k.__class__ is not int or not 0 <= max_seqlen_k <= room:
+        if max_seqlen_k.__class__ is not int or not 0 <= max_seqlen_k <= room <= MOST_TOKENS:
             return None
         room = max_seqlen_k or min(room, 1)
     return starts, query_bucket(max_seqlen_q), query_bucket(total_q), length_bucket(room), used, pages
