@@ -8,7 +8,9 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
+from flashtile.arguments import check_no_tangent
 from flashtile.arguments.append import check_append
 from flashtile.checking import CHECKING, check_append_values
 from flashtile.errors import UnsupportedError
@@ -42,6 +44,8 @@ def append(
 ) -> Appended:
     """One append on the tensors' own device."""
     global _repeat
+    if forward_ad._current_level >= 0:
+        check_no_tangent(k_cache, v_cache, k, v, q, rotary_cos, rotary_sin, k_scale, v_scale)
     args = (
         k_cache, v_cache, k, v, seqlens_k, page_table, cu_seqlens_k_new, q, cu_seqlens_q, max_seqlen_q, rotary_cos, rotary_sin,
         rotary_seqlens, rotary_interleaved, queries_advance, k_scale, v_scale,

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
+from flashtile.arguments import check_no_tangent
 from flashtile.checking import CHECKING, check_decode_values
 from flashtile.facts import Key, decode_key, rounded_hint
 from flashtile.kernels.call import DecodeCall, DecodeRunner
@@ -74,6 +76,8 @@ def decode(
 ) -> Result:
     """One decode call on the tensors' own device; the lse is None unless wanted."""
     global _repeat
+    if forward_ad._current_level >= 0:
+        check_no_tangent(q, k_cache, v_cache, sinks, alibi_slopes, k_scale, v_scale)
     hint = max_seqlen_k if max_seqlen_k is None else rounded_hint(max_seqlen_k, k_cache, page_table)
     args = (
         q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q, max_seqlen_q, hint, causal, window, softcap, scale,

@@ -88,6 +88,24 @@ def test_a_tangent_is_refused_though_nothing_requires_a_gradient(name: str) -> N
     assert flashtile.attention(q, k, v).shape == q.shape
 
 
+@pytest.mark.parametrize("name", ["q", "k_cache", "sinks", "k"])
+def test_a_tangent_is_refused_by_calls_over_a_cache_too(name: str) -> None:
+    q, k, v = (leaf.detach() for leaf in leaves_of(1, 5))
+    lengths = torch.ones(q.shape[0], dtype=torch.int32)
+    given = {"q": q, "k_cache": k, "v_cache": v, "sinks": torch.zeros(q.shape[2]), "k": k[:, :1].clone()}
+
+    def run() -> torch.Tensor:
+        if name == "k":
+            return flashtile.append_kv(given["k_cache"], given["v_cache"], given["k"], v[:, :1].clone(), lengths)[0]
+        return flashtile.decode(**{name: given[name] for name in ("q", "k_cache", "v_cache", "sinks")}, seqlens_k=lengths)
+
+    with torch.autograd.forward_ad.dual_level():
+        run()
+        given[name] = torch.autograd.forward_ad.make_dual(given[name], torch.ones_like(given[name]))
+        with pytest.raises(UnsupportedError, match="forward mode AD of these calls"):
+            run()
+
+
 # Autocast
 
 
