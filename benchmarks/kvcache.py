@@ -34,8 +34,9 @@ def measure_kvcache(entry: Entry, options: Options) -> dict[str, Any]:
         clocked = timing.wall_time(trials.fns, sets.count, options.rounds)
     for name, times in clocked.items():
         trials.results[name] |= times.to_json()
-        if options.device.type == "cuda" and entry.kv_bytes <= HOST_TIME_BYTES:
-            trials.results[name]["host_us"] = round(timing.host_time(trials.fns[name], sets.count).median_us, 2)
+    if options.device.type == "cuda" and entry.kv_bytes <= HOST_TIME_BYTES:
+        for name, times in timing.host_times(trials.fns, sets.count).items():
+            trials.results[name]["host_us"] = round(times.median_us, 2)
     alone = trials.results[OURS].get("gpu_us")
     for result in trials.results.values():
         if alone and "gpu_us" in result:

@@ -29,6 +29,7 @@ __all__ = [
     "capture",
     "graph_time",
     "host_time",
+    "host_times",
     "replay_in_turn",
     "wall_time",
 ]
@@ -60,17 +61,24 @@ def graph_time(fns: Mapping[str, Contestant], sets: int, rounds: int = 11, calls
 
 def host_time(fn: Contestant, sets: int, batches: int = 15, calls: int = 40) -> Timing:
     """Host microseconds to issue one eager call, while the GPU's queue is never full."""
-    for i in range(5):
-        fn(i % sets)
-    samples = []
+    return host_times({"": fn}, sets, batches, calls)[""]
+
+
+def host_times(fns: Mapping[str, Contestant], sets: int, batches: int = 15, calls: int = 40) -> dict[str, Timing]:
+    """`host_time` of each contestant, batch by batch in turn: a host that is slow for a while is slow for all of them."""
+    for fn in fns.values():
+        for i in range(5):
+            fn(i % sets)
+    samples: dict[str, list[float]] = {name: [] for name in fns}
     for _ in range(batches):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for j in range(calls):
-            fn(j % sets)
-        samples.append((time.perf_counter() - begin) / calls * 1e6)
+        for name, fn in fns.items():
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for j in range(calls):
+                fn(j % sets)
+            samples[name].append((time.perf_counter() - begin) / calls * 1e6)
     torch.cuda.synchronize()
-    return Timing(tuple(samples))
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
 def wall_time(fns: Mapping[str, Contestant], sets: int, rounds: int = 11) -> dict[str, Timing]:

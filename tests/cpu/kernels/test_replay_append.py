@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from flashtile.flash_attn import flash_attn_with_kvcache
 from flashtile.planner.after_append import append_programs
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
@@ -41,6 +44,22 @@ def test_a_repeated_append_launches_what_the_longer_way_launches(case: AppendCas
     assert mine == comparable(values_of(kernel, block), names_of(second, longer_seqlens, longer_q))
     assert seqlens.shape == longer_seqlens.shape and seqlens.dtype == torch.int32 and (q is None) == (longer_q is None)
     assert q is None or longer_q is None or (q.shape, q.stride(), q.dtype) == (longer_q.shape, longer_q.stride(), longer_q.dtype)
+
+
+@pytest.mark.parametrize("appends", [False, True])
+@pytest.mark.parametrize("queries", [1, 4])
+def test_the_drop_in_is_repeated_whole(queries: int, appends: bool, gpu: FakeGpu) -> None:
+    """With several queries too, to which a causal mask matters."""
+    given = tensors(4096)
+    q, new = (torch.empty(1, queries, heads, 128, dtype=torch.bfloat16) for heads in (32, 8))
+    args: dict[str, Any] = {"cache_seqlens": given["seqlens_k"], "causal": True} | ({"k": new, "v": new} if appends else {})
+
+    def call() -> None:
+        flash_attn_with_kvcache(q, given["k_cache"], given["v_cache"], **args)
+
+    gpu.settle(call)
+    call()
+    assert not gpu.longer and len(gpu.driver.launched) == 2 + appends, "splits, what combines them, and the append"
 
 
 def test_a_call_after_an_append_takes_its_place_early(gpu: FakeGpu) -> None:
