@@ -13,13 +13,14 @@ from flashtile.errors import ArgumentError, UnsupportedError, message
 from flashtile.planner.backward_rules import backward_infeasible, choose_backward_plan
 from flashtile.planner.catalog import GLUON_FORWARD_SM90, kernel_named, kernels_of
 from flashtile.planner.device import Device
+from flashtile.planner.feasible import infeasible, why_none_fits
 from flashtile.planner.footprint import footprint_of
 from flashtile.planner.forward_rules import choose_forward_tile, forward_infeasible, leaves_to_portable
 from flashtile.planner.forward_tiles import ForwardTile
 from flashtile.planner.forward_work import row_tiles
 from flashtile.planner.plans import BLOCK_MS, BackwardPlan, DecodePlan, ForwardPlan, Source
 from flashtile.planner.quantised_rules import leaves_quantised
-from flashtile.planner.rules import choose_tile_and_splits, infeasible, why_none_fits
+from flashtile.planner.rules import choose_tile_and_splits
 from flashtile.planner.splits import Splits, choose_splits, combine_shape, even_splits, schedule
 from flashtile.planner.table import TILE_FIELDS, own_tile, tuned_tile
 from flashtile.planner.tiles import LIMITS, Tile, variants_in_words

@@ -9,11 +9,13 @@ from flashtile.planner.catalog import CPU, kernels_of
 from flashtile.planner.choose import plan_for_tile
 from flashtile.planner.cost import Cost, Work, cost_of, iteration_us
 from flashtile.planner.device import Device
+from flashtile.planner.feasible import why_none_fits
+from flashtile.planner.fitting import fitting_tiles
 from flashtile.planner.footprint import footprint_of
 from flashtile.planner.plans import BLOCK_MS, DecodePlan
 from flashtile.planner.quantised_rules import leaves_quantised
 from flashtile.planner.resources import Footprint
-from flashtile.planner.rules import TILE_GAIN_PERCENT, TILE_RULES, by_predicted_time, fitting_tiles, why_none_fits
+from flashtile.planner.rules import TILE_GAIN_PERCENT, TILE_RULES, by_predicted_time
 from flashtile.planner.tiles import LIMITS, Tile, Variant, variant_name, variants_in_words
 from flashtile.planner.wording import ASKED, OtherKernel
 from flashtile.problem import Problem

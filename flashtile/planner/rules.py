@@ -1,48 +1,21 @@
-"""The rules of planning: functions of a problem and a device, which say what they minimise.
+"""The rules that choose a tile of one kernel: functions of a problem and a device, which say what they minimise.
 
-``infeasible`` says what cannot run, and why. ``choose_tile`` takes a tile of one kernel: the portable kernel's by predicted
-time, Hopper's by its row blocks and units. ``splits.py`` shares the keys out.
+The portable kernel's tile is chosen by predicted time, Hopper's by its row blocks and units. ``splits.py`` shares the keys out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import lru_cache
-from math import gcd
 
 from flashtile.planner.catalog import GLUON_SM90, TRITON
 from flashtile.planner.cost import Work, cost_of, row_blocks_of, work_of
 from flashtile.planner.device import Device
-from flashtile.planner.footprint import footprint_of, mma_of, registers_per_thread, shared_memory_bytes
-from flashtile.planner.footprint_gluon import owns_keys
-from flashtile.planner.plans import BLOCK_MS, DecodePlan
-from flashtile.planner.ranges import MAX_GRID_X, beyond, beyond_powers, beyond_warps, power_of_two
-from flashtile.planner.resources import Footprint, registers_limit
-from flashtile.planner.splits import (
-    COMBINE_WARPS_FROM,
-    MAX_SPLITS,
-    MAX_STREAM_TILES,
-    most_tiles,
-    split_count,
-    stream_programs,
-)
-from flashtile.planner.tiles import (
-    LIMITS,
-    MOST_GATHERED_KEYS,
-    Limits,
-    Tile,
-    TileShape,
-    Variant,
-    candidates_of,
-    shapes_of,
-    variant_name,
-    variants_in_words,
-)
+from flashtile.planner.feasible import misfits
+from flashtile.planner.fitting import Fit, fitting_tiles
+from flashtile.planner.splits import COMBINE_WARPS_FROM, split_count, stream_programs
+from flashtile.planner.tiles import LIMITS, Tile
 from flashtile.problem import Problem
 
-Fit = tuple[Tile, Footprint]
-
-MAX_BLOCK_N = 256
 DEEP_RING_TILES = 16  # key tiles of a program from which a lone program on an SM gains by a deeper ring
 DEEP_RING_STAGES = 4
 LEAST_BLOCK_N = 32  # the fewest keys of a tile that the rule chooses
@@ -50,95 +23,6 @@ TILE_GAIN_PERCENT = 4  # what a tile must gain over those before it in SHAPES: l
 VECTOR_ROWS = 2  # rows for which the vector units are tried beside matrix instructions
 TALL_BLOCK_M = 64  # rows that read the keys once where fewer do not
 ROW_BLOCKS_PERCENT = 150  # row blocks, each of which reads the keys, in percent of those of TALL_BLOCK_M rows: more want a taller tile
-
-
-def infeasible(problem: Problem, plan: DecodePlan, device: Device) -> list[str]:
-    """Why a plan cannot run this problem on this device: one sentence a reason, each with the number that decided it."""
-    reasons = _malformed(plan, device)
-    if reasons or not device.is_gpu:
-        return reasons
-    reasons = misfits(problem, plan, device)
-    tiles = most_tiles(work_of(problem), plan)
-    if plan.num_programs and tiles > MAX_STREAM_TILES:
-        reasons.append(f"stream-K counts at most {MAX_STREAM_TILES} key tiles, and {problem.units} units have {tiles}: use a grid")
-    grid_x = problem.units * -(-problem.rows // plan.block_m)
-    if not plan.num_programs and grid_x > MAX_GRID_X:
-        reasons.append(f"{problem.units} units x row blocks of {plan.block_m} rows are {grid_x} programs, and a grid holds {MAX_GRID_X}")
-    return reasons
-
-
-def misfits(problem: Problem, tile: TileShape, device: Device) -> list[str]:
-    """Which resource of the device a tile exceeds: shared memory a program, or registers a thread."""
-    reasons = []
-    if problem.quantised and tile.kernel == GLUON_SM90 and not owns_keys(tile):
-        return why_none_fits(problem, device, tile.kernel, (tile.block_m, tile.swapped))
-    shared, limit = shared_memory_bytes(problem, tile, device), device.smem_per_block
-    if shared > limit:
-        reasons.append(
-            f"{tile.num_stages} stages of {tile.block_n} keys take {shared} bytes of shared memory, "
-            f"and a program of {device.name} has {limit}"
-        )
-    registers, most = registers_per_thread(problem, tile, device), registers_limit(tile.num_warps, device)
-    if registers > most:
-        how = "" if tile.block_m == 1 or mma_of(problem, tile, device) else f" ({_without_mma(problem, device)}, so it runs as FMA)"
-        reasons.append(
-            f"block_m {tile.block_m} with head dims {problem.head_dim} and {problem.head_dim_v} wants {registers} registers a thread with "
-            f"{tile.num_warps} warps, and {device.name} has {most}: it would spill{how}"
-        )
-    return reasons
-
-
-def _without_mma(problem: Problem, device: Device) -> str:
-    if problem.dtype_k == "float32" and device.has_mma:
-        return "IEEE float32 has no matrix instruction"
-    return f"Triton emits no fitting matrix instruction on {device.arch}"
-
-
-def _malformed(plan: DecodePlan, device: Device) -> list[str]:
-    """What no device could run, whatever the problem."""
-    reasons = []
-    if plan.block_m not in BLOCK_MS:
-        reasons.append(f"block_m {plan.block_m} is not one of {BLOCK_MS}")
-    reasons += beyond("num_splits", plan.num_splits, (1, MAX_SPLITS))
-    # the device shares out tiles in 32 bits
-    reasons += beyond("num_programs", plan.num_programs, (0, MAX_SPLITS if device.is_gpu else 0))
-    if plan.keys_per_split < 0 or plan.min_keys_per_split < 0:
-        reasons.append(f"keys_per_split {plan.keys_per_split} and min_keys_per_split {plan.min_keys_per_split} must not be negative")
-    if min(plan.keys_per_split, plan.min_keys_per_split) and plan.min_keys_per_split > plan.keys_per_split:
-        reasons.append(f"min_keys_per_split {plan.min_keys_per_split} exceeds keys_per_split {plan.keys_per_split}")
-    if plan.kernel not in LIMITS:
-        return reasons
-    reasons += _beyond_limits(plan, LIMITS[plan.kernel], device)
-    if not power_of_two(plan.combine_block_d):
-        reasons.append(f"combine_block_d {plan.combine_block_d} is not a power of two")
-    reasons += beyond_warps("combine_warps", plan.combine_warps, device)
-    if plan.dependent_launch and not device.dependent_launch:
-        reasons.append(f"dependent_launch needs sm_90 or newer, not {device.arch}")
-    return reasons
-
-
-def _beyond_limits(plan: DecodePlan, limits: Limits, device: Device) -> list[str]:
-    """What the plan's kernel cannot be compiled for."""
-    reasons = []
-    variant = (plan.block_m, plan.swapped)
-    if plan.block_m in BLOCK_MS and variant not in limits.variants:
-        reasons.append(f"{plan.kernel} has no {variant_name(*variant)}, only {variants_in_words(plan.kernel)}: {limits.variants_why}")
-    reasons += beyond_powers("block_n", plan.block_n, limits.block_n)
-    warps = limits.warps.get(plan.block_m)
-    if warps is not None and plan.num_warps not in warps:
-        reasons.append(f"num_warps {plan.num_warps} is not {_one_of(warps)}, which block_m {plan.block_m} of {plan.kernel} takes")
-    else:
-        reasons += beyond_warps("num_warps", plan.num_warps, device)
-    keys_each = limits.keys_per_warp.get(plan.block_m, 0)
-    if plan.num_warps * keys_each > plan.block_n:
-        reasons.append(f"block_n {plan.block_n} gives {plan.num_warps} warps fewer than {keys_each} keys each")
-    return reasons + beyond("num_stages", plan.num_stages, limits.stages)
-
-
-def choose_tile(problem: Problem, device: Device, kernel: str, block_m: int | None = None) -> Tile | None:
-    """The tile of ``choose_tile_and_splits``; None where nothing fits."""
-    chosen = choose_tile_and_splits(problem, device, kernel, block_m)
-    return chosen[0] if chosen else None
 
 
 def choose_tile_and_splits(problem: Problem, device: Device, kernel: str, block_m: int | None = None) -> tuple[Tile, int] | None:
@@ -261,67 +145,3 @@ def worth_trying(tile: Tile, rows: int, has_mma: bool) -> bool:
     if tile.block_m == 1:
         return rows <= VECTOR_ROWS or not has_mma
     return tile.block_m < 4 * max(rows, 8) and (min(rows, 128) <= 4 * tile.block_m or not has_mma)
-
-
-def fitting_tiles(problem: Problem, device: Device, kernel: str) -> tuple[Fit, ...]:
-    """For each query tile of a kernel the preferred shape that fits the device; query tiles without one are left out."""
-    kind = (problem.head_dim, problem.head_dim_v, problem.dtype_q, problem.dtype_k, problem.dtype_v, problem.allow_tf32)
-    features = (problem.softcap, problem.alibi, problem.ragged_q, problem.batch > 1)
-    # of a page's size only its powers of two matter, for keys are gathered where it is no multiple of block_n
-    page_size = gcd(problem.page_size, MAX_BLOCK_N) if problem.page_size else 0
-    work = work_of(problem)
-    fitting = []
-    for block_m, regimes in _fitting_tiles(device, kernel, kind, features, page_size, problem.alignment):
-        units = row_blocks_of(work, block_m) * work.num_heads_kv
-        fit = next(fit for most_percent, fit in regimes if 100 * units <= most_percent * device.num_sms)
-        if fit is not None:
-            fitting.append(fit)
-    return tuple(fitting)
-
-
-@lru_cache(maxsize=1024)
-def _fitting_tiles(
-    device: Device,
-    kernel: str,
-    kind: tuple[int, int, str, str, str, bool],
-    features: tuple[bool, bool, bool, bool],
-    page_size: int,
-    alignment: int,
-) -> tuple[tuple[int, tuple[tuple[int, Fit | None], ...]], ...]:
-    """For each query tile and regime of units the first shape that fits, if one does."""
-    head_dim, head_dim_v, dtype_q, dtype_k, dtype_v, allow_tf32 = kind
-    softcap, alibi, ragged_q, several = features
-    problem = Problem(
-        batch=2 if several else 1,  # whether programs may share tiles
-        head_dim=head_dim, head_dim_v=head_dim_v, dtype_q=dtype_q, dtype_k=dtype_k, dtype_v=dtype_v, allow_tf32=allow_tf32,
-        softcap=softcap, alibi=alibi, ragged_q=ragged_q, page_size=page_size, alignment=alignment,
-    )  # fmt: skip
-
-    def first(variant: Variant, shapes: tuple[tuple[int, int, int], ...]) -> Fit | None:
-        fits = [
-            (tile, footprint_of(problem, tile, device))
-            for tile in (Tile(*variant, *shape, kernel) for shape in shapes)
-            if not misfits(problem, tile, device)
-        ]
-        if kernel == GLUON_SM90:
-            copied = [fit for fit in fits if not fit[1].gathers]
-            fits = copied or [fit for fit in fits if fit[0].block_n <= MOST_GATHERED_KEYS]
-        return fits[0] if fits else None
-
-    return tuple(
-        (variant[0], tuple((regime.most_units_percent, first(variant, regime.shapes)) for regime in regimes))
-        for variant, regimes in shapes_of(kernel, problem.quantised, page_size).items()
-    )
-
-
-def why_none_fits(problem: Problem, device: Device, kernel: str, variant: Variant) -> list[str]:
-    """What stands against even the smallest shape of a kernel's query tile (block_m, swapped)."""
-    candidates = candidates_of(kernel, variant, problem.quantised, problem.page_size)
-    if not candidates:
-        return [f"quantised keys pass through registers, and {variant_name(*variant)} multiplies keys from shared memory"]
-    smallest = min(candidates, key=lambda tile: footprint_of(problem, tile, device)[:2])
-    return misfits(problem, smallest, device)
-
-
-def _one_of(numbers: tuple[int, ...]) -> str:
-    return f"one of {numbers}" if len(numbers) > 1 else str(numbers[0])

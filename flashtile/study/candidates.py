@@ -9,8 +9,10 @@ from flashtile.planner.catalog import TRITON, kernels_of
 from flashtile.planner.choose import plan_as_shipped, plan_for_tile, with_splits
 from flashtile.planner.cost import row_blocks_of, work_of
 from flashtile.planner.device import Device
+from flashtile.planner.feasible import infeasible
+from flashtile.planner.fitting import fitting_tiles
 from flashtile.planner.plans import DecodePlan
-from flashtile.planner.rules import fitting_tiles, infeasible, with_deep_ring, with_half_tiles
+from flashtile.planner.rules import with_deep_ring, with_half_tiles
 from flashtile.planner.splits import choose_splits
 from flashtile.planner.tiles import LIMITS, Tile
 from flashtile.problem import Problem

@@ -16,8 +16,10 @@ from flashtile.band import Band
 from flashtile.planner.catalog import GLUON_SM90, TRITON, kernel_named
 from flashtile.planner.choose import plan_for_tile, with_splits
 from flashtile.planner.device import Device
+from flashtile.planner.feasible import infeasible, why_none_fits
+from flashtile.planner.fitting import fitting_tiles
 from flashtile.planner.plans import DecodePlan
-from flashtile.planner.rules import fitting_tiles, infeasible, why_none_fits, with_deep_ring, with_half_tiles
+from flashtile.planner.rules import with_deep_ring, with_half_tiles
 from flashtile.planner.splits import choose_splits
 from flashtile.planner.tiles import CANDIDATES
 from flashtile.problem import DTYPE_BYTES, QUANTISED, Problem

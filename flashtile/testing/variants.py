@@ -7,8 +7,9 @@ from typing import NamedTuple
 from flashtile.errors import UnsupportedError
 from flashtile.planner.choose import plan_decode, plan_for_tile, with_splits
 from flashtile.planner.device import Device
+from flashtile.planner.feasible import misfits, why_none_fits
 from flashtile.planner.plans import DecodePlan
-from flashtile.planner.rules import choose_tile_and_splits, misfits, why_none_fits
+from flashtile.planner.rules import choose_tile_and_splits
 from flashtile.planner.splits import Splits, combine_shape
 from flashtile.planner.tiles import Variant, candidates_of
 from flashtile.problem import Problem

@@ -13,8 +13,8 @@ from flashtile.planner import choose, table
 from flashtile.planner.catalog import CATALOG, GLUON_SM90, TRITON, kernel_named, kernels_of, module_of
 from flashtile.planner.choose import plan_decode
 from flashtile.planner.device import Device
+from flashtile.planner.feasible import infeasible
 from flashtile.planner.plans import BLOCK_MS, DecodePlan
-from flashtile.planner.rules import infeasible
 from flashtile.problem import Problem
 
 H200 = Device.named("H200")

@@ -12,8 +12,8 @@ import pytest
 from flashtile.planner.backward_rules import backward_infeasible
 from flashtile.planner.choose import plan_backward, plan_decode, plan_forward
 from flashtile.planner.device import Device
+from flashtile.planner.feasible import infeasible
 from flashtile.planner.forward_rules import forward_infeasible
-from flashtile.planner.rules import infeasible
 from flashtile.problem import Problem
 
 H200 = Device.named("H200")

@@ -11,10 +11,10 @@ from flashtile.planner.choose import plan_decode
 from flashtile.planner.cost import predict_us
 from flashtile.planner.device import Device
 from flashtile.planner.explain import explain
+from flashtile.planner.feasible import infeasible
 from flashtile.planner.footprint import footprint_of
 from flashtile.planner.plans import DecodePlan
 from flashtile.planner.quantised_rules import leaves_quantised
-from flashtile.planner.rules import infeasible
 from flashtile.problem import Problem
 
 H200 = Device.named("H200")

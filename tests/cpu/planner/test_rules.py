@@ -13,10 +13,12 @@ from flashtile.planner.catalog import GLUON_SM90, TRITON
 from flashtile.planner.choose import plan_decode, plan_for_tile
 from flashtile.planner.cost import predict_us
 from flashtile.planner.device import Device
+from flashtile.planner.feasible import infeasible
+from flashtile.planner.fitting import fitting_tiles
 from flashtile.planner.footprint import footprint_of, mma_name, mma_of, padded, registers_per_thread, shared_memory_bytes
 from flashtile.planner.plans import DecodePlan
 from flashtile.planner.resources import registers_limit
-from flashtile.planner.rules import choose_tile, fitting_tiles, infeasible
+from flashtile.planner.rules import choose_tile_and_splits
 from flashtile.planner.splits import MAX_SPLITS, MAX_STREAM_TILES, Splits, choose_splits, combine_shape
 from flashtile.planner.tiles import CANDIDATES, LIMITS, SHAPES, Tile
 from flashtile.problem import Problem
@@ -24,6 +26,12 @@ from flashtile.problem import Problem
 H200 = Device.named("H200")
 GPUS = [Device.named(name) for name in Device.names() if name != "cpu"]
 LLAMA = Problem(seqlen_k=4096, num_heads_q=32, num_heads_kv=8)
+
+
+def choose_tile(problem: Problem, device: Device, kernel: str, block_m: int | None = None) -> Tile | None:
+    chosen = choose_tile_and_splits(problem, device, kernel, block_m)
+    return chosen[0] if chosen else None
+
 
 problems = st.builds(
     lambda group, num_heads_kv, **facts: Problem(num_heads_q=group * num_heads_kv, num_heads_kv=num_heads_kv, **facts),

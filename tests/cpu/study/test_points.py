@@ -10,7 +10,7 @@ import torch
 from flashtile import ArgumentError, Device, Problem
 from flashtile.planner.catalog import GLUON_SM90, TRITON
 from flashtile.planner.choose import plan_decode
-from flashtile.planner.rules import infeasible
+from flashtile.planner.feasible import infeasible
 from flashtile.study import points
 from flashtile.study.candidates import plans_of
 from flashtile.study.inputs import Inputs
