@@ -1,4 +1,4 @@
-"""The ``--device`` of commands that run something: which torch device a word means."""
+"""The ``--device`` of commands that run something: which torch device a word means, or which GPU's model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,13 @@ from typing import Annotated
 import torch
 import typer
 
+from flashtile.planner.device import Device
+
 RunDevice = Annotated[str, typer.Option("--device", help="Where to run: auto (a GPU if there is one), cpu, cuda or cuda:1.")]
+WarmupDevice = Annotated[
+    str,
+    typer.Option("--device", help="auto (a GPU if there is one), cpu, cuda, cuda:1; or the name of one that need not be here: h200, t4."),
+]
 
 
 def pick_device(text: str) -> torch.device:
@@ -28,6 +34,18 @@ def pick_device(text: str) -> torch.device:
     if index >= count:
         raise typer.BadParameter(f"{text} is not here: torch sees {count} GPUs. Use --device cpu.", param_hint="--device")
     return torch.device("cuda", index)
+
+
+def pick_device_or_model(text: str) -> torch.device | Device:
+    """A GPU's model where ``text`` is its name, else what ``pick_device`` says."""
+    model = Device.model(text)
+    if model is not None:
+        return model
+    try:
+        return pick_device(text)
+    except typer.BadParameter as error:
+        names = ", ".join(name for name in Device.names() if name != "cpu")
+        raise typer.BadParameter(f"{error.message} Or name the model of a GPU that is elsewhere: {names}.", param_hint="--device") from None
 
 
 def device_name(device: torch.device) -> str:

@@ -1,18 +1,25 @@
-"""``flashtile warmup``: compile kernels before the first request needs them."""
+"""``flashtile warmup``: compile kernels before the first request needs them, also for a GPU that is not here."""
 
 from __future__ import annotations
 
+import os
 import time
 from itertools import product
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 import flashtile
 from flashtile.cli import shape
-from flashtile.cli.device import RunDevice, device_name, pick_device
+from flashtile.cli.device import WarmupDevice, device_name, pick_device_or_model
 from flashtile.cli.output import AsJson, console, microseconds, print_json, progress, table
-from flashtile.planner.plans import DecodePlan
+from flashtile.ops.ahead import PLANNERS, compile_ahead, distinct_kernels
+from flashtile.planner.device import Device
+from flashtile.planner.plans import DecodePlan, Plan
+from flashtile.problem import Problem
+
+if TYPE_CHECKING:
+    from flashtile.kernels.on_disk import Stored
 
 
 def warmup(
@@ -36,11 +43,16 @@ def warmup(
     alibi: shape.Alibi = False,
     sinks: shape.Sinks = False,
     dropout: shape.Dropout = False,
-    device: RunDevice = "auto",
+    lse: Annotated[bool, typer.Option("--lse", help="With the log-sum-exp, as forward is called where gradients follow.")] = False,
+    device: WarmupDevice = "auto",
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, help="Processes that compile. Default: one a core; with the GPU here, 1.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Plan these shapes (every --batch with every --seqlen-k) and compile their kernels ahead of the first call."""
-    where = pick_device(device)
+    where = pick_device_or_model(device)
+    figures = where if isinstance(where, Device) else Device.of(where)
     problems = [
         shape.make_problem(
             operation,
@@ -50,36 +62,73 @@ def warmup(
         )
         for b, k in product(batch or [1], seqlen_k or [4096])
     ]  # fmt: skip
-    rows: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    planned = [(problem, PLANNERS[operation.value](problem, figures)) for problem in (p.with_(lse=p.lse or lse) for p in problems)]
+    kernels = distinct_kernels(planned)
+    processes = jobs or (os.cpu_count() or 1 if isinstance(where, Device) else 1)
+    stored: list[Stored] = []
+    seconds = [0.0] * len(planned)
     with progress() as bar:
-        task = bar.add_task("warmup", total=len(problems))
-        for problem in problems:
-            start = time.perf_counter()
-            plan = flashtile.warmup([problem], device=where)[0]
-            rows.append(
-                {
-                    "batch": problem.batch,
-                    "seqlen_q": problem.seqlen_q,
-                    "seqlen_k": problem.seqlen_k,
-                    "kernel": plan.kernel,
-                    "block_m": plan.block_m,
-                    **({"num_splits": plan.num_splits} if isinstance(plan, DecodePlan) else {}),
-                    "seconds": time.perf_counter() - start,
-                }
-            )
-            bar.advance(task)
-    on_cpu = where.type == "cpu"
-    note = (
-        "on a CPU there is nothing to compile: the shapes were only planned" if on_cpu else "each kernel is compiled once and kept on disk"
-    )
-    total = sum(row["seconds"] for row in rows)
+        compiling = compile_ahead([kernel for _, kernel in kernels], figures.arch, processes)
+        for compiled in bar.track(compiling, total=len(kernels), description="compiling"):
+            stored.append(compiled.stored)
+            seconds[kernels[compiled.place][0]] += compiled.stored.seconds
+        if not isinstance(where, Device):
+            for place, (problem, _) in enumerate(bar.track(planned, description="loading")):
+                start = time.perf_counter()
+                flashtile.warmup([problem], device=where)
+                seconds[place] += time.perf_counter() - start
+    rows = [_row(problem, plan, spent) for (problem, plan), spent in zip(planned, seconds, strict=True)]
+    found: dict[str, Any] = {
+        "device": f"{figures.name} ({figures.arch}), which need not be here" if isinstance(where, Device) else device_name(where),
+        "note": "each kernel is compiled once and kept on disk",
+        "seconds": time.perf_counter() - began,
+    }
+    if figures.is_gpu:
+        found["cache"] = _cache(stored)
+    else:
+        found["note"] = (
+            "on a CPU there is nothing to compile: the shapes were only planned (--device h200 compiles for one that is elsewhere)"
+        )
     if as_json:
-        print_json({"device": device_name(where), "note": note, "seconds": total, "problems": rows})
-        return
+        print_json({**found, "problems": rows})
+    else:
+        _render(found, rows)
+
+
+def _cache(stored: list[Stored]) -> dict[str, Any]:
+    from flashtile.kernels.on_disk import folder
+
+    return {
+        "folder": str(folder()),
+        "kernels": len(stored),
+        "compiled": sum(kernel.compiled for kernel in stored),
+        "bytes": sum(kernel.num_bytes for kernel in stored),
+    }
+
+
+def _row(problem: Problem, plan: Plan, seconds: float) -> dict[str, Any]:
+    return {
+        "batch": problem.batch,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+        "kernel": plan.kernel,
+        "block_m": plan.block_m,
+        **({"num_splits": plan.num_splits} if isinstance(plan, DecodePlan) else {}),
+        "seconds": seconds,
+    }
+
+
+def _render(found: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     columns = {"batch": "batch", "seqlen_q": "queries", "seqlen_k": "keys", "kernel": "kernel", "block_m": "tile", "num_splits": "splits"}
     kept = [name for name in columns if name in rows[0]]
-    made = table(f"warmup on {device_name(where)}", *(columns[name] for name in kept), "time", left=0)
+    made = table(f"warmup on {found['device']}", *(columns[name] for name in kept), "time", left=0)
     for row in rows:
         made.add_row(*(str(row[name]) for name in kept), microseconds(row["seconds"]))
     console.print(made)
-    console.print(f"{len(rows)} shape{'s' if len(rows) > 1 else ''} in {total:.2f} s; {note}.", highlight=False)
+    console.print(f"{len(rows)} shape{'s' if len(rows) > 1 else ''} in {found['seconds']:.2f} s; {found['note']}.", highlight=False)
+    if cache := found.get("cache"):
+        before = cache["kernels"] - cache["compiled"]
+        count = f"{cache['kernels']} kernel{'s' if cache['kernels'] > 1 else ''}"
+        line = f"{count}, {cache['bytes'] / 1e6:.1f} MB, in {cache['folder']}"
+        console.print(f"{line}: {cache['compiled']} compiled now, {before} there before.", markup=False, highlight=False, soft_wrap=True)

@@ -70,13 +70,17 @@ class Device:
     @classmethod
     def named(cls, name: str) -> Device:
         """The device of that name; case, spaces, dashes and underscores do not count ("rtx-4090", "h200", "cpu")."""
-        wanted = _plain(name)
-        if wanted == "cpu":
+        if _plain(name) == "cpu":
             return _cpu()
-        for known in DATASHEETS:
-            if _plain(known) == wanted:
-                return _listed(known)
+        found = cls.model(name)
+        if found is not None:
+            return found
         raise ArgumentError(message("device", f"one of {', '.join(cls.names())}", repr(name), "Case, spaces and dashes do not count."))
+
+    @classmethod
+    def model(cls, name: str) -> Device | None:
+        """The GPU's model of that name, as ``named`` reads it; None where there is none."""
+        return next((_listed(known) for known in DATASHEETS if _plain(known) == _plain(name)), None)
 
     @classmethod
     def of(cls, where: torch.device | torch.Tensor | str) -> Device:

@@ -1,4 +1,4 @@
-"""Compiling ahead: worker processes compile the kernels of each plan without the GPU, so that they lie in Triton's cache on disk."""
+"""Plans compiled ahead of what times them, for as long as there is time: `ops.ahead` does it, in processes that may hang or fail."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import sys
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ProcessPoolExecutor
-from multiprocessing import active_children, get_context
+from contextlib import suppress
+from multiprocessing import active_children
 from typing import Any
 
 import torch
 
-from flashtile.ops import kernel_module
+from flashtile.ops.ahead import compile_ahead, compiling_processes, distinct_kernels, kind_of, specs_of
 from flashtile.planner.plans import Plan
 from flashtile.problem import Problem
 
@@ -28,7 +29,7 @@ class Compilers:
         if device.type == "cuda" and workers > 1:
             major, minor = torch.cuda.get_device_capability(device)
             self._arch = f"sm_{10 * major + minor}"
-            self._pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+            self._pool = compiling_processes(workers)
 
     @property
     def waiting(self) -> int:
@@ -75,18 +76,13 @@ class Compilers:
 def _kind(problem: Problem, plan: Plan) -> Any:
     """Equal for plans of the same kernels: those of which at most the numbers differ that kernels take at run time."""
     try:
-        return tuple(spec.key() for spec in kernel_module(plan).specs(problem, plan))
+        return tuple(kind_of(spec) for spec in specs_of(problem, plan))
     except Exception:  # what cannot even be described says so where it is timed
         return problem, plan
 
 
 def _compile(problem: Problem, plan: Plan, arch: str) -> None:
     """In a worker; what does not compile says so where it is timed."""
-    try:
-        from flashtile.kernels.compiled import target_of
-        from flashtile.kernels.launch import compile_spec
-
-        for spec in kernel_module(plan).specs(problem, plan):
-            compile_spec(spec, target_of(arch))
-    except Exception:
-        return
+    with suppress(Exception):
+        for _ in compile_ahead([kernel for _, kernel in distinct_kernels([(problem, plan)])], arch, jobs=1):
+            pass

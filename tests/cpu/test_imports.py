@@ -56,6 +56,7 @@ MAY_IMPORT_TRITON = (
     "flashtile.kernels.gluon",
     "flashtile.kernels.launch",
     "flashtile.kernels.native",
+    "flashtile.kernels.on_disk",
     "flashtile.kernels.rotary",
     "flashtile.kernels.tile",
     "flashtile.kernels.compiled",
