@@ -9,8 +9,20 @@ from flashtile.problem import Problem
 
 _MIN_SPLIT_KEYS = 512
 _FOLD_ELEMENTS = 1 << 22
-# (q, k, v, *, attn_mask, scale) -> (out in q's dtype, lse float32); scores, softmax and sums in float32
-flash = torch._scaled_dot_product_flash_attention_for_cpu
+
+
+def flash(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, attn_mask: torch.Tensor | None = None, is_causal: bool = False, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """torch's flash kernel: (batch, heads, rows, dim) and keys alike to out in q's dtype and lse float32; sums in float32.
+
+    Without a mask it makes out 0 and lse 0 of a row of q that holds NaN, which are NaN here as in every other kernel.
+    """
+    out, lse = torch._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+    if attn_mask is None and int(torch.count_nonzero(lse)) < lse.numel():
+        lost = (lse == 0.0) & q.isnan().any(dim=-1)
+        out, lse = out.masked_fill(lost.unsqueeze(-1), torch.nan), lse.masked_fill(lost, torch.nan)
+    return out, lse
 
 
 def needs_products(softcap: float, head_dim: int, head_dim_v: int) -> bool:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import flashtile
 from flashtile import reference
 from flashtile.kernels.call import DecodeCall
 from flashtile.kernels.cpu import bind
@@ -180,3 +181,27 @@ def cases(draw: st.DrawFn) -> Case:
 @given(cases(), st.sampled_from([1, 16, 128]), st.sampled_from([0, 7, 64]))
 def test_any_shape_in_any_parts(case: Case, block_m: int, keys_per_split: int) -> None:
     check(case, block_m=block_m, keys_per_split=keys_per_split)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("seqlen_k", [6, 1100])
+def test_a_query_of_nan_gives_nan(dtype: torch.dtype, causal: bool, seqlen_k: int) -> None:
+    """Torch's kernel alone gives 0, which would hide it from whoever looks for NaN in a loss."""
+    q, k = torch.randn(1, 3, 4, 64, dtype=dtype), torch.randn(1, seqlen_k, 2, 64, dtype=dtype)
+    q[0, 1, 3, 5] = torch.nan
+    wanted = torch.zeros(1, 4, 3, dtype=torch.bool)
+    wanted[0, 3, 1] = True
+    for out, lse in (
+        flashtile.attention_with_lse(q, k, k, causal=causal),
+        flashtile.decode_with_lse(q, k, k, torch.tensor([seqlen_k], dtype=torch.int32), causal=causal),
+    ):
+        assert torch.equal(lse.isnan(), wanted)
+        assert torch.equal(out.isnan().all(dim=-1), wanted.transpose(1, 2)) and torch.equal(out.isnan().any(dim=-1), wanted.transpose(1, 2))
+
+
+def test_a_query_of_nan_without_keys_gives_zero() -> None:
+    q, k = torch.full((1, 3, 4, 64), torch.nan), torch.randn(1, 6, 2, 64)
+    out, lse = flashtile.decode_with_lse(q, k, k, torch.tensor([0], dtype=torch.int32))
+    assert not out.any()
+    assert (lse == -torch.inf).all()
