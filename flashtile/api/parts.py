@@ -51,6 +51,9 @@ def merge(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> tuple[t
 
 
 def _check_parts(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor]) -> None:
+    for name, parts in (("outs", outs), ("lses", lses)):
+        if not isinstance(parts, (Sequence, torch.Tensor)):
+            raise DtypeError(message(name, "a sequence of tensors", type(parts).__name__, "Pass a list with a tensor for each part."))
     if len(outs) == 0 or len(outs) != len(lses):
         raise ArgumentError(
             message(

@@ -252,6 +252,8 @@ def test_attention_over_parts_is_compiled_and_exported_as_one_graph() -> None:
         (lambda o, s: ([o[0], o[1].int(), o[2]], s), DtypeError, r"outs\[1\]"),
         (lambda o, s: (o, [s[0].to("meta"), *s[1:]]), ArgumentError, r"lses\[0\].*device"),
         (lambda o, s: (o, [None, *s[1:]]), DtypeError, r"lses\[0\]"),
+        (lambda o, s: (o, None), DtypeError, "lses: expected a sequence"),
+        (lambda o, s: (None, s), DtypeError, "outs: expected a sequence"),
     ],
 )
 def test_it_names_the_wrong_part(change: Any, error: type[Exception], says: str) -> None:
