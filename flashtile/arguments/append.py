@@ -67,7 +67,11 @@ def check_append(
         if rotary_seqlens.shape[0] != batch:
             got = f"shape {tuple(rotary_seqlens.shape)}"
             raise ShapeError(message("rotary_seqlens", f"({batch},), a position for each sequence", got, "Pass shape (batch,)."))
-    if q is not None:
+    if q is None:
+        for name, given in (("cu_seqlens_q", cu_seqlens_q), ("max_seqlen_q", max_seqlen_q)):
+            if given is not None:
+                raise ArgumentError(message(name, "None without q", type(given).__name__, "It says where q's sequences lie."))
+    else:
         check_queries(q, cu_seqlens_q, max_seqlen_q, batch)
         check_heads(q.shape[-2], heads_kv, q.shape[-1], k=k)
     if rotary_cos is not None and rotary_sin is not None:

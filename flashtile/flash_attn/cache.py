@@ -71,9 +71,10 @@ def attend_cache(
     if k is not None and v is not None:
         local = causal or (window is not None and window != (None, None))  # else all queries stand at the first new position
         scaled = (k_scale is not None or v_scale is not None) and k.dtype != k_cache.dtype  # codes come as they are stored
+        turns = rotary_cos is not None
         seqlens_k, turned = append_kv(
             k_cache, v_cache, with_rows(k), with_rows(v), seqlens_k, page_table=page_table, cu_seqlens_k_new=cu_seqlens_k_new,
-            q=None if rotary_cos is None else with_rows(q), cu_seqlens_q=cu_seqlens_q, max_seqlen_q=max_seqlen_q,
+            q=with_rows(q) if turns else None, cu_seqlens_q=cu_seqlens_q if turns else None, max_seqlen_q=max_seqlen_q if turns else None,
             rotary_cos=rotary_cos, rotary_sin=rotary_sin, rotary_seqlens=rotary_seqlens, rotary_interleaved=rotary_interleaved,
             queries_advance=local, k_scale=k_scale if scaled else None, v_scale=v_scale if scaled else None,
         )  # fmt: skip

@@ -224,6 +224,8 @@ def test_checked_calls_say_what_is_wrong() -> None:
         ({"q": torch.zeros(9, 6, 32).half(), "cu_seqlens_q": torch.zeros(4, dtype=torch.int32)}, ArgumentError, "max_seqlen_q"),
         ({"k_cache": torch.zeros(1, 40, 2, 32, dtype=torch.float16).expand(3, -1, -1, -1)}, ShapeError, "k_cache"),
         ({"page_table": torch.zeros(3, 2)}, DtypeError, "page_table"),
+        ({"q": None, "max_seqlen_q": 5}, ArgumentError, "max_seqlen_q: expected None without q"),
+        ({"q": None, "cu_seqlens_q": torch.zeros(4, dtype=torch.int32)}, ArgumentError, "cu_seqlens_q: expected None without q"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )  # fmt: skip
