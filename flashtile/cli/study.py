@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ from flashtile.planner.device import Device
 from flashtile.study import analysis, findings
 from flashtile.study.document import Document, load
 from flashtile.study.measure import DeviceLost
-from flashtile.study.points import CACHES, STAGES, Task
+from flashtile.study.points import AXES, CACHES, STAGES, Task
 from flashtile.study.run import Study, opened, run
 from flashtile.testing.record import Record
 
@@ -39,10 +40,12 @@ def study(
     """Study every query tile: which is the fastest where, and what a fixed one would lose. Stop and go on as you like."""
     where = pick_device(device)
     only = {"stage": stage, "head_dim": head_dim, "seqlen_q": seqlen_q, "group": group, "batch": batch, "keys": keys, "dtype_kv": dtype_kv}
-    _check_words("--stage", stage, STAGES)
-    _check_words("--dtype-kv", dtype_kv, CACHES)
+    for name, known in {"stage": STAGES, **AXES}.items():
+        _check_known(f"--{name.replace('_', '-')}", only[name], known)
     on_gpu = where.type == "cuda"
     wish = Study(Device.of(where) if on_gpu else Device.named(model), where if on_gpu else None, lambda task: _wanted(task, only))
+    if not any(True for _ in wish.tasks()):
+        raise typer.BadParameter("no problem of the study is all that was asked for at once: leave one of these options out.")
     if not on_gpu:
         errors.print(
             f"No GPU on {device_name(where)}: times are the model's predictions for {wish.figures.name}, and kernels are only compiled.",
@@ -74,9 +77,13 @@ def follow(wish: Study, record: Record, path: Path, budget: float, jobs: int | N
     return load(path)
 
 
-def _check_words(option: str, given: list[str] | None, known: tuple[str, ...]) -> None:
+def _check_known(option: str, given: list[Any] | None, known: tuple[Any, ...]) -> None:
     if unknown := sorted(set(given or ()) - set(known)):
-        raise typer.BadParameter(f"{', '.join(unknown)} is none of {', '.join(known)}.", param_hint=option)
+        raise typer.BadParameter(f"{_listed(unknown)} is none of {_listed(known)}.", param_hint=option)
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(str(value) for value in values)
 
 
 def _wanted(task: Task, only: dict[str, list[Any] | None]) -> bool:

@@ -21,6 +21,9 @@ BATCHES = (1, 8, 64)
 DTYPE = "bfloat16"
 FP8 = "float8_e4m3fn"
 CACHES = (DTYPE, FP8)
+AXES: dict[str, tuple[int, ...] | tuple[str, ...]] = {  # what a Point may be
+    "head_dim": HEAD_DIMS, "seqlen_q": SEQLENS_Q, "group": GROUPS, "batch": BATCHES, "keys": KEYS, "dtype_kv": CACHES
+}  # fmt: skip
 # a lone short and a lone long sequence, a batch that splits help, one that fills the device
 REGIMES = ((1, 4096), (1, 32768), (8, 8192), (64, 2048))
 COARSE_SEQLENS_Q, COARSE_GROUPS = (1, 8, 64, 4), (8, 1, 4)

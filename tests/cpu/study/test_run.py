@@ -172,3 +172,19 @@ def test_a_problem_that_memory_cannot_hold_is_left_out(fake_gpu: None, monkeypat
     run(study, opened(out, study, {}), 30.0)
     (entry,) = json.loads(out.read_text())["entries"]
     assert "GB are free" in entry["failed"]
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--head-dim", "77"), "77 is none of 64, 128, 256"),
+        (("--seqlen-q", "3"), "3 is none of 1, 2, 4, 8, 16, 32, 64"),
+        (("--stage", "splits", "--seqlen-q", "2"), "no problem of the study is all that was asked for at once"),
+    ],
+)
+def test_a_selection_of_nothing_is_refused(options: tuple[str, ...], named: str, tmp_path: Path) -> None:
+    out = tmp_path / "study.json"
+    result = CliRunner().invoke(app, ["study", "--out", str(out), *options], env={"COLUMNS": "200"})
+    assert result.exit_code == 2
+    assert named in result.stderr
+    assert not out.exists()
