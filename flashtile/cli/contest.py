@@ -28,7 +28,7 @@ Cell = Callable[[Mapping[str, Any]], str]  # of a table, from a row of results
 Heads = Annotated[list[str] | None, typer.Option("--heads", help="Query heads/key heads, e.g. 32/8; repeatable.")]
 HeadDim = Annotated[int, typer.Option("--head-dim", min=8, help="Size of a query, a key and a value.")]
 Peers = Annotated[bool, typer.Option("--peers/--no-peers", help="Time the other libraries too.")]
-Seed = Annotated[int, typer.Option("--seed", help="Draws the numbers.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Draws the numbers.")]
 
 Inputs = TypeVar("Inputs")
 Size = TypeVar("Size")

@@ -63,7 +63,7 @@ def demo(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Engine steps after new prompts have been read.")] = 5,
     longest: Annotated[int, typer.Option("--longest", min=1, help="Cut drawn prompts and answers to so many tokens.")] = 1 << 20,
     device: RunDevice = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Draws lengths, pages and numbers.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Draws lengths, pages and numbers.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Run a serving engine's attention over a paged cache: check every step, time it against torch SDPA, explain its plan."""

@@ -69,7 +69,7 @@ def replay(
     sample: Annotated[int, typer.Option("--sample", min=1, help="Compare with the fixed tile at every so many steps.")] = 8,
     model_device: Annotated[str, typer.Option("--model-device", help="On a CPU: the GPU whose plans and predicted times count.")] = "h200",
     device: RunDevice = "auto",
-    seed: Annotated[int, typer.Option("--seed", help="Draws pages and numbers.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**32 - 1, help="Draws pages and numbers.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Replay a trace through continuous batching: attention time a step, tiles and splits chosen, and what a fixed 64 costs."""

@@ -62,7 +62,7 @@ def test_the_text_has_the_table_the_plan_and_the_verdict() -> None:
         assert words in result.stdout
 
 
-@pytest.mark.parametrize("options", [["--batch", "0"], ["--steps", "0"], ["--seed", "x"]])
+@pytest.mark.parametrize("options", [["--batch", "0"], ["--steps", "0"], ["--seed", "x"], ["--seed", "99999999999999999999"]])
 def test_bad_values_are_named(options: list[str]) -> None:
     result = CliRunner().invoke(app, ["demo", *options])
     assert result.exit_code == 2
