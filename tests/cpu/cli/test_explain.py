@@ -127,7 +127,7 @@ def test_forward_has_as_many_queries_as_keys_unless_told() -> None:
     assert document["problem"]["operation"] == "forward"
     assert (document["problem"]["seqlen_q"], document["problem"]["seqlen_k"]) == (4096, 4096)
     assert document["plan"]["kernel"] == "gluon.forward_sm90"
-    assert document["limiter"] == "matrix"
+    assert document["bound"] == "matrix"
     assert {other["kernel"] for other in document["alternatives"]} == {"gluon.forward_sm90", "triton.forward"}
     assert explain("forward", "--device", "h200", "--seqlen-q", "512", "--seqlen-k", "16384")["problem"]["seqlen_q"] == 512
 
@@ -184,7 +184,7 @@ def test_forward_is_told_to_a_person_with_a_table_of_the_other_tiles() -> None:
     result = CliRunner().invoke(app, ["explain", "forward", "--device", "h200", "--head-dim", "64"])
     assert result.exit_code == 0
     assert "kernel gluon.forward_sm90, chosen by the rule" in result.stdout
-    assert "Limited by exp" in result.stdout
+    assert "Bound by exp" in result.stdout
     assert "16 of triton.forward" in result.stdout
 
 
@@ -204,3 +204,10 @@ def test_a_quantised_cache_is_explained(stored: str, scales: str) -> None:
 def test_a_quantised_cache_is_for_decode() -> None:
     result = CliRunner().invoke(app, ["explain", "forward", "--device", "h200", "--dtype-kv", "int8"])
     assert result.exit_code != 0
+
+
+@pytest.mark.parametrize("options", [["--batch", str(10**18)], ["--seqlen-q", str(10**20)]])
+def test_more_than_a_grid_holds_is_refused_with_reasons(options: list[str]) -> None:
+    result = CliRunner().invoke(app, ["explain", "--device", "h200", *options])
+    assert result.exit_code == 2, result.output
+    assert "a grid holds 2147483647" in result.stderr
