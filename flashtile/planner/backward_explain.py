@@ -58,7 +58,7 @@ class PassExplanation:
     spilled_bytes: int | None
     cost: WalkCost
     predicted_us: float
-    limiter: str
+    bound: str
 
     @property
     def masked_share(self) -> float:
@@ -68,7 +68,7 @@ class PassExplanation:
 
 @dataclass(frozen=True)
 class BackwardExplanation(Prediction):
-    """One backward plan explained. Bytes, FLOP and microseconds; ``limiter`` is that of the longer pass.
+    """One backward plan explained. Bytes, FLOP and microseconds; ``bound`` is that of the longer pass.
 
     In one pass ``queries`` is None, and ``dq_us`` what zeroing and rounding dQ's sums takes. ``workspace`` is what the call allocates
     beside its results.
@@ -133,7 +133,7 @@ def explain_backward(
         roofline_exp_us=exp_us,
         roofline_memory_us=memory_us,
         predicted_us=cost.total_us,
-        limiter=max(keys, queries or keys, key=lambda one: one.predicted_us).limiter,
+        bound=max(keys, queries or keys, key=lambda one: one.predicted_us).bound,
         alternatives=tuple(backward_alternatives(problem, device, plan, cost)) if device.is_gpu and not idle_in_words(problem) else (),
         other_kernels=tuple(backward_kernels_passed_over(problem, device, plan)),
     )
@@ -165,7 +165,7 @@ def _pass(
         spilled_bytes=compiled.spilled_bytes if compiled else None,
         cost=cost,
         predicted_us=cost.total_us,
-        limiter=cost.limiter,
+        bound=cost.bound,
     )
 
 
@@ -211,4 +211,4 @@ def _pass_lines(tile: PassTile, one: PassExplanation, device: Device) -> Iterato
         f"  Schedule: {counted(one.tiles, 'tile')} of {one.owner} on {device.num_sms} SMs: {counted(one.full_waves, 'full wave')} "
         f"and a tail of {counted(one.tail_tiles, 'tile')}; {100 * one.masked_share:.1f}% of {one.walked_tiles} tiles of {walked} masked."
     )
-    yield f"  Limited by {one.limiter}: predicted {one.predicted_us:.1f} us ({causes_in_words(one.cost)})."
+    yield f"  Bound by {one.bound}: predicted {one.predicted_us:.1f} us ({causes_in_words(one.cost)})."

@@ -120,7 +120,7 @@ def explain_forward(
         roofline_memory_us=memory_us,
         cost=cost,
         predicted_us=cost.total_us,
-        limiter=cost.limiter,
+        bound=cost.bound,
         alternatives=tuple(forward_alternatives(problem, device, plan, cost)) if device.is_gpu and not idle_in_words(problem) else (),
         other_kernels=tuple(forward_kernels_passed_over(problem, device, plan)),
         decode_us=_decode_us(problem, device, tiles, cost),

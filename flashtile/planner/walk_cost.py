@@ -42,7 +42,7 @@ class WalkCost(NamedTuple):
         return max(self.memory_us, self.matrix_us, self.exp_us) + self.exposed_us + self.tail_us + self.start_us
 
     @property
-    def limiter(self) -> str:
+    def bound(self) -> str:
         """What takes longest: "memory", "matrix", "exp" (exp2 and the vector arithmetic around it), "tail" or "start"."""
         causes = (
             ("matrix", self.matrix_us), ("exp", self.exp_us), ("memory", self.memory_us), ("tail", self.tail_us), ("start", self.start_us),

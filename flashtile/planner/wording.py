@@ -37,7 +37,7 @@ class OtherKernel:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Bytes, FLOP and microseconds of a plan for whole sequences; ``limiter`` is what takes the time."""
+    """Bytes, FLOP and microseconds of a plan for whole sequences; ``bound`` is what takes the time."""
 
     problem: Problem
     device: Device
@@ -47,7 +47,7 @@ class Prediction:
     roofline_exp_us: float
     roofline_memory_us: float
     predicted_us: float
-    limiter: str
+    bound: str
 
     @property
     def intensity(self) -> float:
@@ -79,7 +79,7 @@ class Prediction:
     def time_in_words(self, parts: str) -> str:
         """The predicted time in a sentence, with its parts in brackets where there are any."""
         which = f" ({parts})" if parts else ""
-        return f"Limited by {self.limiter}: predicted {self.predicted_us:.1f} us, {self.tflops:.1f} TFLOP/s{which}."
+        return f"Bound by {self.bound}: predicted {self.predicted_us:.1f} us, {self.tflops:.1f} TFLOP/s{which}."
 
 
 def chooser(plan: Plan) -> str:

@@ -76,18 +76,18 @@ def test_fewer_queries_than_keys_leave_keys_without_any() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "limiter"),
+    ("changes", "bound"),
     [
         ({}, "matrix"),
         ({"batch": 1, "num_heads_q": 1, "num_heads_kv": 1, "seqlen_q": 128, "total_q": 128, "seqlen_k": 65536}, "tail"),
         ({"batch": 1, "num_heads_q": 1, "num_heads_kv": 1, "seqlen_q": 16, "total_q": 16, "seqlen_k": 64}, "start"),
     ],
 )
-def test_the_limiter_is_that_of_the_longer_pass(changes: dict[str, Any], limiter: str) -> None:
+def test_the_bound_is_that_of_the_longer_pass(changes: dict[str, Any], bound: str) -> None:
     explanation = explain_backward(TRAINING.with_(**changes), A100)
     longer = max(explanation.passes, key=lambda one: one.predicted_us)
-    assert explanation.limiter == longer.limiter == limiter
-    assert any(line.startswith(f"Limited by {limiter}: predicted ") for line in explanation.lines())
+    assert explanation.bound == longer.bound == bound
+    assert any(line.startswith(f"Bound by {bound}: predicted ") for line in explanation.lines())
 
 
 def test_json_holds_everything() -> None:
@@ -159,7 +159,7 @@ def test_the_cpu_is_explained_without_tiles() -> None:
 def test_nothing_to_do_is_explained_too(changes: dict[str, int]) -> None:
     explanation = explain_backward(TRAINING.with_(**changes), H200)
     assert explanation.flops == 0
-    assert explanation.limiter == "start"
+    assert explanation.bound == "start"
 
 
 def test_one_pass_is_explained_without_a_second_and_with_its_workspace() -> None:

@@ -75,7 +75,7 @@ def test_the_roofline_is_that_of_the_products_dtype(device: Device, allow_tf32: 
 
 
 @pytest.mark.parametrize(
-    ("changes", "limiter"),
+    ("changes", "bound"),
     [
         ({}, "matrix"),
         ({"head_dim": 64, "head_dim_v": 64}, "exp"),
@@ -84,10 +84,10 @@ def test_the_roofline_is_that_of_the_products_dtype(device: Device, allow_tf32: 
         ({"batch": 1, "num_heads_q": 1, "num_heads_kv": 1, "seqlen_q": 16, "total_q": 16, "seqlen_k": 64}, "start"),
     ],
 )
-def test_the_limiter_is_named(changes: dict[str, Any], limiter: str) -> None:
+def test_the_bound_is_named(changes: dict[str, Any], bound: str) -> None:
     explanation = explain_forward(PREFILL.with_(**changes), H200)
-    assert explanation.limiter == limiter
-    assert any(line.startswith(f"Limited by {limiter}: predicted ") for line in explanation.lines())
+    assert explanation.bound == bound
+    assert any(line.startswith(f"Bound by {bound}: predicted ") for line in explanation.lines())
 
 
 def test_json_holds_everything() -> None:
@@ -197,7 +197,7 @@ def test_the_cpu_is_explained_without_tiles() -> None:
 def test_nothing_to_do_is_explained_too(changes: dict[str, int]) -> None:
     explanation = explain_forward(PREFILL.with_(**changes), H200)
     assert explanation.flops == 0
-    assert explanation.limiter == "start"
+    assert explanation.bound == "start"
     assert explanation.alternatives == ()
     assert "launched" in explanation.lines()[1]
 
