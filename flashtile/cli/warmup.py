@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,7 @@ from flashtile.ops.ahead import PLANNERS, compile_ahead, distinct_kernels
 from flashtile.planner.device import Device
 from flashtile.planner.plans import DecodePlan, Plan
 from flashtile.problem import Problem
+from flashtile.rounding import query_bucket
 
 if TYPE_CHECKING:
     from flashtile.kernels.on_disk import Stored
@@ -44,6 +46,8 @@ def warmup(
     sinks: shape.Sinks = False,
     dropout: shape.Dropout = False,
     lse: Annotated[bool, typer.Option("--lse", help="With the log-sum-exp, as forward is called where gradients follow.")] = False,
+    packed: Annotated[bool, typer.Option("--packed", help="Queries are packed (cu_seqlens); forward's over pages always are.")] = False,
+    after_append: Annotated[bool, typer.Option("--after-append", help="decode follows append_kv (after_append=True).")] = False,
     device: WarmupDevice = "auto",
     jobs: Annotated[
         int | None, typer.Option("--jobs", min=1, help="Processes that compile. Default: one a core; with the GPU here, 1.")
@@ -53,6 +57,8 @@ def warmup(
     """Plan these shapes (every --batch with every --seqlen-k) and compile their kernels ahead of the first call."""
     where = pick_device_or_model(device)
     figures = where if isinstance(where, Device) else Device.of(where)
+    if after_append and operation is not shape.Operation.decode:
+        raise typer.BadParameter(f"{operation.value} follows no append.", param_hint="--after-append")
     problems = [
         shape.make_problem(
             operation,
@@ -63,7 +69,7 @@ def warmup(
         for b, k in product(batch or [1], seqlen_k or [4096])
     ]  # fmt: skip
     began = time.perf_counter()
-    planned = [(problem, PLANNERS[operation.value](problem, figures)) for problem in (p.with_(lse=p.lse or lse) for p in problems)]
+    planned = [(problem, PLANNERS[operation.value](problem, figures)) for problem in as_called(problems, lse, packed, after_append)]
     kernels = distinct_kernels(planned)
     processes = jobs or (os.cpu_count() or 1 if isinstance(where, Device) else 1)
     stored: list[Stored] = []
@@ -94,6 +100,19 @@ def warmup(
         print_json({**found, "problems": rows})
     else:
         _render(found, rows)
+
+
+def as_called(problems: Iterable[Problem], lse: bool, packed: bool, after_append: bool) -> Iterator[Problem]:
+    """Problems of given numbers as calls have them: packed, with the log-sum-exp, behind an append."""
+    for problem in problems:
+        changes: dict[str, Any] = {"lse": problem.lse or lse, "after_append": after_append}
+        decodes, pages = problem.operation == "decode", problem.page_size > 0
+        if packed or (pages and not decodes):
+            longest, total = query_bucket(problem.seqlen_q), query_bucket(problem.batch * problem.seqlen_q)
+            changes |= {"ragged_q": True, "seqlen_q": longest, "total_q": total}
+            if not decodes:
+                changes |= {"ragged_k": not pages, "seqused_k": pages}
+        yield problem.with_(**changes)
 
 
 def _cache(stored: list[Stored]) -> dict[str, Any]:

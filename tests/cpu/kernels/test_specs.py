@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from flashtile.cli.shape import Dtype, Operation, make_problem
+from flashtile.cli.warmup import as_called
 from flashtile.ops import backward as backward_ops
 from flashtile.ops import decode as decode_ops
 from flashtile.ops import forward as forward_ops
 from flashtile.ops import prepared
-from flashtile.ops.ahead import kind_of, specs_of
+from flashtile.ops.ahead import PLANNERS, kind_of, specs_of
 from flashtile.planner.device import Device
 
 pytest.importorskip("triton")
@@ -142,3 +144,46 @@ def test_backward(
     )  # fmt: skip
     assert compared.launched == compared.listed
     assert len(compared.launched) == 3 + sinks
+
+
+def compiled_by_command(
+    operation: str, *, page_size: int, packed: bool, after_append: bool = False, batch: int = 2, seqlen_q: int
+) -> set[Any]:
+    """What ``flashtile warmup --device h200`` compiles for a shape."""
+    problem = make_problem(
+        Operation(operation), batch=2, seqlen_q=seqlen_q, seqlen_k=1024, heads=8, kv_heads=2, head_dim=128, head_dim_v=None,
+        dtype=Dtype.bfloat16, page_size=page_size, window=None, causal=True, softcap=False, alibi=False, sinks=False, dropout=False,
+    )  # fmt: skip
+    (called,) = as_called([problem], False, packed, after_append)
+    return {kind_of(spec) for spec in specs_of(called, PLANNERS[operation](called, Device.named("h200")))}
+
+
+@pytest.mark.parametrize("after_append", [False, True], ids=["alone", "after_append"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("seqlen_q", [1, 4])
+def test_a_shape_of_the_command_is_a_decode_calls(
+    seqlen_q: int, packed: bool, after_append: bool, compared: Compared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on("h200", monkeypatch)
+    q, k, v = (torch.zeros(*shape, 128, dtype=torch.bfloat16) for shape in ((2, seqlen_q, 8), (128, 16, 2), (128, 16, 2)))
+    queries: dict[str, Any] = {"q": q}
+    if packed:
+        starts = torch.tensor([0, seqlen_q, 2 * seqlen_q], dtype=torch.int32)
+        queries = {"q": q.flatten(0, 1), "cu_seqlens_q": starts, "max_seqlen_q": seqlen_q}
+    lengths, pages = torch.full((2,), 1024, dtype=torch.int32), torch.zeros(2, 64, dtype=torch.int32)
+    compared.gpu.decode(**queries, k_cache=k, v_cache=v, seqlens_k=lengths, page_table=pages, after_append=after_append)
+    wanted = compiled_by_command("decode", page_size=16, packed=packed, after_append=after_append, seqlen_q=seqlen_q)
+    assert compared.launched == wanted
+
+
+@pytest.mark.parametrize("kind", ["dense", "packed", "pages"])
+def test_a_shape_of_the_command_is_a_forward_calls(kind: str, compared: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
+    on("h200", monkeypatch)
+    args = whole(kind != "dense", 1024, 128)
+    if kind == "pages":
+        pages = {"page_table": torch.zeros(2, 64, dtype=torch.int32), "seqused_k": torch.full((2,), 1024, dtype=torch.int32)}
+        k, v = (torch.zeros(128, 16, 2, 128, dtype=torch.bfloat16) for _ in range(2))
+        args |= {"k": k, "v": v, "cu_seqlens_k": None, **pages}
+    compared.gpu.forward(**args, causal=True)
+    wanted = compiled_by_command("forward", page_size=16 if kind == "pages" else 0, packed=kind == "packed", seqlen_q=1024)
+    assert compared.launched <= compared.listed == wanted
