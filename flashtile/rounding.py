@@ -27,11 +27,11 @@ def query_bucket(length: int) -> int:
 def alignment_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None = None) -> int:
     """The largest power of two, at most 16, that divides every address and outer stride in bytes.
 
-    0 where a last dimension is not contiguous: such tensors have no kernel. All have rank 3 or 4, k and v the same one; k and v
-    have one dtype.
+    0 where a last dimension is not contiguous, or memory holds the negatives: such tensors have no kernel. All have rank 3 or 4, k and
+    v the same one; k and v have one dtype.
     """
     strides_q, strides_k, strides_v = q.stride(), k.stride(), v.stride()
-    if not strides_q[-1] == strides_k[-1] == strides_v[-1] == 1:
+    if not strides_q[-1] == strides_k[-1] == strides_v[-1] == 1 or q.is_neg() or k.is_neg() or v.is_neg():
         return 0
     strides = strides_k[0] | strides_k[1] | strides_v[0] | strides_v[1]
     if len(strides_k) == 4:
@@ -42,7 +42,7 @@ def alignment_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.T
     bits = strides * k.element_size() | own_strides * q.element_size() | q.data_ptr() | k.data_ptr() | v.data_ptr() | 16
     if out is not None:
         *outer, last = out.stride()
-        if last != 1:
+        if last != 1 or out.is_neg():
             return 0
         for stride in outer:
             bits |= stride * out.element_size()

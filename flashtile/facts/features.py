@@ -11,8 +11,8 @@ def vector_facts(vector: torch.Tensor | None, device: torch.device) -> Key | Non
     """A tensor of a value for each head; raises ValueError where it can have no key."""
     if vector is None:
         return None
-    if vector.device != device:
-        raise ValueError("a vector on another device has no key")
+    if vector.device != device or vector.is_neg():
+        raise ValueError("a vector on another device, or of which memory holds the negatives, has no key")
     return (vector.shape, vector.dtype, vector.stride(-1))
 
 
@@ -22,8 +22,8 @@ def scale_facts(k_scale: torch.Tensor | None, v_scale: torch.Tensor | None, devi
         return None
     facts: Key = ()
     for scale in (k_scale, v_scale):
-        if scale is not None and scale.device != device:
-            raise ValueError("a scale on another device has no key")
+        if scale is not None and (scale.device != device or scale.is_neg()):
+            raise ValueError("a scale on another device, or of which memory holds the negatives, has no key")
         facts += (None,) if scale is None else (scale.shape, scale.dtype)
     return facts
 

@@ -109,6 +109,8 @@ def _why_not(
         return "shapes that do not go together"
     if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
         return "torch.func or forward-mode differentiation"
+    if not torch.compiler.is_compiling() and any(x.is_neg() for x in tensors):  # compiled calls get them resolved
+        return "views of negatives"
     return "" if attn_mask is None else _why_not_mask(query, key, attn_mask, is_causal)
 
 

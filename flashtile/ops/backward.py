@@ -55,7 +55,7 @@ def backward(
     dsinks = torch.empty_like(sinks) if sinks is not None and want_dsinks else None
     # dlse is promised like lse, contiguous: of one number a row, a copy costs little.
     call = BackwardCall(
-        q, k, v, out, lse, _readable(dout), None if dlse is None else dlse.contiguous(), dq, dk, dv, dsinks,
+        q, k, v, out, lse, _readable(dout), None if dlse is None else dlse.resolve_neg().contiguous(), dq, dk, dv, dsinks,
         cu_seqlens_q, cu_seqlens_k, seqused_k,
         q.shape[1] if max_seqlen_q is None else max_seqlen_q,
         k.shape[0 if cu_seqlens_k is not None else 1] if max_seqlen_k is None else max_seqlen_k,
@@ -91,7 +91,9 @@ def _readable(dout: torch.Tensor) -> torch.Tensor:
 
     They take any strides with a contiguous last dimension, as of q. The gradient of a sum has one element for all (stride 0), and
     that of a transposed result any last stride: such gradients are torch's, so the caller could not have laid them out otherwise.
+    Nor could he help that torch negates the gradient of a conjugate when it is read.
     """
+    dout = dout.resolve_neg()
     fits = dout.stride(-1) == 1 and 0 not in dout.stride()
     return dout if fits else dout.contiguous()
 

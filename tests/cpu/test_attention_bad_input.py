@@ -108,6 +108,7 @@ BAD: dict[str, tuple[Callable[[], Args], Change, type[Exception], tuple[str, ...
     "q_strided": (plain, of(strided, "q"), ShapeError, ("q:", "contiguous last dimension", "q.contiguous()")),
     "k_strided": (plain, of(strided, "k"), ShapeError, ("k:", "contiguous last dimension", "k.contiguous()")),
     "v_strided": (packed, of(strided, "v"), ShapeError, ("v:", "contiguous last dimension", "v.contiguous()")),
+    "k_negated": (plain, of(torch._neg_view, "k"), ShapeError, ("k:", "view of their negatives", "k.resolve_neg()")),
     "q_sparse": (plain, of(lambda t: t.to_sparse(), "q"), ShapeError, ("q:", "strided tensor", "to_dense")),
     "q_nested": (plain, of(lambda t: torch.nested.nested_tensor(list(t)), "q"), ShapeError, ("q:", "nested", "attention_varlen")),
     # dtypes

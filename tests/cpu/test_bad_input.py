@@ -125,6 +125,8 @@ BAD = [
     Bad("k_strided", contiguous, of("k_cache", strided), ShapeError, ("k_cache:", "contiguous last dimension", "k_cache.contiguous()")),
     Bad("v_strided", paged, of("v_cache", strided), ShapeError, ("v_cache:", "contiguous last dimension", "v_cache.contiguous()")),
     Bad("lengths_strided", contiguous, of("seqlens_k", strided), ShapeError, ("seqlens_k:", "contiguous")),
+    Bad("q_negated", contiguous, of("q", torch._neg_view), ShapeError, ("q:", "view of their negatives", "q.resolve_neg()")),
+    Bad("v_cache_negated", paged, of("v_cache", torch._neg_view), ShapeError, ("v_cache:", "view of their negatives")),
     Bad("q_sparse", contiguous, of("q", lambda t: t.to_sparse()), ShapeError, ("q:", "strided tensor", "to_dense")),
     # dtypes
     Bad("q_float64", contiguous, of("q", lambda t: t.double()), DtypeError, ("q:", "float16, bfloat16 or float32", "float64")),

@@ -131,8 +131,9 @@ def test_without_keys_only_sinks_have_a_gradient(through_lse: bool) -> None:
         lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
         lambda t: t.repeat_interleave(2, dim=-1)[..., ::2],
         lambda t: torch.cat([t, t], dim=-1)[..., 1:17],
+        torch._neg_view,
     ],
-    ids=["of_a_sum", "of_a_sum_over_the_batch", "heads_first", "dims_first", "every_other", "offset"],
+    ids=["of_a_sum", "of_a_sum_over_the_batch", "heads_first", "dims_first", "every_other", "offset", "negated"],
 )
 def test_gradients_that_flow_in_may_have_any_strides(laid_out: Callable[[torch.Tensor], torch.Tensor]) -> None:
     inputs = plain()

@@ -174,7 +174,7 @@ def test_other_masks_are_torchs_and_said_once(change: dict[str, Any], reason: st
     assert not calls
 
 
-@pytest.mark.parametrize("call", ["float64", "unlike batches", "no heads", "vmap"])
+@pytest.mark.parametrize("call", ["float64", "unlike batches", "no heads", "negated", "vmap"])
 def test_what_else_is_torchs(call: str, calls: list[str]) -> None:
     q, k, v = tensors()
     run: Any = F.scaled_dot_product_attention
@@ -184,6 +184,8 @@ def test_what_else_is_torchs(call: str, calls: list[str]) -> None:
         k, v = k[:1], v[:1]
     elif call == "no heads":
         q, k, v = q[0, 0], k[0, 0], v[0, 0]
+    elif call == "negated":
+        q = torch._neg_view(q)
     else:
         run = torch.func.vmap(run)
     expected = run(q, k, v)
