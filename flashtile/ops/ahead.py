@@ -90,7 +90,8 @@ def compile_ahead(kernels: Sequence[Kernel], arch: str, jobs: int) -> Generator[
                 yield Compilation(place, _or_raise(done.result(), kernels[place], arch))
         except BrokenProcessPool as error:
             raise ToolchainError(
-                f"jobs: expected {jobs} processes that compile, got one that died ({error}). If memory ran out, use fewer."
+                f"jobs: expected {jobs} processes that compile, got one that died ({error}). Use fewer if memory ran out, and guard a "
+                "script's main part by if __name__ == '__main__'."
             ) from error
         finally:  # of a caller that stops early, and after an error
             pool.shutdown(cancel_futures=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +154,25 @@ def test_processes_compile_first_where_the_gpu_is_here(monkeypatch: pytest.Monke
     assert noted == [(["kernel"], "sm_75", 3), PROBLEMS[0]]
     flashtile.warmup(PROBLEMS[:1], "cpu")
     assert noted[2:] == [PROBLEMS[0]]
+
+
+def test_a_process_that_dies_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    kernel = Kernel(PROBLEMS[0], ahead.PLANNERS["decode"](PROBLEMS[0], Device.named("t4")), 0)
+
+    class Pool:
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def submit(self, *job: object) -> Future[Any]:
+            died: Future[Any] = Future()
+            died.set_exception(BrokenProcessPool("terminated abruptly"))
+            return died
+
+        def shutdown(self, cancel_futures: bool) -> None: ...
+
+    monkeypatch.setattr(ahead, "compiling_processes", lambda count: Pool())
+    with pytest.raises(ToolchainError, match=r"jobs: expected 2 processes.*died.*Use fewer if memory ran out"):
+        list(compile_ahead([kernel, kernel], "sm_75", jobs=2))
