@@ -13,7 +13,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from flashtile.errors import ArgumentError, message
-from flashtile.kernels.launch import Spec, compile_spec
+from flashtile.kernels.launch import compile_spec
+from flashtile.kernels.spec import Spec
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from triton import knobs
 
 from flashtile.kernels.compiled import target_of
-from flashtile.kernels.launch import Spec, compile_spec
+from flashtile.kernels.launch import compile_spec
+from flashtile.kernels.spec import Spec
 
 _LISTENING = threading.Lock()  # Triton has one listener
 

@@ -13,7 +13,8 @@ import torch
 from flashtile.band import Band
 from flashtile.dropout import scale_of, threshold_of
 from flashtile.kernels.call import Dropout
-from flashtile.kernels.launch import TRITON_DTYPES, Arg, Launch
+from flashtile.kernels.launch import Launch
+from flashtile.kernels.spec import TRITON_DTYPES, Arg
 from flashtile.kernels.tile.softmax import LOG2E
 from flashtile.kernels.tile.views import (
     BandView,

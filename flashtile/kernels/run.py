@@ -14,8 +14,9 @@ import torch
 from flashtile.errors import UnsupportedError
 from flashtile.kernels.call import DecodeCall, DecodeRunner
 from flashtile.kernels.combine import bind_combine, combines, partials_spec, unit_cost
-from flashtile.kernels.launch import Arg, Launch, on_device, workspace
+from flashtile.kernels.launch import Launch, on_device, workspace
 from flashtile.kernels.operands import kv_scales_spec, kv_scales_view, lengths_spec, rows_spec, shared_specs
+from flashtile.kernels.spec import Arg
 from flashtile.kernels.tile.schedule import sequences_at_once
 from flashtile.kernels.tile.softmax import LOG2E
 from flashtile.kernels.tile.views import band_view

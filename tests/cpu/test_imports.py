@@ -54,10 +54,12 @@ MAY_IMPORT_TRITON = (
     "flashtile.kernels.backward_keys",
     "flashtile.kernels.backward_queries",
     "flashtile.kernels.gluon",
+    "flashtile.kernels.direct",
     "flashtile.kernels.launch",
     "flashtile.kernels.native",
     "flashtile.kernels.on_disk",
     "flashtile.kernels.rotary",
+    "flashtile.kernels.spec",
     "flashtile.kernels.tile",
     "flashtile.kernels.compiled",
 )

@@ -14,7 +14,7 @@ from flashtile.testing.inputs import make_inputs
 pytest.importorskip("triton")
 
 from flashtile.kernels.block import Kernel, NotReplayable, block_of, sizes_of
-from flashtile.kernels.launch import Arg, Descriptor, Spec
+from flashtile.kernels.spec import Arg, Descriptor, Spec
 from tests.cpu.kernels.uninterpreted import answers
 
 

@@ -17,8 +17,9 @@ from triton.compiler import CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from flashtile.kernels import launch
-from flashtile.kernels.launch import Arg, Descriptor, Spec, tensor_maps
+from flashtile.kernels import direct
+from flashtile.kernels.direct import tensor_maps
+from flashtile.kernels.spec import Arg, Descriptor, Spec
 from flashtile.kernels.tile.views import LseView
 
 SM90 = GPUTarget("cuda", 90, 32)
@@ -69,7 +70,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, int]]:
         made.append((meta, tensor.data_ptr()))
         return (f"map {len(made)}", *tensor.shape, *tensor.stride())
 
-    monkeypatch.setattr(launch, "_encoded", encode)
+    monkeypatch.setattr(direct, "encoded", encode)
     return made
 
 
@@ -97,7 +98,7 @@ def test_a_map_is_kept_for_its_place_address_shape_and_strides(encoded: list[tup
 
 
 def test_no_more_maps_are_kept_than_an_engine_needs(encoded: list[tuple[Any, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "_CACHED_MAPS", 8)
+    monkeypatch.setattr(direct, "_CACHED_MAPS", 8)
     cache = torch.empty(100, 4)
     mapped = tensor_maps(("of k",), (0,))
     (kept,) = [cell.cell_contents for cell in mapped.__closure__ or () if isinstance(cell.cell_contents, dict)]
@@ -112,7 +113,7 @@ def test_a_map_is_triton_s_own_of_the_tensor_with_zeros_beyond(monkeypatch: pyte
     fill_with(monkeypatch, lambda *args: asked.append(args) or "map")
     cache = torch.empty(3, 64, 2, 128, dtype=torch.bfloat16).transpose(1, 2)
     meta = META | {"block_size": [1, 1, 64, 64]}
-    assert launch._encoded(meta, cache) == ("map", 3, 2, 64, 128, *cache.stride())
+    assert direct.encoded(meta, cache) == ("map", 3, 2, 64, 128, *cache.stride())
     ((address, swizzle, element, _, box, shape, strides, padding),) = asked
     assert (address, swizzle, element, box) == (cache.data_ptr(), 3, 2, [1, 1, 64, 64])
     assert (list(shape), list(strides), padding) == ([3, 2, 64, 128], [64 * 256, 128, 256, 1], 0)
@@ -161,7 +162,7 @@ class FakeKernel:
 def test_known_tritons_are_handed_maps_that_are_kept(version: str, encoded: list[tuple[Any, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", version)
     kernel = FakeKernel()
-    run = launch._raw_launch(kernel, kernel.run, SM90, SPEC.descriptors())
+    run = direct.raw_launch(kernel, kernel.run, SM90, SPEC.descriptors())
     k, v = torch.empty(2, 3), torch.empty(4, 5)
     for _ in range(2):
         run(7, 3, 99, 5, k, (None,) * 4, v, 64)
@@ -178,7 +179,7 @@ def test_other_tritons_are_handed_the_tensors_described(monkeypatch: pytest.Monk
     monkeypatch.setattr(triton, "__version__", "3.8.0")
     kernel = FakeKernel()
     k, v = torch.empty(2, 3).t(), torch.empty(4, 5)
-    launch._raw_launch(kernel, kernel.run, SM90, SPEC.descriptors())(7, 3, 99, 5, k, None, v, 64)
+    direct.raw_launch(kernel, kernel.run, SM90, SPEC.descriptors())(7, 3, 99, 5, k, None, v, 64)
     ((way, args),) = kernel.calls
     assert way == "triton"
     *start, described_k, none, described_v, end = args
@@ -192,7 +193,7 @@ def test_other_tritons_are_handed_the_tensors_described(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
 def test_codes_of_one_byte_are_described_in_pairs(dtype: torch.dtype) -> None:
     cache = torch.zeros(3, 4, 50, 64).to(dtype).transpose(1, 2)[:, :, ::2]
-    pairs = launch._described(cache)
+    pairs = direct._described(cache)
     as_pairs = cache.view(torch.int16)
     assert pairs.base is cache
     assert (pairs.shape, pairs.strides) == (list(as_pairs.shape), list(as_pairs.stride()))
@@ -203,7 +204,7 @@ def test_codes_of_one_byte_are_described_in_pairs(dtype: torch.dtype) -> None:
 def test_a_profiler_is_served_with_descriptions(version: str, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", version)
     kernel = FakeKernel()
-    run = launch._raw_launch(kernel, kernel.run, SM90, SPEC.descriptors())
+    run = direct.raw_launch(kernel, kernel.run, SM90, SPEC.descriptors())
 
     def listener(*_: Any) -> None:
         pass
@@ -235,9 +236,9 @@ def test_the_installed_triton_passes_the_same(monkeypatch: pytest.MonkeyPatch) -
     kernel.name, kernel.src, kernel.metadata = "name", None, SimpleNamespace(tensordesc_meta=metas)
     k, v = torch.empty(2, 3), torch.empty(4, 5)
 
-    direct = launch._raw_launch(kernel, kernel.run, SM90, SPEC.descriptors())
-    assert direct.__name__.startswith("by_launcher_")
-    direct(7, 3, 99, 5, k, (None,) * 4, v, 64)
+    launched = direct.raw_launch(kernel, kernel.run, SM90, SPEC.descriptors())
+    assert launched.__name__.startswith("by_launcher_")
+    launched(7, 3, 99, 5, k, (None,) * 4, v, 64)
     described = SimpleNamespace(base=k, shape=[2, 3], strides=[3, 1], padding="zero", round_f32_to_tf32=False)
     other = SimpleNamespace(base=v, shape=[4, 5], strides=[5, 1], padding="zero", round_f32_to_tf32=False)
     kernel[7, 3, 1](5, described, (None,) * 4, other, 64, stream=99)

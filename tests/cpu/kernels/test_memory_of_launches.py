@@ -21,7 +21,7 @@ from flashtile.testing.append_cases import AppendCase
 
 pytest.importorskip("triton")
 
-from flashtile.kernels import append, backward, block, combine, decode, forward, launch
+from flashtile.kernels import append, backward, block, combine, decode, forward, launch, spec
 from flashtile.kernels.gluon import backward_sm90, forward_counter, forward_sm90
 from flashtile.kernels.launch import Launch, Spec
 from tests.cpu.kernels.fake_gpu import STREAM, FakeGpu
@@ -60,7 +60,7 @@ class Watched:
         for module in (backward_sm90, forward_sm90):
             monkeypatch.setattr(module, "on_device", lambda run, device: gpu._runner(run))
         # a tensor map that says no more than where its tensor begins
-        monkeypatch.setattr(launch, "_encoded", lambda meta, x: ((x.data_ptr(),), *x.shape, *x.stride()))
+        monkeypatch.setattr(spec, "encoded", lambda meta, x: ((x.data_ptr(),), *x.shape, *x.stride()))
         monkeypatch.setattr(block, "_bytes_of", lambda tensor_map: struct.pack("<Q120x", *tensor_map))
         monkeypatch.setattr(forward_counter.TileCounters, "address", lambda self, stream: (COUNTER, None))
 

@@ -17,7 +17,7 @@ from flashtile.kernels.call import DecodeCall
 pytest.importorskip("triton")
 import triton
 
-from flashtile.kernels import launch, replay
+from flashtile.kernels import launch, replay, spec
 from flashtile.kernels.block import Described, Kernel, sizes_of
 from flashtile.kernels.replay import RECORDED_CALL, DeviceRunner
 from flashtile.ops import decode as ops
@@ -193,7 +193,7 @@ def test_the_kernel_with_tensor_maps_is_repeated(splits: int, stored: torch.dtyp
     gluon = pytest.importorskip("flashtile.kernels.gluon.decode_sm90")
     gpu = FakeGpu(monkeypatch)
     monkeypatch.setattr(ops, "kernel_module", lambda plan: gluon)
-    monkeypatch.setattr(launch, "_encoded", lambda meta, tensor: (bytes(128), *tensor.shape, *tensor.stride()))
+    monkeypatch.setattr(spec, "encoded", lambda meta, tensor: (bytes(128), *tensor.shape, *tensor.stride()))
     monkeypatch.setattr("flashtile.kernels.block._bytes_of", lambda tensor_map: tensor_map)
     call = tensors(4096)
     if stored is not None:

@@ -19,7 +19,7 @@ from flashtile.planner.device import Device
 
 pytest.importorskip("triton")
 
-from flashtile.kernels import backward, block, combine, decode, forward, launch
+from flashtile.kernels import backward, block, combine, decode, forward, launch, spec
 from flashtile.kernels.gluon import backward_sm90, decode_sm90, forward_counter, forward_sm90
 from flashtile.kernels.launch import Launch, Spec
 from tests.cpu.kernels.fake_gpu import FakeGpu
@@ -42,7 +42,7 @@ class Compared:
             monkeypatch.setattr(operation, "bound", self._bound)
         for module in MODULES:
             monkeypatch.setattr(module, "launcher", self._launcher)
-        monkeypatch.setattr(launch, "_encoded", lambda meta, x: ((x.data_ptr(),), *x.shape, *x.stride()))
+        monkeypatch.setattr(spec, "encoded", lambda meta, x: ((x.data_ptr(),), *x.shape, *x.stride()))
         monkeypatch.setattr(block, "_bytes_of", lambda tensor_map: struct.pack("<Q120x", *tensor_map))
         monkeypatch.setattr(forward_counter.TileCounters, "address", lambda self, stream: (0x12340, None))
 
