@@ -24,8 +24,8 @@ HEADS_Q, HEADS_KV, DIM, PAGE = 8, 2, 64, 64
 
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
-    keys: Annotated[int, typer.Option(help="of the whole cache when decoding begins")] = 8192,
-    tokens: Annotated[int, typer.Option(help="to decode and append")] = 4,
+    keys: Annotated[int, typer.Option(min=0, help="of the whole cache when decoding begins")] = 8192,
+    tokens: Annotated[int, typer.Option(min=0, help="to decode and append")] = 4,
     compare: Annotated[bool, typer.Option(help="hold every step against one process with the whole cache")] = True,
 ) -> None:
     where = begin(device)
@@ -63,6 +63,8 @@ def main(
 
 def begin(device: str) -> torch.device:
     """Joins the group that torchrun describes; this rank's device."""
+    if not dist.is_torchelastic_launched():
+        raise typer.BadParameter("ranks are processes that torchrun starts: torchrun --nproc-per-node 2 examples/long_context_decode.py")
     if device == "cpu":
         dist.init_process_group("gloo")
         return torch.device("cpu")

@@ -63,7 +63,9 @@ def table(documents: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def main(runs: Annotated[list[Path], typer.Argument(help="Files that tiny_gpt.py wrote with --json.")]) -> None:
+def main(
+    runs: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, help="Files that tiny_gpt.py wrote with --json.")],
+) -> None:
     """Draws the curves of each run beside its file, and prints a table of all."""
     documents = [json.loads(run.read_text(encoding="utf-8")) for run in runs]
     for run, document in zip(runs, documents):

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashtile
+from flashtile.cli.device import pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
 NEAR = 32  # every second layer sees this many characters, its own included; the others see all that came before
@@ -261,10 +262,12 @@ def main(
     say = Console(stderr=as_json, soft_wrap=True, highlight=False, markup=False).print
     if plot is not None and find_spec("matplotlib") is None:
         raise typer.BadParameter("needs matplotlib: pip install matplotlib", param_hint="--plot")
-    where, shape = torch.device(device), SIZES[size.value]
+    where, shape = pick_device(device), SIZES[size.value]
     text = read_documents()
     characters = sorted(set(text))
     index = {character: i for i, character in enumerate(characters)}
+    if not any(character in index for character in prompt):
+        raise typer.BadParameter(f"expected some character of the documents, got {prompt!r}", param_hint="--prompt")
     tokens = torch.tensor([index[character] for character in text], device=where)
     say(f"{len(text)} characters, {len(characters)} of them different; {steps} steps of {shape.batch} x {shape.context}")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -118,3 +120,20 @@ def test_documents_quote_the_runs_of_tiny_gpt_as_they_went(tiny_gpt: Any) -> Non
         torch_smoothed = curves.smoothed(run["losses"]["torch SDPA"])
         assert run["apart"]["flashtile"]["smoothed"] == curves.apart(curves.smoothed(run["losses"]["flashtile"]), torch_smoothed)
         assert run["losses"]["flashtile"][-1] < 0.5 * run["losses"]["flashtile"][0]
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["tiny_gpt.py", "--device", "gpu"], "--device"),
+        (["tiny_gpt.py", "--prompt", ""], "--prompt"),
+        (["loss_curves.py", "no-such-file.json"], "no-such-file.json"),
+        (["long_context_decode.py"], "torchrun --nproc-per-node"),
+    ],
+)
+def test_examples_name_what_is_wrong(command: list[str], named: str) -> None:
+    program = [sys.executable, str(ROOT / "examples" / command[0]), *command[1:]]
+    done = subprocess.run(program, capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 2
+    assert named in done.stderr
+    assert "Traceback" not in done.stderr
