@@ -54,10 +54,6 @@ class Document:
     def of_stage(self, *stages: str) -> Iterator[Entry]:
         return (entry for entry in self.entries if entry.stage in stages)
 
-    def rows_of(self, point: Point) -> list[Row]:
-        """Every row of a point, of all its stages, fastest first."""
-        return sorted((row for entry in self.entries if entry.point == point for row in entry.rows), key=lambda row: row.us)
-
 
 def read_study(path: Path) -> dict[str, Any]:
     """A study's JSON as it lies in its file; raises ArgumentError where it is none, or of another version."""

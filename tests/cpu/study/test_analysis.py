@@ -113,4 +113,3 @@ def test_wrong_results_are_reported(tmp_path: Path) -> None:
 def test_a_document_knows_its_device(tmp_path: Path) -> None:
     some = load(write_study(tmp_path / "study.json", [Task("tiles", POINT), Task("splits", POINT)]))
     assert some.figures == Device.named("h200")
-    assert [r.us for r in some.rows_of(POINT)] == sorted(r.us for e in some.entries for r in e.rows)

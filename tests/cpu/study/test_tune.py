@@ -62,10 +62,10 @@ def test_the_planner_takes_what_measured_faster(study: Path, cache: Path) -> Non
     assert Path(printed["file"]) == cache / "nvidia-h200.json"
     for point in POINTS:
         plan = plan_decode(point.problem, GPU)
-        best = load(study).rows_of(point)[0]
+        rows = [row for entry in load(study).entries if entry.point == point for row in entry.rows]
         assert (plan.kernel, plan.source) == ("triton.decode", "tuned")
-        ours = next(row for row in load(study).rows_of(point) if row.is_plan({n: getattr(plan, n) for n in ("kernel", *row._fields[1:8])}))
-        assert ours.us <= 1.01 * best.us
+        ours = next(row for row in rows if row.is_plan({n: getattr(plan, n) for n in ("kernel", *row._fields[1:8])}))
+        assert ours.us <= 1.01 * min(row.us for row in rows)
         assert plan_as_shipped(point.problem, GPU).kernel == "gluon.decode_sm90", "what a study calls the planner's choice stays"
 
 
