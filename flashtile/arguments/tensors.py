@@ -26,7 +26,7 @@ def check_tensors(required: dict[str, torch.Tensor], **optional: torch.Tensor | 
             )
         if tensor.layout != torch.strided:
             raise ShapeError(message(name, "a strided tensor", f"layout {tensor.layout}", f"Use {name}.to_dense()."))
-        if tensor.is_neg():
+        if not torch.compiler.is_compiling() and tensor.is_neg():  # compilers cannot ask, and resolve them
             raise ShapeError(
                 message(name, "numbers that lie in memory as they are", "a view of their negatives", f"Use {name}.resolve_neg().")
             )
