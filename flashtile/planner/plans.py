@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
 from flashtile.errors import ArgumentError, message
@@ -27,15 +27,18 @@ class _Stored:
 
     @classmethod
     def from_json(cls: type[PlanOf], text: str) -> PlanOf:
-        """The plan in a JSON text; ArgumentError where it is another operation's, or has fields unknown here."""
-        data: dict[str, Any] = json.loads(text)
-        came = data.pop("operation", cls.operation)
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(data) - known)
-        if came != cls.operation or unknown:
-            expected = f"a {cls.operation} plan with fields {sorted(known)}"
-            raise ArgumentError(message("plan", expected, came if came != cls.operation else unknown, f"Use {cls.__name__}.to_json()."))
-        return cls(**data)
+        """The plan in a JSON text; ArgumentError where it is none, or another operation's, or has other fields than plans have here."""
+        types = {field.name: field.type if field.default is MISSING else type(field.default).__name__ for field in fields(cls)}
+        expected, fix = f"a {cls.operation} plan with fields {sorted(types)}", f"Use {cls.__name__}.to_json()."
+        try:
+            data: dict[str, Any] = dict(json.loads(text))
+            came = data.pop("operation", cls.operation)
+            wrong = sorted(name for name, value in data.items() if type(value).__name__ != types.get(name))
+            if came == cls.operation and not wrong:
+                return cls(**data)
+        except (TypeError, ValueError) as error:
+            raise ArgumentError(message("plan", expected, f"{text!r} ({error})", fix)) from error
+        raise ArgumentError(message("plan", expected, came if came != cls.operation else wrong, fix))
 
 
 @dataclass(frozen=True)

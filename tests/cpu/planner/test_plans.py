@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from flashtile.errors import ArgumentError
 from flashtile.planner.backward_rules import backward_infeasible
 from flashtile.planner.choose import plan_backward, plan_decode, plan_forward
 from flashtile.planner.device import Device
@@ -55,3 +56,13 @@ def test_unknown_gpus_get_a_plan(operation: str, name: str, major: int) -> None:
     device = Device.from_properties(SimpleNamespace(name=name, major=major, minor=0, multi_processor_count=33), "cuda")
     problem = PROBLEMS[operation]
     assert AGAINST[operation](problem, PLANNERS[operation](problem, device), device) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", "[1]", "3", "{}", '{"kernel": 3, "block_m": 16}', '{"kernel": "triton.decode", "block_m": "16"}', '{"kernel": "a", "tile": 1}'],
+)
+def test_text_that_is_no_plan_is_refused(operation: str, text: str) -> None:
+    plan = type(PLANNERS[operation](PROBLEMS[operation], H200))
+    with pytest.raises(ArgumentError, match=rf"plan: expected a {operation} plan with fields .*to_json"):
+        plan.from_json(text)
