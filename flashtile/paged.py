@@ -25,6 +25,7 @@ from itertools import accumulate
 import torch
 
 from flashtile.api import append_kv
+from flashtile.arguments import is_int
 from flashtile.errors import ArgumentError, OutOfPagesError, ShapeError, message
 
 TABLE_STEP = 8  # page tables are this many pages wide, or twice, or so on: their shape rarely changes
@@ -73,9 +74,13 @@ class PagedKV:
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cuda",
     ) -> None:
-        for name, count in (("num_pages", num_pages), ("page_size", page_size), ("num_layers", num_layers)):
-            if count < 1:
-                raise ArgumentError(message(name, "at least 1", count, "A cache holds something."))
+        counts = {
+            "num_pages": num_pages, "page_size": page_size, "num_heads_kv": num_heads_kv, "head_dim": head_dim,
+            "head_dim_v": head_dim if head_dim_v is None else head_dim_v, "num_layers": num_layers,
+        }  # fmt: skip
+        for name, count in counts.items():
+            if not is_int(count) or count < 1:
+                raise ArgumentError(message(name, "an int of at least 1", repr(count), "A cache holds something."))
         shape = (num_layers, num_pages, page_size, num_heads_kv)
         self.k = torch.empty((*shape, head_dim), dtype=dtype, device=device)
         self.v = torch.empty((*shape, head_dim if head_dim_v is None else head_dim_v), dtype=dtype, device=device)
@@ -140,7 +145,8 @@ class PagedKV:
             ArgumentError: an unknown sequence, one that comes twice, or a negative count.
         """
         counts = [num_new] * len(sequences) if isinstance(num_new, int) else list(num_new)
-        if len(counts) != len(sequences) or len(set(sequences)) != len(sequences) or any(count < 0 for count in counts):
+        once = len(counts) == len(set(sequences)) == len(sequences)
+        if not once or not all(is_int(count) and count >= 0 for count in counts):
             expected = "a count of 0 or more for each sequence, which comes once"
             raise ArgumentError(message("num_new", expected, f"{counts} for {list(sequences)}", "Merge the counts of one sequence."))
         owned = [self._owned(sequence) for sequence in sequences]

@@ -190,3 +190,21 @@ def test_tables_keep_their_shape_while_sequences_grow() -> None:
     sequence = cache.allocate()
     widths = {cache.extend([sequence], 1).page_table.shape for _ in range(64)}
     assert widths == {(1, 8), (1, 16)}
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("num_pages", "4"), ("page_size", 1.5), ("num_heads_kv", 0), ("head_dim", -1), ("head_dim_v", 0)]
+)
+def test_a_cache_of_nothing_is_refused(name: str, count: Any) -> None:
+    sizes: dict[str, Any] = {"num_pages": 4, "page_size": 4, "num_heads_kv": 2, "head_dim": 16}
+    with pytest.raises(ArgumentError, match=f"{name}: expected an int of at least 1, got"):
+        PagedKV(**sizes | {name: count}, device="cpu")
+
+
+@pytest.mark.parametrize("count", [1.5, "1", None])
+def test_counts_of_new_tokens_are_ints(count: Any) -> None:
+    cache = PagedKV(4, 4, 2, 16, device="cpu")
+    sequence = cache.allocate()
+    with pytest.raises(ArgumentError, match="num_new"):
+        cache.extend([sequence], [count])
+    assert cache.num_free_pages == 4
