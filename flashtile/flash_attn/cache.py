@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from flashtile.api import append_kv, attention_varlen_with_lse, decode, decode_with_lse
+from flashtile.arguments import is_int
 from flashtile.errors import ArgumentError, ShapeError, UnsupportedError, message
 from flashtile.flash_attn.conventions import Sides, cut, readable, scale_for, window_of, with_rows
 from flashtile.planner.device import Device
@@ -213,4 +214,8 @@ def _cache_as_pages(cache_batch_idx: torch.Tensor, page_table: torch.Tensor | No
 def _lengths(cache_seqlens: int | None, capacity: int, batch: int, device: torch.device) -> tuple[torch.Tensor, int]:
     """(batch,) int32 on the device of one length for all, by default what the cache holds, and the keys that there are of it."""
     length = capacity if cache_seqlens is None else cache_seqlens
+    if not is_int(length) or length < 0:
+        raise ArgumentError(
+            message("cache_seqlens", "an int that is not negative, or a tensor (batch,) int32", repr(length), "It counts keys.")
+        )
     return torch.full((batch,), length, dtype=torch.int32, device=device), min(length, capacity)

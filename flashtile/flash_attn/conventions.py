@@ -5,12 +5,17 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from flashtile.errors import ArgumentError, message
+
 Sides = tuple[int | None, int | None]
 
 
 def window_of(window_size: tuple[int, int]) -> Sides:
     """(left, right) with None for a side that is unbounded, which FlashAttention writes as -1."""
-    left, right = window_size
+    try:
+        left, right = window_size
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(message("window_size", "a pair (left, right)", repr(window_size), "(-1, -1) is no window.")) from error
     return _side(left), _side(right)
 
 
@@ -28,11 +33,18 @@ def count_of(length: int | torch.Tensor) -> int:
 
 def scale_for(q: torch.Tensor, softmax_scale: float | None) -> float:
     """The scale that was asked for, or that of q's own head dim, before it is padded."""
-    return q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    if softmax_scale is not None:
+        return softmax_scale
+    if not isinstance(q, torch.Tensor) or q.ndim == 0 or q.shape[-1] == 0:
+        return 1.0  # the call's checks say what is wrong with q
+    scale: float = q.shape[-1] ** -0.5
+    return scale
 
 
 def readable(x: torch.Tensor) -> torch.Tensor:
     """``x`` with a contiguous last dimension and a multiple of 8 there: itself where it has, else a copy, padded with zeros."""
+    if not isinstance(x, torch.Tensor) or x.ndim == 0:
+        return x  # the call's checks say what is wrong with it
     short = -x.shape[-1] % 8
     return F.pad(x, (0, short)) if short else with_rows(x)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import flashtile.flash_attn_interface as three
-from flashtile.errors import ShapeError, UnsupportedError
-from flashtile.flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
+from flashtile.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError
+from flashtile.flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func, flash_attn_with_kvcache
 from flashtile.testing.pairwise import pairwise
 from flashtile.testing.parity import Parity, assert_parity
 
@@ -194,3 +194,25 @@ def test_compilers_see_one_graph() -> None:
     assert torch.equal(out, flash_attn_func(q, k, v, causal=True))
     grads = torch.autograd.grad(out, (q, k, v), tensors["dout"])
     assert_parity(Parity(12, 12, 36, causal=True), tensors, out.detach(), None, grads)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"q": None}, DtypeError, "q: expected a torch.Tensor, got NoneType"),
+        ({"window_size": 5}, ArgumentError, "window_size: expected a pair"),
+        ({"window_size": (3,)}, ArgumentError, "window_size: expected a pair"),
+        ({"q": torch.zeros(1, 2, 2, 0), "k": torch.zeros(1, 2, 2, 0)}, ShapeError, "head_dim: expected a multiple of 8"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], error: type[Exception], match: str) -> None:
+    q = torch.zeros(1, 2, 2, 16)
+    with pytest.raises(error, match=match):
+        flash_attn_func(**{"q": q, "k": q, "v": q} | change)
+
+
+@pytest.mark.parametrize("length", [-3, 1.5, [1, 2]])
+def test_a_wrong_length_of_the_cache_is_named(length: Any) -> None:
+    q = torch.zeros(2, 1, 2, 16)
+    with pytest.raises(ArgumentError, match="cache_seqlens: expected an int that is not negative"):
+        flash_attn_with_kvcache(q, q, q, cache_seqlens=length)
