@@ -12,7 +12,7 @@ from flashtile.distributed.folding import folded
 from flashtile.distributed.groups import Members
 from flashtile.distributed.links import NVLINK, Link
 from flashtile.distributed.transport import exchange, gather
-from flashtile.errors import UnsupportedError
+from flashtile.errors import ArgumentError, UnsupportedError, message
 
 _FLOAT = 4
 
@@ -47,6 +47,8 @@ def explain_exchange(
     of its share of the heads, ``1 / num_ranks`` as much, and then (unless ``own_heads``, where each rank keeps its share) the merged
     shares in the result's dtype: fewer bytes, and further collectives.
     """
+    if num_ranks < 1:
+        raise ArgumentError(message("num_ranks", "a positive count", num_ranks, "It is the size of the group."))
     partial = rows * heads * (head_dim_v + 1) * _FLOAT
     gather_bytes = (num_ranks - 1) * partial
     away = (num_ranks - 1) / num_ranks

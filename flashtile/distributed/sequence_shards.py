@@ -83,6 +83,8 @@ class SequenceShards:
         """A rank's rows of a whole tensor, (batch, seqlen, ...) or packed (total, ...), as a tensor of their own."""
         import torch
 
+        if not 0 <= rank < self.num_ranks:
+            raise ArgumentError(message("rank", f"0 to {self.num_ranks - 1}", rank, "Use dist.get_rank()."))
         if whole.ndim <= self.dim or whole.shape[self.dim] != self.total:
             wanted = f"{self.total} rows in dimension {self.dim}"
             raise ShapeError(message("whole", wanted, f"shape {tuple(whole.shape)}", "Shards are cut from the whole."))

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import distributed_paper
 from flashtile.band import Band
-from flashtile.distributed import NETWORK_400G, NVLINK, Link, Workload, choose, explain_exchange
+from flashtile.distributed import NETWORK_400G, NVLINK, Link, SequenceShards, Workload, choose, explain_exchange
 from flashtile.distributed.choose import ring, ulysses
-from flashtile.errors import UnsupportedError
+from flashtile.errors import ArgumentError, UnsupportedError
 from flashtile.planner.device import Device
 
 H200 = Device.named("h200")
@@ -76,3 +77,10 @@ def test_the_page_shows_what_the_model_says() -> None:
     text = (Path(__file__).resolve().parents[3] / "docs" / "several-gpus.md").read_text(encoding="utf-8")
     expected = f"<!-- paper -->\n{distributed_paper.table()}\n<!-- end -->"
     assert expected in text, f"docs/several-gpus.md should read:\n{expected}"
+
+
+def test_ranks_that_cannot_be_are_named() -> None:
+    with pytest.raises(ArgumentError, match="num_ranks: expected a positive count, got 0"):
+        explain_exchange(1, 8, 64, 0)
+    with pytest.raises(ArgumentError, match="rank: expected 0 to 1, got 5"):
+        SequenceShards.dense(8, 2).shard(torch.zeros(1, 8, 2, 8), 5)
