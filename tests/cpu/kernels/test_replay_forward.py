@@ -14,7 +14,7 @@ from flashtile.testing.forward_inputs import make_forward_inputs
 
 pytest.importorskip("triton")
 
-from flashtile.kernels import launch
+from flashtile.kernels import launch, spec
 from flashtile.kernels.replay import RECORDED_CALL
 from flashtile.ops import forward as forward_ops
 from tests.cpu.kernels.fake_gpu import CPU, STREAM, FakeGpu, comparable, names_of, values_of
@@ -64,9 +64,7 @@ def test_hoppers_forward_kernel_is_repeated_with_its_streams_counter(name: str, 
     monkeypatch.setattr(forward_ops, "kernel_module", lambda plan: gluon)
     monkeypatch.setattr(gluon, "tile_counters", lambda device: counters)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(
-        launch, "_encoded", lambda meta, tensor: (struct.pack("<Q120x", tensor.data_ptr()), *tensor.shape, *tensor.stride())
-    )
+    monkeypatch.setattr(spec, "encoded", lambda meta, tensor: (struct.pack("<Q120x", tensor.data_ptr()), *tensor.shape, *tensor.stride()))
     monkeypatch.setattr("flashtile.kernels.block._bytes_of", lambda tensor_map: tensor_map)
     pages = ForwardCase("pages", (40, 90), (60, 200), page_size=16, causal=True)
     first, second = (forward_args({"plain": PLAIN, "pages": pages}.get(name, PACKED), seed) for seed in (0, 1))
