@@ -110,9 +110,10 @@ def _floors(inputs: ForwardInputs, call: BackwardCall, expected: Gradients) -> G
     out, lse = expected_forward(inputs)
     products = out * call.dout.double().nan_to_num(0.0)
     delta = products.sum(dim=-1).transpose(-1, -2)
-    # A dlse equal to delta cancels it, and leaves the other term; which may be small by chance, so that delta's own terms join it.
+    # A dlse equal to delta cancels it, and leaves the other term; which may be small by chance, so that delta's own terms join it, with
+    # delta's sign: of a row's only key the other term is delta too, and they would cancel.
     own_terms = products.norm(dim=-1).transpose(-1, -2)
-    one_term = expected_gradients(inputs, call.dout, delta + own_terms)
+    one_term = expected_gradients(inputs, call.dout, delta + torch.copysign(own_terms, delta))
     rounding = score_error_of(lse)
     dq, dk, dv = (rounding * torch.maximum(e.abs(), t.abs()) for e, t in zip(expected[:3], one_term[:3]))
     delta_off = own_terms * unit_of(inputs.dtype) * _TYPICAL_ROUNDING
