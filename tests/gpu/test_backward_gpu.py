@@ -365,7 +365,8 @@ def test_tiles_of_one_block_between_long_ones(causal: bool, dims: tuple[int, int
     lengths = (140, 629, 12, 300, 64, 65, 1, 520, 140)
     case = replace(PACKED, name="one block", num_heads_q=3, num_heads_kv=3, head_dim=dims[0], head_dim_v=dims[1], causal=causal)
     case = replace(case, seqlens_q=lengths, seqlens_k=lengths)
-    plans = hopper_plans(case)
+    problem = backward_problem(make_forward_inputs(case, device))
+    plans = tuple(plan for plan in hopper_plans(case) if not backward_infeasible(problem, plan, Device.of(device)))
     check_case(case, device, (*plans, plans[0].with_(num_programs=1), plans[0].with_(num_programs=2)))
 
 

@@ -62,8 +62,12 @@ def reasons_against(case: Case, device: torch.device) -> list[str]:
 
 
 def may_be_refused(case: Case, shape: Shape) -> bool:
-    """Where shared memory or registers do not hold the shape; up to 64 rows of 64 keys of up to 128 dims fit four warps."""
-    return max(case.head_dim, case.head_dim_v) > 128 or shape.block_m == 128 or shape.block_n == 128 or shape.num_warps < 4
+    """Where shared memory or registers do not hold the shape; up to 64 rows of 64 keys of up to 128 dims fit four warps.
+
+    But for softcap and ALiBi at once, each of which wants registers for every score of 64 rows.
+    """
+    much = max(case.head_dim, case.head_dim_v) > 128 or shape.block_m == 128 or shape.block_n == 128 or shape.num_warps < 4
+    return much or (shape.block_m == 64 and case.softcap > 0.0 and case.alibi)
 
 
 def of_shape(shape: Shape) -> Callable[[Problem, Device, Share], DecodePlan]:

@@ -50,12 +50,14 @@ def decode_sm90_kernel(
     """Grid: (units, splits), the last splits first; with stream-K, where SEQUENCES > 0, programs."""
     D: gl.constexpr = held_dim(HEAD_DIM)
     DV: gl.constexpr = held_dim(HEAD_DIM_V)
-    k_ring, k_tiles = tile_ring(k, STAGES, BLOCK_N, D, gathers(PAGE_SIZE, BLOCK_N) and not ASKED_FOR)
-    v_ring, v_tiles = tile_ring(v, STAGES, BLOCK_N, DV, gathers(PAGE_SIZE, BLOCK_N) and not ASKED_FOR)
+    GATHERED: gl.constexpr = gathers(PAGE_SIZE, BLOCK_N) and not ASKED_FOR
+    k_ring, k_tiles = tile_ring(k, STAGES, BLOCK_N, D, GATHERED)
+    v_ring, v_tiles = tile_ring(v, STAGES, BLOCK_N, DV, GATHERED)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty, known = full, full
-    for stage in gl.static_range(STAGES):
-        mbarrier.init(full.index(stage), count=2 if ASKED_FOR else 1)
+    if not GATHERED:  # else nobody waits for them, and rows of q would come to lie where barriers have begun to count
+        for stage in gl.static_range(STAGES):
+            mbarrier.init(full.index(stage), count=2 if ASKED_FOR else 1)
     if ASKED_FOR:
         empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for stage in gl.static_range(STAGES):
