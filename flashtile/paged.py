@@ -26,7 +26,8 @@ import torch
 
 from flashtile.api import append_kv
 from flashtile.arguments import is_int
-from flashtile.errors import ArgumentError, OutOfPagesError, ShapeError, message
+from flashtile.errors import ArgumentError, DtypeError, OutOfPagesError, ShapeError, message
+from flashtile.planner.device import Device
 
 TABLE_STEP = 8  # page tables are this many pages wide, or twice, or so on: their shape rarely changes
 
@@ -81,7 +82,10 @@ class PagedKV:
         for name, count in counts.items():
             if not is_int(count) or count < 1:
                 raise ArgumentError(message(name, "an int of at least 1", repr(count), "A cache holds something."))
+        if not isinstance(dtype, torch.dtype):
+            raise DtypeError(message("dtype", "a dtype of torch's", repr(dtype), "torch.bfloat16, for one."))
         shape = (num_layers, num_pages, page_size, num_heads_kv)
+        Device.of(device)  # or an error that names it
         self.k = torch.empty((*shape, head_dim), dtype=dtype, device=device)
         self.v = torch.empty((*shape, head_dim if head_dim_v is None else head_dim_v), dtype=dtype, device=device)
         self.page_size = page_size

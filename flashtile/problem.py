@@ -27,6 +27,7 @@ from flashtile.arguments import (
     check_scores,
     check_tensors,
     check_varlen,
+    is_int,
 )
 from flashtile.band import Band
 from flashtile.errors import ArgumentError, DtypeError, ShapeError, UnsupportedError, message
@@ -89,6 +90,7 @@ class Problem:
     after_append: bool = False
 
     def __post_init__(self) -> None:
+        _check_ints(self)
         fill = {
             "total_q": (-1, self.batch * self.seqlen_q),
             "head_dim_v": (-1, self.head_dim),
@@ -263,6 +265,12 @@ class Problem:
 
 def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _check_ints(p: Problem) -> None:
+    for name in ("batch", "total_q", "seqlen_q", "seqlen_k", "num_heads_q", "num_heads_kv", "head_dim", "head_dim_v", "page_size"):
+        if not is_int(getattr(p, name)):
+            raise ArgumentError(message(name, "an int", repr(getattr(p, name)), "A problem holds sizes, not tensors."))
 
 
 def _check_numbers(p: Problem) -> None:

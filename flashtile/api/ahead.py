@@ -46,7 +46,7 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | Device | No
     where = device_or_model(device)
     elsewhere = isinstance(where, Device)
     figures = where if isinstance(where, Device) else Device.of(where)
-    planned = [(problem, PLANNERS[problem.operation](problem, figures)) for problem in problems]
+    planned = [(problem, PLANNERS[problem.operation](problem, figures)) for problem in _listed(problems)]
     if figures.is_gpu and (elsewhere or jobs > 1):
         kernels = [kernel for _, kernel in distinct_kernels(planned)]
         for _ in compile_ahead(kernels, figures.arch, jobs):
@@ -56,6 +56,16 @@ def warmup(problems: Iterable[Problem], device: torch.device | str | Device | No
         if prepare is not None:
             prepare(problem, plan, where)
     return [plan for _, plan in planned]
+
+
+def _listed(problems: Iterable[Problem]) -> list[Problem]:
+    found = list(problems) if isinstance(problems, Iterable) else [problems]
+    for problem in found:
+        if not isinstance(problem, Problem):
+            raise ArgumentError(
+                message("problems", "Problems, several of them", repr(problem), "Problem.decode describes a call, for one.")
+            )
+    return found
 
 
 def device_or_model(device: torch.device | str | Device | None) -> torch.device | Device:

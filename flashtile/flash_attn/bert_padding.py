@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from flashtile.errors import ShapeError, message
+from flashtile.arguments import is_int
+from flashtile.errors import ArgumentError, ShapeError, message
 
 
 class IndexFirstAxis(torch.autograd.Function):
@@ -129,6 +130,14 @@ def pad_input(hidden_states: torch.Tensor, indices: torch.Tensor, batch: int, se
         hidden_states: (total, ...).
         indices: (total,) int64, where each token stands in the flattened batch.
     """
+    if not isinstance(hidden_states, torch.Tensor) or hidden_states.ndim < 1:
+        raise ArgumentError(message("hidden_states", "a tensor (total, ...)", repr(hidden_states), "It is what unpad_input gave first."))
+    if not isinstance(indices, torch.Tensor) or indices.shape != hidden_states.shape[:1]:
+        got = f"shape {tuple(indices.shape)}" if isinstance(indices, torch.Tensor) else repr(indices)
+        raise ArgumentError(message("indices", f"a tensor ({hidden_states.shape[0]},)", got, "It is what unpad_input gave second."))
+    for name, count in (("batch", batch), ("seqlen", seqlen)):
+        if not is_int(count) or count < 0:
+            raise ArgumentError(message(name, "an int that is not negative", repr(count), "It is a size of the padded batch."))
     return index_put_first_axis(hidden_states, indices, batch * seqlen).view(batch, seqlen, *hidden_states.shape[1:])
 
 
@@ -147,6 +156,9 @@ def _longest(lengths: torch.Tensor) -> int:
 
 
 def _check_mask(name: str, hidden_states: torch.Tensor, mask: torch.Tensor) -> None:
+    for argument, tensor in (("hidden_states", hidden_states), (name, mask)):
+        if not isinstance(tensor, torch.Tensor):
+            raise ArgumentError(message(argument, "a tensor (batch, seqlen, ...)", repr(tensor), "Lists become one by torch.tensor."))
     if hidden_states.ndim < 2 or mask.shape != hidden_states.shape[:2]:
         got = f"shape {tuple(mask.shape)} beside hidden_states {tuple(hidden_states.shape)}"
         raise ShapeError(message(name, "(batch, seqlen), hidden_states' first two dimensions", got, "Pass one number a token."))

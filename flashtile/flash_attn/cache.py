@@ -55,6 +55,9 @@ def attend_cache(
     """
     # A GPU may be done with a decode step sooner than the host with all this: facts of tensors, each some 0.2 us, are read once, and
     # nothing is called that usually has nothing to do.
+    if not (_is_tensor(k_cache) and _is_tensor(v_cache)):
+        name, cache = ("v_cache", v_cache) if _is_tensor(k_cache) else ("k_cache", k_cache)
+        raise ArgumentError(message(name, "a tensor (batch or pages, keys, heads, head_dim)", repr(cache), "Allocate the cache first."))
     appends = _appends(k, v, cache_seqlens, rotary_cos, rotary_sin, cu_seqlens_k_new, rotary_seqlens)
     shape_q, head_dim_v = q.shape, v_cache.shape[-1]
     batch, queries = (shape_q[0], shape_q[1]) if cu_seqlens_q is None else (cu_seqlens_q.shape[0] - 1, max_seqlen_q or 0)
@@ -103,6 +106,10 @@ def attend_cache(
         )  # fmt: skip
         out, lse = result if isinstance(result, tuple) else (result, None)
     return cut(out, head_dim_v) if padded else out, lse
+
+
+def _is_tensor(x: object) -> bool:
+    return isinstance(x, torch.Tensor)
 
 
 def _appends(

@@ -87,12 +87,16 @@ class Device:
         """The device that a tensor lies on, or that torch names. It never waits for the GPU."""
         import torch
 
-        device = where.device if isinstance(where, torch.Tensor) else torch.device(where)
+        device = where.device if isinstance(where, torch.Tensor) else _torch_device(where)
         if device.type == "cpu":
             return _cpu()
         if device.type != "cuda":
             raise UnsupportedError(message("device", "a CUDA, ROCm or CPU device", device, "Move the tensors to one."))
-        return _driver_device(torch.cuda.current_device() if device.index is None else device.index)
+        try:
+            return _driver_device(torch.cuda.current_device() if device.index is None else device.index)
+        except AssertionError as error:  # torch's word for a GPU that is not there
+            expected = f"one of the {torch.cuda.device_count()} GPUs that torch finds here"
+            raise UnsupportedError(message("device", expected, device, "Device.named knows models.")) from error
 
     @classmethod
     def from_properties(cls, properties: Any, backend: str) -> Device:
@@ -163,6 +167,17 @@ def _listed(name: str) -> Device:
         launch_us=shared.launch_us,
         **rates,
     )
+
+
+def _torch_device(where: torch.device | str) -> torch.device:
+    """A device of torch's by its name. Raises ArgumentError where it is none."""
+    import torch
+
+    try:
+        return torch.device(where) if isinstance(where, str | torch.device) else torch.device("")
+    except RuntimeError:
+        fix = "Device.named knows GPUs by their model."
+        raise ArgumentError(message("device", "a tensor, or a device of torch's (cuda, cuda:1, cpu)", repr(where), fix)) from None
 
 
 @cache

@@ -302,3 +302,10 @@ def test_a_message_lists_every_kernel() -> None:
     with pytest.raises(UnsupportedError) as caught:
         flashtile.decode(**contiguous(), plan=good_plan(kernel="triton.decode"))
     assert caught.value.reasons
+
+
+@pytest.mark.parametrize("name", ["batch", "seqlen_k", "num_heads_q", "head_dim"])
+def test_sizes_of_a_problem_are_ints(name: str) -> None:
+    for size in ("8", 1.5, None):
+        with pytest.raises(ArgumentError, match=f"{name}: expected an int, got"):
+            flashtile.Problem(**{name: size})  # type: ignore[arg-type]

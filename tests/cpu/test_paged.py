@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashtile import ArgumentError, OutOfPagesError, PagedKV, ShapeError, attention, attention_varlen, decode
+from flashtile import ArgumentError, DtypeError, OutOfPagesError, PagedKV, ShapeError, attention, attention_varlen, decode
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HEADS, DIM, PAGE = 2, 16, 4
@@ -208,3 +208,10 @@ def test_counts_of_new_tokens_are_ints(count: Any) -> None:
     with pytest.raises(ArgumentError, match="num_new"):
         cache.extend([sequence], [count])
     assert cache.num_free_pages == 4
+
+
+def test_a_wrong_dtype_and_device_are_named() -> None:
+    with pytest.raises(DtypeError, match="dtype: expected a dtype of torch's, got 'bf16'"):
+        PagedKV(4, 4, 2, 16, dtype="bf16", device="cpu")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=r"device: expected .* got 'nowhere'"):
+        PagedKV(4, 4, 2, 16, device="nowhere")

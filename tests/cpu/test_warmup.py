@@ -138,6 +138,12 @@ def test_jobs_is_a_count(jobs: Any) -> None:
         flashtile.warmup(PROBLEMS, "cpu", jobs=jobs)
 
 
+@pytest.mark.parametrize("problems", [3, None, ["decode"]])
+def test_what_is_no_problem_is_named(problems: Any) -> None:
+    with pytest.raises(ArgumentError, match=r"problems: expected Problems"):
+        flashtile.warmup(problems, "cpu")
+
+
 def test_processes_compile_first_where_the_gpu_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     noted: list[Any] = []
 

@@ -216,3 +216,10 @@ def test_a_wrong_length_of_the_cache_is_named(length: Any) -> None:
     q = torch.zeros(2, 1, 2, 16)
     with pytest.raises(ArgumentError, match="cache_seqlens: expected an int that is not negative"):
         flash_attn_with_kvcache(q, q, q, cache_seqlens=length)
+
+
+@pytest.mark.parametrize("name", ["k_cache", "v_cache"])
+def test_a_cache_that_is_no_tensor_is_named(name: str) -> None:
+    q = torch.zeros(2, 1, 2, 16)
+    with pytest.raises(ArgumentError, match=f"{name}: expected a tensor .* got None"):
+        flash_attn_with_kvcache(**{"q": q, "k_cache": q, "v_cache": q} | {name: None})

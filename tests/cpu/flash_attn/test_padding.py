@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from flashtile.errors import ShapeError
+from flashtile.errors import ArgumentError, ShapeError
 from flashtile.flash_attn.bert_padding import (
     index_first_axis,
     index_first_axis_residual,
@@ -70,3 +72,26 @@ def test_a_mask_of_another_batch_is_refused() -> None:
 def test_no_sequence_at_all() -> None:
     tokens, indices, cu_seqlens, longest, used = unpad_input(torch.randn(0, 4, 2), torch.zeros(0, 4, dtype=torch.int64))
     assert (tokens.shape, indices.shape, cu_seqlens.tolist(), longest, used.shape) == ((0, 2), (0,), [0], 0, (0,))
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"hidden_states": None}, "hidden_states: expected a tensor"),
+        ({"indices": None}, r"indices: expected a tensor \(3,\), got None"),
+        ({"indices": torch.zeros(2, dtype=torch.int64)}, r"indices: expected a tensor \(3,\), got shape \(2,\)"),
+        ({"batch": "2"}, "batch: expected an int"),
+        ({"seqlen": -1}, "seqlen: expected an int"),
+    ],
+)
+def test_wrong_arguments_of_pad_input_are_named(change: dict[str, Any], match: str) -> None:
+    right = {"hidden_states": torch.zeros(3, 4), "indices": torch.tensor([0, 1, 4]), "batch": 2, "seqlen": 3}
+    with pytest.raises(ArgumentError, match=match):
+        pad_input(**right | change)
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    with pytest.raises(ArgumentError, match="hidden_states: expected a tensor"):
+        unpad_input(None, MASK)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="attention_mask: expected a tensor"):
+        unpad_input(torch.randn(3, 4, 2), [[1, 1, 1, 1]])  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -108,3 +109,14 @@ def test_of_a_cpu_tensor_follows_torch_threads() -> None:
 def test_of_a_device_without_kernels() -> None:
     with pytest.raises(UnsupportedError, match="meta"):
         Device.of("meta")
+
+
+@pytest.mark.parametrize("where", ["nowhere", 3, None])
+def test_what_is_no_device_of_torchs(where: Any) -> None:
+    with pytest.raises(ArgumentError, match="device: expected a tensor, or a device of torch's"):
+        Device.of(where)
+
+
+def test_a_gpu_that_is_not_here() -> None:
+    with pytest.raises(UnsupportedError, match=r"device: expected one of the [0-9]+ GPUs that torch finds here, got cuda:99"):
+        Device.of("cuda:99")
