@@ -61,6 +61,9 @@ def trials(device: str, operation: str = "") -> list[Trial]:
     for name, make in OPERATIONS.items():
         if operation in ("", name):
             found += make(device)[:: _TRIED if device == "cpu" else 1]
+    names = Counter(map(str, found))
+    if len(names) < len(found):  # outcomes are kept by name
+        raise RuntimeError(f"trials of one name: {', '.join(name for name, count in names.items() if count > 1)}")
     Random(0).shuffle(found)
     return found
 

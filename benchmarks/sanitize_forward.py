@@ -42,7 +42,8 @@ class Trial(NamedTuple):
     num_programs: int = 0
 
     def __str__(self) -> str:
-        shape = "" if self.tile is None else f"n{self.tile.block_n}r{self.tile.num_stages} "
+        held = " q held" if self.tile is not None and self.tile.q_in_registers else ""
+        shape = "" if self.tile is None else f"n{self.tile.block_n}r{self.tile.num_stages}{held} "
         programs = f"programs{self.num_programs} " if self.num_programs else ""
         return f"{self.kernel} m{self.rows} {shape}{programs}{self.case.name}"
 
