@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     What ``run`` returns is alive until the end, and counts. On a CPU that includes what torch's own kernels allocate for
     themselves; on a GPU it waits for the device.
     """
+    gc.collect()  # or cycles of earlier tensors would be let go meanwhile
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -144,7 +144,8 @@ def attend(case: ForwardCase, args: dict[str, Any]) -> tuple[torch.Tensor, torch
 
 
 def forward_arguments(case: ForwardCase, device: torch.device, seed: int = 0) -> dict[str, Any]:
-    return {name: value for name, value in make_forward_inputs(case, device, seed=seed).args.items() if value is not None}
+    args = make_forward_inputs(case, device, seed=seed).args
+    return {name: value for name, value in args.items() if value is not None or (name == "cu_seqlens_k" and case.varlen)}
 
 
 @pytest.mark.parametrize("case", FORWARD, ids=lambda case: case.name)
