@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from flashtile.planner.catalog import GLUON_SM90, TRITON
 from flashtile.planner.constants import constants_of
-from flashtile.planner.cost import Work, combine_us, row_blocks_of, work_of
+from flashtile.planner.cost import Work, combine_us, cost_of, row_blocks_of, work_of
 from flashtile.planner.device import Device
 from flashtile.planner.footprint import footprint_of
+from flashtile.planner.footprint_gluon import owns_keys
 from flashtile.planner.resources import Footprint
 from flashtile.planner.tiles import SPLIT_UNITS_PERCENT, TileShape
 from flashtile.problem import Problem
@@ -21,13 +22,14 @@ from flashtile.problem import Problem
 MAX_SPLITS = 65_535  # the grid's second dimension
 MAX_STREAM_TILES = 2**31 - 1  # the device counts a batch's key tiles in 32 bits
 MANY_WAVES = 2  # waves of units from which cutting few of them matters more than beginning few of them
-FULL_ENOUGH_WAVES = 1.5  # the same where several blocks of quantised rows read the keys, which neighbours find in L2: not measured
+FULL_ENOUGH_WAVES = 1.5  # the same where several blocks read the keys again, which neighbours find in L2: not measured
 SPLIT_COMPUTING_PERCENT = 50  # units in percent of the SMs up to which such blocks are split; not measured either
 GATHERING_PROGRAMS_PER_SM = (
     2  # gathered keys keep the threads that ask for them at work: one program's asking hides behind another's products
 )
 PROGRAMS_A_WAVE = 2  # resident programs of an SM that splits may fill: more only make waves and partials
 SPLIT_GAIN_PERCENT = 4  # what more splits must gain: partials and their combine have costs beyond the model
+TALL_SPLIT_GAIN_PERCENT = 8  # the same of tiles that share out rows: 64 rows and more are as many partials
 COMBINE_COLUMNS = 32  # of a combine program, while there are few rows
 COMBINE_ROW_COLUMNS = 128  # what one warp holds of up to COMBINE_ROW_SPLITS splits
 COMBINE_ROW_SPLITS = 16
@@ -67,8 +69,9 @@ def stream_programs(work: Work, tile: TileShape, footprint: Footprint, num_split
     """Programs that share all key tiles of a batch: as many as an even grid would have, at most what is resident at once.
 
     Hopper's kernel lets batches of more than MANY_WAVES waves have a program for each unit all the same: measured on an
-    H200, that is 5 to 6 % faster where lengths are alike, and 2 to 3 % slower where they are not. So do quantised rows in several
-    blocks from FULL_ENOUGH_WAVES on: a program with two blocks of one sequence would read the keys twice, too late for L2.
+    H200, that is 5 to 6 % faster where lengths are alike, and 2 to 3 % slower where they are not. So do rows in several blocks that
+    read the keys again, from FULL_ENOUGH_WAVES on: a program with two blocks of one sequence would read the keys twice, too late for
+    L2, and 8 x 8192 keys with 512 units of 64 rows take 385 us by 264 programs where a program for each takes 269.
     0, which asks for the grid, where a lone sequence leaves nothing to even out, where no unit has two tiles to share, and
     where the tiles are too many to count.
     """
@@ -84,8 +87,8 @@ def stream_programs(work: Work, tile: TileShape, footprint: Footprint, num_split
 
 
 def reads_again(work: Work, tile: TileShape) -> bool:
-    """Whether several blocks of quantised rows read the same keys, each to convert them."""
-    return work.quantised and row_blocks_of(work, tile.block_m) > work.batch
+    """Whether several blocks of rows read the same keys for longer than DRAM takes: tall ones, and those that convert quantised keys."""
+    return (work.quantised or not owns_keys(tile)) and row_blocks_of(work, tile.block_m) > work.batch
 
 
 def most_tiles(work: Work, tile: TileShape) -> int:
@@ -125,12 +128,33 @@ def _by_units(work: Work, tile: TileShape, footprint: Footprint, device: Device,
     """One program for each SM while units leave two of three SMs free, else no split; two for each SM where threads gather keys.
 
     On an H200 with head dim 128, 64 units on 64 SMs reach 93 % of a plain read, and a combine would cost what more SMs gain. Several
-    blocks of quantised rows compute for longer than they read, and are split while that gives each SM a program.
+    blocks of quantised rows compute for longer than they read, and are split while that gives each SM a program. Tiles that share
+    out rows compute as long as an SM's share of a read takes, and are split by predicted time.
     """
     if footprint.gathers:
         return max(1, min(tiles, GATHERING_PROGRAMS_PER_SM * device.num_sms // units))
+    if not owns_keys(tile):
+        return _by_predicted_time(work, tile, footprint, device, units, tiles)
     most_percent = SPLIT_COMPUTING_PERCENT if reads_again(work, tile) else SPLIT_UNITS_PERCENT
     return min(tiles, device.num_sms // units) if units * 100 <= most_percent * device.num_sms else 1
+
+
+def _by_predicted_time(work: Work, tile: TileShape, footprint: Footprint, device: Device, units: int, tiles: int) -> int:
+    """No split, or as many as give each SM a program or as many as it holds, if it is predicted to gain TALL_SPLIT_GAIN_PERCENT.
+
+    On an H200, 8 x 8192 keys with 8 key heads and 64 rows take 116 us by 64 programs, and two programs on an SM finish 1.6 times as many
+    tiles as one (benchmarks/results/study.json).
+    """
+    tried = dict.fromkeys(max(1, min(tiles, wave * device.num_sms // units)) for wave in range(footprint.resident + 1))
+    if len(tried) == 1:
+        return 1
+    best, best_us = 1, float("inf")
+    for splits in tried:
+        programs = stream_programs(work, tile, footprint, splits, device)
+        us = cost_of(work, tile, footprint, splits, device, programs).total_us
+        if us * 100 < best_us * (100 - TALL_SPLIT_GAIN_PERCENT):
+            best, best_us = splits, us
+    return best
 
 
 SplitRule = Callable[[Work, TileShape, Footprint, Device, int, int], int]
