@@ -45,6 +45,7 @@ def main(
     results: Annotated[Path, typer.Option(help="Folder of decode_sweep.json and hopper_tuning.json.")] = RESULTS,
     only_study: Annotated[bool, typer.Option("--only-study", help="Leave the earlier sweeps out.")] = False,
     seconds: Annotated[float, typer.Option(help="How long the fit may take.")] = 120.0,
+    free: Annotated[list[str] | None, typer.Option(help="A constant that may change; repeatable. Default: all of them.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where to keep the constants.")] = None,
 ) -> None:
     """Prints errors of the model before and after, and keeps the fitted constants."""
@@ -55,7 +56,9 @@ def main(
     every = [one for samples in sources.values() for one in samples]
     learned, held = halves(every)
     now = constants_of(figures.name)
-    fitted = fit(learned, now, figures, seconds)
+    if unknown := sorted(set(free or ()) - set(Constants._fields)):
+        raise typer.BadParameter(f"no constants: {', '.join(unknown)}; there are {', '.join(Constants._fields)}", param_hint="--free")
+    fitted = fit(learned, now, figures, seconds, free)
     facts: dict[str, Any] = {}
     for label, constants in (("present", now), ("fitted", fitted)):
         for part, some in (("fitted to", learned), ("held out", held)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from math import exp, log
 from statistics import median
 from typing import NamedTuple
@@ -20,7 +20,7 @@ SLOW_WEIGHT = 0.3  # of plans that take more than SLOW times their problem's bes
 SLOW = 2.0
 RANGES = {  # what a number means bounds it: shares of a rate, and the least that a step can take
     "overlap_loss": (0.0, 0.6), "fma_efficiency": (0.1, 1.0), "dram_latency_us": (0.5, 2.0), "l2_bandwidth_share": (1.0, 6.0),
-    "matrix_iteration_us": (0.05, 1.5), "score_operations": (4.0, 24.0),
+    "matrix_iteration_us": (0.05, 1.5), "score_operations": (4.0, 24.0), "swapped_score_factor": (1.0, 4.0),
 }  # fmt: skip
 
 
@@ -65,10 +65,12 @@ def halves(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:
     return [one for one in samples if one.name not in held], [one for one in samples if one.name in held]
 
 
-def fit(samples: Sequence[Sample], start: Constants, device: Device, seconds: float = 120.0) -> Constants:
+def fit(
+    samples: Sequence[Sample], start: Constants, device: Device, seconds: float = 120.0, free: Collection[str] | None = None
+) -> Constants:
     """The constants with the least mean error of the predictions' logarithms; no worse than ``start``. Needs no solver: 21 numbers.
 
-    A number that no sample depends on stays as it is.
+    A number that no sample depends on stays as it is, and so does one that is not among ``free``: names of Constants, None for all.
     """
     end = time.monotonic() + seconds
     best: dict[str, float] = {}
@@ -82,12 +84,13 @@ def fit(samples: Sequence[Sample], start: Constants, device: Device, seconds: fl
         return sum(weight * error for weight, error in zip(weights, off)) / sum(weights)
 
     numbers = start.flat()
+    moving = [name for name in numbers if free is None or name.partition(" ")[0] in free]
     least = loss(numbers)
     for step in STEPS:
         improved = True
         while improved and time.monotonic() < end:
             improved = False
-            for name in numbers:
+            for name in moving:
                 for sign in (1, -1):
                     while time.monotonic() < end:
                         tried = numbers | {name: _moved(name, numbers[name], sign * step)}

@@ -56,6 +56,15 @@ def test_a_fit_finds_what_is_off(samples: list[Sample]) -> None:
     assert after.median < before.median / 2
 
 
+def test_only_free_constants_move(samples: list[Sample]) -> None:
+    start = constants_of("H200")
+    fitted = fit(samples, start, H200, seconds=5.0, free=["matrix_iteration_us", "start_us"])
+    moved = {name for name, number in fitted.flat().items() if number != start.flat()[name]}
+    assert moved
+    assert {name.partition(" ")[0] for name in moved} <= {"matrix_iteration_us", "start_us"}
+    assert fit(samples, start, H200, seconds=5.0, free=[]) == start
+
+
 def test_a_fit_is_no_worse_than_where_it_starts(samples: list[Sample]) -> None:
     errors = errors_of(samples, fit(samples, TRUTH, H200, seconds=5.0), H200)
     assert errors is not None
