@@ -129,31 +129,29 @@ def _by_units(work: Work, tile: TileShape, footprint: Footprint, device: Device,
 
     On an H200 with head dim 128, 64 units on 64 SMs reach 93 % of a plain read, and a combine would cost what more SMs gain. Several
     blocks of quantised rows compute for longer than they read, and are split while that gives each SM a program. Tiles that share
-    out rows compute as long as an SM's share of a read takes, and are split by predicted time.
+    out rows compute as long as an SM's share of a read takes, and may be split further.
     """
     if footprint.gathers:
         return max(1, min(tiles, GATHERING_PROGRAMS_PER_SM * device.num_sms // units))
-    if not owns_keys(tile):
-        return _by_predicted_time(work, tile, footprint, device, units, tiles)
-    most_percent = SPLIT_COMPUTING_PERCENT if reads_again(work, tile) else SPLIT_UNITS_PERCENT
-    return min(tiles, device.num_sms // units) if units * 100 <= most_percent * device.num_sms else 1
+    most_percent = SPLIT_COMPUTING_PERCENT if owns_keys(tile) and reads_again(work, tile) else SPLIT_UNITS_PERCENT
+    splits = min(tiles, device.num_sms // units) if units * 100 <= most_percent * device.num_sms else 1
+    return splits if owns_keys(tile) else _more_where_predicted(work, tile, footprint, device, units, tiles, splits)
 
 
-def _by_predicted_time(work: Work, tile: TileShape, footprint: Footprint, device: Device, units: int, tiles: int) -> int:
-    """No split, or as many as give each SM a program or as many as it holds, if it is predicted to gain TALL_SPLIT_GAIN_PERCENT.
+def _more_where_predicted(work: Work, tile: TileShape, footprint: Footprint, device: Device, units: int, tiles: int, splits: int) -> int:
+    """So many splits, or as many as give each SM a program or all that it holds, if that is predicted to gain TALL_SPLIT_GAIN_PERCENT.
 
     On an H200, 8 x 8192 keys with 8 key heads and 64 rows take 116 us by 64 programs, and two programs on an SM finish 1.6 times as many
     tiles as one (benchmarks/results/study.json).
     """
-    tried = dict.fromkeys(max(1, min(tiles, wave * device.num_sms // units)) for wave in range(footprint.resident + 1))
-    if len(tried) == 1:
-        return 1
-    best, best_us = 1, float("inf")
-    for splits in tried:
-        programs = stream_programs(work, tile, footprint, splits, device)
-        us = cost_of(work, tile, footprint, splits, device, programs).total_us
+    filling = (min(tiles, wave * device.num_sms // units) for wave in range(1, footprint.resident + 1))
+    tried = [splits, *(more for more in filling if more > splits)]
+    best, best_us = splits, float("inf")
+    for count in tried if len(tried) > 1 else ():
+        programs = stream_programs(work, tile, footprint, count, device)
+        us = cost_of(work, tile, footprint, count, device, programs).total_us
         if us * 100 < best_us * (100 - TALL_SPLIT_GAIN_PERCENT):
-            best, best_us = splits, us
+            best, best_us = count, us
     return best
 
 
