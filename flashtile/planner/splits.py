@@ -20,6 +20,9 @@ from flashtile.planner.tiles import SPLIT_UNITS_PERCENT, TileShape
 from flashtile.problem import Problem
 
 MAX_SPLITS = 65_535  # the grid's second dimension
+# of a sequence, up to which whole units are left to the hardware to hand out: on an H200 the line costs 64 sequences of 512 keys 14 to
+# 22 % and 8 of them 8 to 32 %, by tile and kernel (benchmarks/results/study.json), about what it could even out
+SHORT_UNIT_KEYS = 512
 MAX_STREAM_TILES = 2**31 - 1  # the device counts a batch's key tiles in 32 bits
 MANY_WAVES = 2  # waves of units from which cutting few of them matters more than beginning few of them
 FULL_ENOUGH_WAVES = 1.5  # the same where several blocks read the keys again, which neighbours find in L2: not measured
@@ -72,12 +75,13 @@ def stream_programs(work: Work, tile: TileShape, footprint: Footprint, num_split
     H200, that is 5 to 6 % faster where lengths are alike, and 2 to 3 % slower where they are not. So do rows in several blocks that
     read the keys again, from FULL_ENOUGH_WAVES on: a program with two blocks of one sequence would read the keys twice, too late for
     L2, and 8 x 8192 keys with 512 units of 64 rows take 385 us by 264 programs where a program for each takes 269.
-    0, which asks for the grid, where a lone sequence leaves nothing to even out, where no unit has two tiles to share, and
-    where the tiles are too many to count.
+    0, which asks for the grid, where a lone sequence leaves nothing to even out, where no unit has two tiles to share, where a unit
+    of SHORT_UNIT_KEYS is all that a program could wait for, and where the tiles are too many to count.
     """
     tiles = -(-work.keys // tile.block_n)
     units = row_blocks_of(work, tile.block_m) * work.num_heads_kv
-    if work.batch <= 1 or tiles <= 1 or units == 0 or most_tiles(work, tile) > MAX_STREAM_TILES:
+    short = num_splits == 1 and work.keys <= SHORT_UNIT_KEYS and work.all_rows == work.batch * work.rows
+    if work.batch <= 1 or tiles <= 1 or units == 0 or short or most_tiles(work, tile) > MAX_STREAM_TILES:
         return 0
     programs, resident = units * num_splits, device.num_sms * footprint.resident
     shared_up_to = FULL_ENOUGH_WAVES if reads_again(work, tile) else MANY_WAVES

@@ -384,3 +384,16 @@ def test_tall_tiles_have_as_many_programs_as_compute_in_the_time_of_a_read(
     """The tile of 64 rows computes for as long as an SM's share of a read takes (benchmarks/results/study.json)."""
     plan = plan_decode(Problem(batch=batch, seqlen_q=seqlen_q, seqlen_k=8192, num_heads_q=8 * group, num_heads_kv=8), H200)
     assert (plan.kernel, plan.block_m, plan.num_splits, plan.num_programs) == (GLUON_SM90, 64, splits, programs)
+
+
+@pytest.mark.parametrize("device", [H200, Device.named("A100")], ids=lambda device: device.name)
+@pytest.mark.parametrize("batch", [8, 64])
+def test_short_units_are_handed_out_whole(batch: int, device: Device) -> None:
+    """What the line costs them is about what it could even out; not so where keys are split, or queries are of unlike number."""
+    short = Problem(batch=batch, seqlen_k=512, num_heads_q=64, num_heads_kv=8)
+    assert plan_decode(short, device).num_programs == 0 or plan_decode(short, device).num_splits > 1
+    assert plan_decode(short.with_(seqlen_k=1024), device).num_programs > 0
+    windowed = short.with_(seqlen_k=100_000, band=Band(400, 0))
+    assert plan_decode(windowed, H200).num_programs == 0
+    chunk = Problem(batch=batch, seqlen_q=256, total_q=batch + 255, seqlen_k=512, num_heads_q=64, num_heads_kv=8, ragged_q=True)
+    assert plan_decode(chunk, H200).num_programs > 0
