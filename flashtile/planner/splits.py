@@ -74,7 +74,7 @@ def stream_programs(work: Work, tile: TileShape, footprint: Footprint, num_split
     Hopper's kernel lets batches of more than MANY_WAVES waves have a program for each unit all the same: measured on an
     H200, that is 5 to 6 % faster where lengths are alike, and 2 to 3 % slower where they are not. So do rows in several blocks that
     read the keys again, from FULL_ENOUGH_WAVES on: a program with two blocks of one sequence would read the keys twice, too late for
-    L2, and 8 x 8192 keys with 512 units of 64 rows take 385 us by 264 programs where a program for each takes 269.
+    L2, and 8 x 8192 keys with 512 units of 64 rows take 385 us by 264 programs where a grid takes 269.
     0, which asks for the grid, where a lone sequence leaves nothing to even out, where no unit has two tiles to share, where a unit
     of SHORT_UNIT_KEYS is all that a program could wait for, and where the tiles are too many to count.
     """
