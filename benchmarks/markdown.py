@@ -37,5 +37,6 @@ def times(value: float | None, digits: int = 2) -> str:
     return "-" if value is None else f"{value:.{digits}f}x"
 
 
-def whole(value: float | None) -> str:
-    return "-" if value is None else f"{value:.0f}"
+def rate(value: float | None) -> str:
+    """TFLOP/s: whole numbers of a GPU, hundredths of a CPU."""
+    return "-" if value is None else f"{value:.0f}" if value >= 10 else f"{value:.2f}"

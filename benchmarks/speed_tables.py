@@ -110,7 +110,7 @@ def speeds(
     cells = []
     for row in rows:
         results = row.get("results", {})
-        rates = [markdown.whole(results.get(name, {}).get("tflops")) for name in ("flashtile", *shown)]
+        rates = [markdown.rate(results.get(name, {}).get("tflops")) for name in ("flashtile", *shown)]
         rival = best_rival(row, against)
         last = [labels[rival[0]] if rival else "-", markdown.times(figure(row, against), 3)]
         cells.append([row["name"], plan[1](row), markdown.us(microseconds(row)), *rates, *last])
