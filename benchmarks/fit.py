@@ -16,7 +16,7 @@ import typer
 from flashtile.planner.constants import Constants, constants_of
 from flashtile.planner.device import Device
 from flashtile.study.document import load
-from flashtile.study.fit import Errors, errors_of, fit, halves, regrets_of
+from flashtile.study.fit import NEAR, Errors, errors_of, fit, halves, near_the_best, regrets_of
 from flashtile.study.samples import Sample, of_study, of_sweep, of_tuning
 
 RESULTS = Path(__file__).parent / "results"
@@ -63,10 +63,13 @@ def main(
     for label, constants in (("present", now), ("fitted", fitted)):
         for part, some in (("fitted to", learned), ("held out", held)):
             found = errors_of(some, constants, figures)
+            near = errors_of(near_the_best(some), constants, figures)
             facts[f"{label}, {part}"] = found._asdict() if found else None
+            facts[f"{label}, {part}, within {NEAR}x of the fastest"] = near._asdict() if near else None
             regrets = regrets_of(some, constants, figures)
             within = f"{sum(regret <= CLOSE for regret in regrets)} of {len(regrets)}"
             print(f"{label} constants, {part}: {found}; the plan of the least predicted time is within {CLOSE:.0%} of the best on {within}")
+            print(f"  within {NEAR}x of the fastest: {near}")
         for source, errors in errors_by_source(sources, constants, figures):
             print(f"  {source}: {errors}")
     for name, number in fitted.flat().items():

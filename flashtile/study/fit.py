@@ -18,6 +18,7 @@ HELD_OUT = 3  # every third problem is not fitted to
 STEPS = (0.3, 0.1, 0.03, 0.01)  # of a number's logarithm
 SLOW_WEIGHT = 0.3  # of plans that take more than SLOW times their problem's best: nobody chooses among those
 SLOW = 2.0
+NEAR = 1.3
 RANGES = {  # what a number means bounds it: shares of a rate, and the least that a step can take
     "overlap_loss": (0.0, 0.6), "fma_efficiency": (0.1, 1.0), "dram_latency_us": (0.5, 2.0), "l2_bandwidth_share": (1.0, 6.0),
     "matrix_iteration_us": (0.05, 1.5), "score_operations": (4.0, 24.0), "swapped_score_factor": (1.0, 4.0),
@@ -57,6 +58,15 @@ def regrets_of(samples: Iterable[Sample], constants: Constants, device: Device) 
         problems.setdefault(one.name, []).append(one)
     chosen = (min(some, key=lambda one: predicted_us(one, constants, device)) for some in problems.values())
     return sorted(choice.us / min(one.us for one in problems[choice.name]) - 1 for choice in chosen)
+
+
+def near_the_best(samples: Iterable[Sample], share: float = NEAR) -> list[Sample]:
+    """The plans that somebody may choose: those that take at most ``share`` times as long as their problem's fastest."""
+    some = list(samples)
+    best: dict[str, float] = {}
+    for one in some:
+        best[one.name] = min(one.us, best.get(one.name, one.us))
+    return [one for one in some if one.us <= share * best[one.name]]
 
 
 def halves(samples: Sequence[Sample]) -> tuple[list[Sample], list[Sample]]:

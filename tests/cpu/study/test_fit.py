@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from flashtile import ArgumentError
 from flashtile.planner.constants import Constants, constants_of, read_constants
 from flashtile.study.document import load
-from flashtile.study.fit import errors_of, fit, halves, regrets_of
+from flashtile.study.fit import errors_of, fit, halves, near_the_best, regrets_of
 from flashtile.study.points import Point, Task
 from flashtile.study.samples import Sample, of_study, of_sweep, of_tuning
 from tests.cpu.study.synthetic import H200, TRUTH, write_study
@@ -69,6 +69,14 @@ def test_a_fit_is_no_worse_than_where_it_starts(samples: list[Sample]) -> None:
     errors = errors_of(samples, fit(samples, TRUTH, H200, seconds=5.0), H200)
     assert errors is not None
     assert errors.percentile_90 < 1e-2
+
+
+def test_plans_near_the_best_are_by_problem(samples: list[Sample]) -> None:
+    near = near_the_best(samples, 1.1)
+    assert {one.name for one in near} == {one.name for one in samples}
+    assert len(near) < len(samples)
+    fastest = {name: min(one.us for one in samples if one.name == name) for name in {one.name for one in samples}}
+    assert all((one in near) == (one.us <= 1.1 * fastest[one.name]) for one in samples)
 
 
 def test_without_samples_there_is_no_error() -> None:
