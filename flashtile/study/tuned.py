@@ -74,12 +74,16 @@ def _best(device: Device, points: dict[Point, list[Row]], chosen: dict[Point, Ro
 
 
 def as_tile(row: Row, point: Point, device: Device) -> dict[str, Any] | None:
-    """A row as tables write it: its splits where the rule for its tile has others; None for a schedule that no table can ask for."""
+    """A row as tables write it: its splits where the rule for its tile has others; None for a schedule that no table can ask for.
+
+    Nor may one ask for a grid where the rule has programs share all key tiles: sequences of a study are of one length, so that a grid is
+    the faster there, and with one long sequence among short ones many times the slower.
+    """
     tile: dict[str, Any] = {name: getattr(row, name) for name in TILE_COLUMNS}
     plan = plan_for_tile(point.problem, device, row.tile)
     if (plan.num_splits, plan.num_programs) == (row.num_splits, row.num_programs):
         return tile
-    return None if row.num_programs else tile | {"num_splits": row.num_splits}
+    return None if row.num_programs or plan.num_programs else tile | {"num_splits": row.num_splits}
 
 
 def table_of(document: Document, rows: list[Tuned]) -> dict[str, Any]:

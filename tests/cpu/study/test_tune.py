@@ -84,6 +84,17 @@ def test_where_nothing_gains_the_rule_stays(tmp_path: Path) -> None:
     assert tuned_rows(replace(document, entries=level)) == []
 
 
+def test_a_grid_that_trusts_lengths_to_be_alike_is_in_no_table(tmp_path: Path) -> None:
+    """However fast it was: the study's sequences are of one length, a caller's may be one long among many short."""
+    several = Point(8, 8192)
+    document = load(write_study(tmp_path / "even.json", [Task("tiles", several)], TRUTH, GPU))
+    assert any(row.num_programs == 0 for entry in document.entries for row in entry.rows)
+    grids_win = tuple(
+        replace(entry, rows=tuple(row._replace(us=row.us if row.num_programs else 0.5) for row in entry.rows)) for entry in document.entries
+    )
+    assert all("num_splits" not in row.tile for row in tuned_rows(replace(document, entries=grids_win)))
+
+
 def test_explain_says_where_a_plan_came_from(study: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tuned(study)
     monkeypatch.setattr("flashtile.cli.shape.named_device", lambda name: (GPU, "those of this machine's GPU"))
