@@ -275,20 +275,6 @@ def test_threads_share_what_is_prepared(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(ops._PREPARED) == 1
 
 
-def test_warmup_compiles_what_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    problems = [Problem(batch=2, seqlen_k=100, dtype_q="float32"), Problem(batch=3, seqlen_k=64)]
-    prepared: list[Any] = []
-
-    class Module:
-        @staticmethod
-        def prepare(problem: Problem, plan: DecodePlan, device: torch.device) -> None:
-            prepared.append((problem, plan, device))
-
-    monkeypatch.setattr("flashtile.ops.kernel_module", lambda plan: Module)
-    plans = flashtile.warmup(problems, device="cpu")
-    assert prepared == [(problem, plan, torch.device("cpu")) for problem, plan in zip(problems, plans)]
-
-
 # The debug switch
 
 
