@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from flashtile.planner.backward_cost import BackwardCost, backward_cost, pass_cost
 from flashtile.planner.backward_footprint import pass_footprint
 from flashtile.planner.backward_rules import (
-    ONE_PASS_KEYS,
     OWNED_GAIN_PERCENT,
     backward_infeasible,
     choose_backward_plan,
     choose_pass,
+    one_pass_keys,
     one_pass_plan,
     pass_fits,
 )
@@ -83,7 +83,7 @@ def _in_two_passes(problem: Problem, device: Device, kernel: str, plan: Backward
     if len(tiles) == len(chosen):
         its = backward_cost(problem, tiles, [pass_footprint(problem, tile, device) for tile in tiles], device)
         slower = f"scores are computed twice: {its.total_us:.1f} us against {cost.total_us:.1f}"
-        why = slower if its.total_us >= cost.total_us else _why_though_one_pass(plan, kernel, its, cost)
+        why = slower if its.total_us >= cost.total_us else _why_though_one_pass(problem, plan, kernel, its, cost)
         yield _whole(problem, tiles[0], 2, its, why)
 
 
@@ -94,11 +94,11 @@ def _in_one_pass(problem: Problem, device: Device, plan: BackwardPlan, cost: Bac
     if reasons := backward_infeasible(problem, other, device):
         return _whole(problem, tile, 1, None, "; ".join(reason.removeprefix("one_pass: ") for reason in reasons))
     its = backward_cost(problem, (tile,), (pass_footprint(problem, tile, device),), device)
-    seen = typical_keys(problem)
+    seen, least = typical_keys(problem), one_pass_keys(problem)
     if plan.source in ASKED:
         why = ASKED[plan.source]
-    elif seen < ONE_PASS_KEYS:
-        why = f"dQ's sums in memory pay from {ONE_PASS_KEYS} keys a query on, and there are {seen:.0f}"
+    elif seen < least:
+        why = f"dQ's sums in memory pay from {least} keys a query on, and there are {seen:.0f}"
     else:
         why = f"{its.total_us:.1f} us against {cost.total_us:.1f}: {plan.kernel} comes first wherever it can run"
     return _whole(problem, tile, 1, its, why)
@@ -132,14 +132,14 @@ def _why(problem: Problem, plan: BackwardPlan, chosen: tuple[PassTile, WalkCost]
     return why_slower(cost, its, owned_tiles(problem, tile), owned_tiles(problem, lost), tile.owner, walked)
 
 
-def _why_though_one_pass(plan: BackwardPlan, kernel: str, its: BackwardCost, cost: BackwardCost) -> str:
+def _why_though_one_pass(problem: Problem, plan: BackwardPlan, kernel: str, its: BackwardCost, cost: BackwardCost) -> str:
     """Why two passes that the model predicts to be faster than one are not taken."""
     if plan.source in ASKED:
         why = ASKED[plan.source]
     elif kernel != plan.kernel:
         why = f"{plan.kernel} comes first wherever it can run"
     else:
-        why = f"one pass measured faster from {ONE_PASS_KEYS} keys a query on"
+        why = f"one pass measured faster from {one_pass_keys(problem)} keys a query on"
     return f"{its.total_us:.1f} us against {cost.total_us:.1f}: {why}"
 
 

@@ -45,6 +45,7 @@ OWNED_GAIN_PERCENT = 8  # what a tile that owns less must gain: less is within t
 UNEVEN_WALK = 4096  # under a mask, programs that stay lost from here on: 0.91x at 16384 keys, causal; 1.15x at 1024, 1.00x at 4096 (of
 # wide heads 0.92x at 4096 already)
 ONE_PASS_KEYS = 2048  # one pass won from here on, by 4 to 13%; with fewer keys what it needs beside the pass ate that up
+ONE_PASS_CAUSAL_KEYS = 1024  # the same under a causal mask, by 1 to 9% (at 512 it lost 7%, and with log-uniform lengths 3%)
 MAX_ONE_PASS_DIM = 128  # beyond it, registers hold no part of dQ beside dK and dV
 
 Fit = tuple[PassTile, Footprint]
@@ -126,7 +127,7 @@ def choose_backward_plan(problem: Problem, device: Device, kernel: str) -> Backw
     if not device.is_gpu:
         rows = max(1, problem.seqlen_q)
         return BackwardPlan(kernel, rows, 1, 1, 1, rows, 1, 1, 1)
-    if typical_keys(problem) >= ONE_PASS_KEYS:
+    if typical_keys(problem) >= one_pass_keys(problem):
         plan = one_pass_plan(problem, kernel)
         if not backward_infeasible(problem, plan, device):
             return plan
@@ -137,6 +138,12 @@ def choose_backward_plan(problem: Problem, device: Device, kernel: str) -> Backw
     keys, queries = (tile for tile in chosen if isinstance(tile, PassTile))
     plan = plan_of_passes(keys, queries, _programs(problem, device, (keys, queries)))
     return backward_infeasible(problem, plan, device) or plan
+
+
+def one_pass_keys(problem: Problem) -> int:
+    """From how many keys a query on one pass is faster than two."""
+    causal = problem.band.right is not None and problem.band.left is None and not problem.ragged_q
+    return ONE_PASS_CAUSAL_KEYS if causal else ONE_PASS_KEYS
 
 
 def one_pass_plan(problem: Problem, kernel: str) -> BackwardPlan:

@@ -13,7 +13,8 @@ from flashtile.planner.tiles import ProgramShape
 
 SHORT_HEAD = 64  # head dims up to here leave registers for three warpgroups of rows, and wait for exp2
 USUAL_HEAD = 128
-LONG_KEYS_HEAD = 192  # key dims up to here leave registers for as many keys a step as usual heads have, where values are no longer
+LONG_KEYS_HEAD = 192  # key dims up to here leave registers for as many keys a step as usual heads have, where values are no longer; or else
+# for q, so that shared memory need not deliver it with every block of keys
 LONG_WALK = 2048  # mean keys of a query from which three warpgroups of short heads pay: 1.06x of two at 4 x 4096 tokens, causal, on an H200
 
 
@@ -58,11 +59,12 @@ def _hopper(block_m: int, block_n: int, num_stages: int, rescale_log2: int = 0, 
 
 
 _SHORT_TALL = (_hopper(192, 128, 4), _hopper(192, 64, 4))
-_SHORT = (_hopper(128, 128, 4, 0, True), _hopper(128, 128, 4), _hopper(128, 64, 4))
+_SHORT = (_hopper(128, 128, 4, 8, True), _hopper(128, 128, 4, 8), _hopper(128, 64, 4, 8))
 _USUAL_TALL = (_hopper(192, 64, 3), _hopper(192, 32, 4))
 _USUAL = (_hopper(128, 128, 2, 8, True), _hopper(128, 128, 2, 8), _hopper(128, 64, 3, 8))
 _LONG = (_hopper(128, 64, 2, 8), _hopper(128, 32, 2, 8))
 _LONG_KEYS = (_hopper(128, 128, 2, 8), *_LONG)
+_LONG_BOTH = (_hopper(128, 64, 2, 8, True), *_LONG)
 
 
 def hopper_tiles(head_dim: int, head_dim_v: int, long_walk: bool) -> tuple[tuple[ForwardTile, ...], ...]:
@@ -72,7 +74,9 @@ def hopper_tiles(head_dim: int, head_dim_v: int, long_walk: bool) -> tuple[tuple
         return (_SHORT_TALL, _SHORT) if long_walk else (_SHORT, _SHORT_TALL)
     if longest <= USUAL_HEAD:
         return _USUAL, _USUAL_TALL
-    return (_LONG_KEYS if head_dim <= LONG_KEYS_HEAD and head_dim_v <= USUAL_HEAD else _LONG,)
+    if head_dim > LONG_KEYS_HEAD or head_dim_v > LONG_KEYS_HEAD:
+        return (_LONG,)
+    return (_LONG_KEYS if head_dim_v <= USUAL_HEAD else _LONG_BOTH,)
 
 
 # The portable kernel: for each way to multiply the shapes (keys a step, warps, stages) of a block_m in order of preference; the

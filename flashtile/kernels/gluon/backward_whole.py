@@ -53,7 +53,10 @@ def backward_whole_kernel(
     q_full = allocate_barriers(STAGES, 1)
     q_empty = allocate_barriers(STAGES, 2)
     dout_full = allocate_barriers(STAGES, 1)
-    dout_empty = allocate_barriers(STAGES, 2)
+    # with ADDERS queries are given back later than their gradients of out; else both at once, which takes the threads together less often
+    dout_empty = q_empty
+    if ADDERS:
+        dout_empty = allocate_barriers(STAGES, 2)
     ds_full, ds_empty, k_read = q_full, q_full, q_full
     if ADDERS:
         ds_full = allocate_barriers(STAGES, 2)
@@ -143,11 +146,10 @@ def sum_and_add(
             # while dv's operand may be in use, its registers are taken: the next scores would not have enough
             if ADDERS:
                 dv = warpgroup_mma_wait(1, deps=(dv_coming,))
+                barrier()
+                mbarrier.arrive(dout_empty.index(stage), count=1)
             else:
                 dv, dq = warpgroup_mma_wait(1, deps=(dv_coming, dq_coming))
-            barrier()
-            mbarrier.arrive(dout_empty.index(stage), count=1)
-            if not ADDERS:
                 add_to_sums(own_sums + block * (BLOCK_M * D), dq)
             next_stage, next_phase = turned(stage, phase, STAGES)
             block, own_sums = _next_block(block, begin, low, high, own_sums, sums, GROUP, D)
@@ -174,7 +176,8 @@ def sum_and_add(
             # the other warpgroup has read this one's keys
             _meet()
         barrier()
-        mbarrier.arrive(dout_empty.index(stage), count=1)
+        if ADDERS:
+            mbarrier.arrive(dout_empty.index(stage), count=1)
         mbarrier.arrive(q_empty.index(stage), count=1)
         stage, phase = turned(stage, phase, STAGES)
 

@@ -33,6 +33,8 @@ def load_tiles(
     V_STAGES: gl.constexpr = STAGES if VALUE_STAGES is None else VALUE_STAGES
     BLOCK_M: gl.constexpr = ROWS * CONSUMERS
     LAST_FIRST: gl.constexpr = band.right is not None
+    # in the order in which they are needed: forward's values behind the next block's keys, backward's with their own
+    VALUES_BEHIND: gl.constexpr = dout is None
     ROW_BYTES: gl.constexpr = bytes_of_tile(ROWS, HEAD_DIM) + (bytes_of_tile(ROWS, HEAD_DIM_V) if dout is not None else 0)
     t = gl.program_id(0)
     turn = t * 0
@@ -47,12 +49,13 @@ def load_tiles(
         b_rows = b * 0 if tokens.cu_seqlens_q is not None else b
         b_keys = b * 0 if tokens.cu_seqlens_k is not None else b
         first, last = keys_of_sequence(band, seqlen_q, seqlen_k)
-        sequence = (key_start, first, last)
-        h_kv = h // GROUP
+        seen = (first, last)
+        place = (known, pages, b_keys, h // GROUP, key_start)
         key = (high - 1) * BLOCK_N
-        page_of_box = _pages_of_block(pages, b_keys, sequence, key, BLOCK_N, PAGE_SIZE)
+        page_of_box = _pages_of_block(pages, b_keys, seen, key, BLOCK_N, PAGE_SIZE)
+        page_of_next = _pages_of_block(pages, b_keys, seen, key - BLOCK_N, BLOCK_N, PAGE_SIZE)
         # the first keys need not wait until the last tile's q is done with
-        _load_block(k_way, known, pages, page_of_box, b_keys, sequence, key, h_kv, turn, True, BLOCK_N, HEAD_DIM, PAGE_SIZE, STAGES)
+        _load_block(k_way, place, page_of_box, key, turn, True, BLOCK_N, HEAD_DIM, PAGE_SIZE, STAGES)
         for c in gl.static_range(CONSUMERS):
             mbarrier.wait(q_empty.index(c), (tiles_done & 1) ^ 1)
             write_note(notes.index(2 * c + (tiles_done & 1)), b, h, row, row_start, seqlen_q, seqlen_k, turn, negated)
@@ -61,21 +64,28 @@ def load_tiles(
             load_box(q, q_tiles, q_full.index(c), c, b_rows, row_start + row + c * ROWS, h, 0, 1, HEAD_DIM)
             if dout is not None:
                 load_box(dout, dout_tiles, q_full.index(c), c, b_rows, row_start + row + c * ROWS, h, 0, 1, HEAD_DIM_V)
-        _load_block(v_way, known, pages, page_of_box, b_keys, sequence, key, h_kv, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, V_STAGES)
-        turn += 1
         # the next tile's number comes while this one's keys do
         if counter is not None:
             t = num_programs + gl.atomic_add(counter, 1, sem="relaxed")
         else:
             t += num_programs
+        if not VALUES_BEHIND:
+            _load_block(v_way, place, page_of_box, key, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, V_STAGES)
         for _ in range(high - low - 1):
+            last_key, page_of_last = key, page_of_box
             key -= BLOCK_N
-            page_of_box = _pages_of_block(pages, b_keys, sequence, key, BLOCK_N, PAGE_SIZE)
-            _load_block(k_way, known, pages, page_of_box, b_keys, sequence, key, h_kv, turn, True, BLOCK_N, HEAD_DIM, PAGE_SIZE, STAGES)
-            _load_block(
-                v_way, known, pages, page_of_box, b_keys, sequence, key, h_kv, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, V_STAGES
-            )
+            # a block's pages are looked up one block ahead
+            page_of_box = page_of_next
+            page_of_next = _pages_of_block(pages, b_keys, seen, key - BLOCK_N, BLOCK_N, PAGE_SIZE)
+            _load_block(k_way, place, page_of_box, key, turn + 1, True, BLOCK_N, HEAD_DIM, PAGE_SIZE, STAGES)
+            if VALUES_BEHIND:
+                _load_block(v_way, place, page_of_last, last_key, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, V_STAGES)
+            else:
+                _load_block(v_way, place, page_of_box, key, turn + 1, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, V_STAGES)
             turn += 1
+        if VALUES_BEHIND:
+            _load_block(v_way, place, page_of_box, key, turn, False, BLOCK_N, HEAD_DIM_V, PAGE_SIZE, V_STAGES)
+        turn += 1
         tiles_done += 1
         b, h, row_block, walk = tile_numbered(t, tokens, batch, num_heads, heads_at_once, walk, BLOCK_M, LAST_FIRST)
     for c in gl.static_range(CONSUMERS):
@@ -91,33 +101,33 @@ def load_tiles(
 
 
 @gluon.jit
-def _pages_of_block(pages, b, sequence, key, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
+def _pages_of_block(pages, b, seen, key, BLOCK_N: gl.constexpr, PAGE_SIZE: gl.constexpr):
     """The page of each box of a block of keys, a box a lane, or 0 without pages: all table entries are asked for at once.
 
     -1 stands for boxes of which no query sees any key: such entries are not read.
     """
     if PAGE_SIZE > 0:
-        _, first, last = sequence
+        first, last = seen
         BOX_ROWS: gl.constexpr = box_rows(BLOCK_N, PAGE_SIZE)
         of_box = key + gl.arange(0, 32, _BY_LANE) * BOX_ROWS
-        seen = (of_box + BOX_ROWS > first) & (of_box < gl.minimum(last, key + BLOCK_N))
-        return page_of(pages, b, of_box, seen, PAGE_SIZE)
+        box_seen = (of_box + BOX_ROWS > first) & (of_box < gl.minimum(last, key + BLOCK_N))
+        return page_of(pages, b, of_box, box_seen, PAGE_SIZE)
     else:
         return 0
 
 
 @gluon.jit
 def _load_block(
-    way, known, pages, page_of_box, b, sequence, key, h, turn, OF_KEYS: gl.constexpr,
+    way, place, page_of_box, key, turn, OF_KEYS: gl.constexpr,
     BLOCK_N: gl.constexpr, DIM: gl.constexpr, PAGE_SIZE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """A block of keys or values, from key ``key`` of the sequence on, into its stage of the ring once that is empty.
 
-    ``sequence`` is (first token within the tensor, first key that any query sees, keys). On pages, also says which of the
-    block's boxes are there: one that is not reads as zero, as the copy engine has it for all that lies outside a tensor.
+    On pages, also says which of the block's boxes are there: one that is not reads as zero, as the copy engine has it for all
+    that lies outside a tensor.
     """
     box, ring, full, empty = way
-    key_start, _, _ = sequence
+    known, pages, b, h, key_start = place
     BOXES: gl.constexpr = BLOCK_N // box_rows(BLOCK_N, PAGE_SIZE)
     stage = turn % STAGES
     # a number that only the assembler knows leaves it to unroll loops over boxes: it counts the producer's few registers

@@ -23,7 +23,7 @@ from flashtile.kernels.gluon.forward_scores import (
     operand_layout,
     part_of,
     products_layout,
-    rescaled,
+    rescaled_where_grown,
     shaped,
     start_scores,
     start_values,
@@ -89,7 +89,7 @@ def attend_tiles(
                 at_edge = (block < whole_low) | (block >= whole_high)
             o, m, l, p = next_block(
                 ring, q, scores, band, place, block, turn, block > own_low, at_edge, o, m, l, p,
-                BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2, CONSUMERS == 2,
+                BLOCK_N, HEAD_DIM, HEAD_DIM_V, PAGE_SIZE, BOX_ROWS, STAGES, RESCALE_LOG2,
             )  # fmt: skip
             turn += 1
         b, h, row, row_start, seqlen_q, seqlen_k, _, _ = read_note(notes, tiles_done, C)
@@ -213,12 +213,9 @@ def first_block(
 def next_block(
     ring, q, scores, band, place, block, turn, more, at_edge, o, m, l, p,
     BLOCK_N: gl.constexpr, HEAD_DIM: gl.constexpr, HEAD_DIM_V: gl.constexpr,
-    PAGE_SIZE: gl.constexpr, BOX_ROWS: gl.constexpr, STAGES: gl.constexpr, RESCALE_LOG2: gl.constexpr, EARLY_P: gl.constexpr,
+    PAGE_SIZE: gl.constexpr, BOX_ROWS: gl.constexpr, STAGES: gl.constexpr, RESCALE_LOG2: gl.constexpr,
 ):  # fmt: skip
-    """(o, m, l, p) with another block: its softmax, while the last one's probabilities, of turn ``turn``, meet their values.
-
-    EARLY_P: the new probabilities are rounded meanwhile too, where registers hold both.
-    """
+    """(o, m, l, p) with another block: its softmax, while the last one's probabilities, of turn ``turn``, meet their values."""
     k_ring, v_ring, known, k_full, k_empty, v_full, v_empty = ring
     position, first, seqlen_k, slope, scale, factor = place
     D: gl.constexpr = main_dim(HEAD_DIM_V)
@@ -239,22 +236,16 @@ def next_block(
             s = on_pages(s, bits, BLOCK_N, BOX_ROWS)
     if at_edge:
         s = masked(s, band, position, key, seqlen_k, BLOCK_N)
-    m, l, p_next, alpha, rescales = next_softmax(s, m, l, factor, BLOCK_N, RESCALE_LOG2)
-    if EARLY_P:
-        p_next = gl.convert_layout(p_next.to(p.dtype), operand_layout(D))
+    m, l, p_next, alpha = next_softmax(s, m, l, factor, BLOCK_N, RESCALE_LOG2)
+    # rounded before the wait, which keeps pairs in their registers: behind it, the loop would take them apart and swap halves
+    p_next = gl.convert_layout(p_next.to(p.dtype), operand_layout(D))
     # to wait here for the next block's keys ends the basic block: the assembler would move the wait for the product with
     # values to the front of the exponentials
     mbarrier.wait(k_full.index((turn + 2) % STAGES), ((turn + 2) // STAGES) & 1, pred=more)
     o, p_next = wait_for_values(o_coming, p_next, HEAD_DIM_V)
     barrier()
     mbarrier.arrive(v_empty.index(last_stage), count=1)
-    if RESCALE_LOG2 > 0:
-        if rescales > 0:
-            o = rescaled(o, alpha, HEAD_DIM_V)
-    else:
-        o = rescaled(o, alpha, HEAD_DIM_V)
-    if not EARLY_P:
-        p_next = gl.convert_layout(p_next.to(p.dtype), operand_layout(D))
+    o = rescaled_where_grown(o, alpha, HEAD_DIM_V)
     if band.left is not None:
         if key < first:
             mbarrier.wait(v_full.index(stage), ((turn + 1) // STAGES) & 1)

@@ -84,11 +84,52 @@ def wait_for_values(o, p, DIM_V: gl.constexpr):
 @gluon.jit
 def rescaled(o, alpha, DIM_V: gl.constexpr):
     """Both parts of o, each row times its alpha."""
-    main = o[0] * gl.expand_dims(gl.convert_layout(alpha, rows_layout(main_dim(DIM_V))), 1)
+    main = o[0] * _by_row(alpha, main_dim(DIM_V))
     if rest_dim(DIM_V) > 0:
-        return main, o[1] * gl.expand_dims(gl.convert_layout(alpha, rows_layout(rest_dim(DIM_V))), 1)
+        return main, o[1] * _by_row(alpha, rest_dim(DIM_V))
     else:
         return main, o[1]
+
+
+@gluon.jit
+def rescaled_where_grown(o, alpha, DIM_V: gl.constexpr):
+    """``rescaled``, by warps: one of whose rows every alpha is 1 leaves them alone, without asking the others."""
+    main = _rescaled_by_warp(o[0], alpha, main_dim(DIM_V))
+    if rest_dim(DIM_V) > 0:
+        return main, _rescaled_by_warp(o[1], alpha, rest_dim(DIM_V))
+    else:
+        return main, o[1]
+
+
+@gluon.jit
+def _by_row(alpha, COLUMNS: gl.constexpr):
+    return gl.expand_dims(gl.convert_layout(alpha, rows_layout(COLUMNS)), 1)
+
+
+@gluon.jit
+def _rescaled_by_warp(o, alpha, COLUMNS: gl.constexpr):
+    """The branch is in assembly: of Triton's own, all warps would have to take the same way, and meet to find out which."""
+    HELD: gl.constexpr = ROWS * COLUMNS // 128
+    factors, o = gl.broadcast(_by_row(alpha, COLUMNS), o)
+    return gl.inline_asm_elementwise(_scaling(HELD), _scaling_operands(HELD), [o, factors], dtype=gl.float32, is_pure=True, pack=HELD)
+
+
+@gluon.constexpr_function
+def _scaling(held):
+    """Multiplies ``held`` numbers of a thread, of two rows by turns, unless all factors of the warp are 1."""
+    multiply = "".join(f"mul.f32 ${i}, ${i}, ${2 * held + i}; " for i in range(held))
+    return (
+        "{ .reg .pred first, grown; "
+        f"setp.neu.f32 first, ${2 * held}, 0f3F800000; setp.neu.or.f32 grown, ${2 * held + 2}, 0f3F800000, first; "
+        "vote.sync.any.pred grown, grown, 0xffffffff; @!grown bra kept; "
+        f"{multiply}kept: }}"
+    )
+
+
+@gluon.constexpr_function
+def _scaling_operands(held):
+    """Results, what they are before, in the same registers, and factors."""
+    return ",".join(["=f"] * held + [str(i) for i in range(held)] + ["f"] * held)
 
 
 @gluon.jit
@@ -197,19 +238,16 @@ def first_softmax(s, factor, BLOCK_N: gl.constexpr):
 
 @gluon.jit
 def next_softmax(s, m, l, factor, BLOCK_N: gl.constexpr, RESCALE_LOG2: gl.constexpr):
-    """(m, l, probabilities, what o is scaled by, whether it has to be) with another block.
+    """(m, l, probabilities, what o is scaled by) with another block.
 
     A row's maximum is kept until it grows by 2**RESCALE_LOG2, so that o is seldom scaled; probabilities may be that large.
     """
+    largest = gl.max(s, 1)
     if RESCALE_LOG2 > 0:
-        largest = gl.max(s, 1)
-        grew = (largest - m) * factor > RESCALE_LOG2
-        m_new = gl.where(grew, largest, m)
-        rescales = gl.max(grew.to(gl.int32), 0)
+        m_new = gl.where((largest - m) * factor > RESCALE_LOG2, largest, m)
     else:
-        m_new = gl.maximum(m, gl.max(s, 1))
-        rescales = 1
+        m_new = gl.maximum(m, largest)
     alpha = gl.exp2((m - m_new) * factor)
     p = gl.exp2(s * factor - gl.expand_dims(m_new * factor, 1))
     by_lane = gl.expand_dims(gl.convert_layout(alpha, gl.SliceLayout(1, l.type.layout)), 1)
-    return m_new, l * by_lane + lane_sums(p, BLOCK_N), p, alpha, rescales
+    return m_new, l * by_lane + lane_sums(p, BLOCK_N), p, alpha

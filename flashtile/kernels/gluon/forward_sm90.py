@@ -40,11 +40,14 @@ from flashtile.problem import Problem
 _ROWS = 64  # of a warpgroup
 _PANEL = 64
 _SHORT_HEAD = 64
+_USUAL_HEAD = 128
 _SHARED_MEMORY = 227 * 1024  # of a program
 _FOR_BARRIERS = 1024
 # registers of a thread, (consumers', producer's): rows of q of a long head take what the producer can do without
 _REGISTERS = {2: (232, 40), 3: (160, 32)}
 _REGISTERS_WITH_Q = {2: (240, 24), 3: (160, 32)}
+# a block of several pages keeps its producer busier; long heads leave it no more
+_REGISTERS_FOR_PAGES = {2: (224, 56), 3: (160, 32)}
 _MAX_TILES = 2**30  # which the device counts in 32 bits, and some more
 
 
@@ -119,8 +122,10 @@ def forward_spec(problem: Problem, plan: ForwardPlan, edge_is_one: bool) -> Spec
     """The kernel's specialisation."""
     consumers = plan.block_m // _ROWS
     tight = plan.q_in_registers and problem.head_dim > _SHORT_HEAD
-    registers, producer_registers = (_REGISTERS_WITH_Q if tight else _REGISTERS)[consumers]
     keys = box_rows(plan.block_n, problem.page_size)
+    many_boxes = keys < plan.block_n and problem.head_dim <= _USUAL_HEAD and problem.head_dim_v <= _USUAL_HEAD
+    of_kind = _REGISTERS_WITH_Q if tight else _REGISTERS_FOR_PAGES if many_boxes else _REGISTERS
+    registers, producer_registers = of_kind[consumers]
     i32 = Arg("i32")
     packed = problem.ragged_q
 

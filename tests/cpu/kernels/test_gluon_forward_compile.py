@@ -35,10 +35,16 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "head dim 128, pages of 16, causal": ({"band": CAUSAL} | PAGED, USUAL),
     "head dim 64, causal": ({"band": CAUSAL, "head_dim": 64}, SHORT),
     "head dim 96, q in registers": ({"band": FULL, "head_dim": 96}, USUAL | {"q_in_registers": True}),
+    "head dim 192, q in registers": ({"band": CAUSAL, "head_dim": 192}, LONG | {"q_in_registers": True}),
     "head dims 192 and 128, causal": ({"band": CAUSAL, "head_dim": 192, "head_dim_v": 128}, USUAL),
     "head dim 256, causal": ({"band": CAUSAL, "head_dim": 256}, LONG),
     "head dim 256, causal, everything": ({"band": CAUSAL, "head_dim": 256} | ALL, LONG | {"block_n": 32}),
 }
+
+# Here the assembler waits earlier, which frees registers, and another warpgroup's products hide the exponentials. On an H200 both
+# are faster so than what kept the order: the first by 10% than with probabilities rounded behind the wait, the second by 7% than q
+# in shared memory.
+FULL_OF_REGISTERS = ("head dim 64, causal", "head dim 192, q in registers")
 
 COMPILE = """
 import json, pathlib, re, subprocess, sys, tempfile
@@ -66,6 +72,15 @@ def early_arrivals(ptx):
             found.append(since)
     return found
 
+def loop_over_keys(text):
+    # instructions of the shortest loop that starts both products, by their names
+    lines = text.splitlines()
+    places = {match[1]: i for i, line in enumerate(lines) if (match := re.match(r"(\\.L_x_\\d+):", line.strip()))}
+    ends = ((places.get(match[1], i), i) for i, line in enumerate(lines) if (match := re.search(r"BRA.*`\\((\\.L_x_\\d+)\\)", line)))
+    loops = ("\\n".join(lines[begin:end]) for begin, end in ends if begin < end)
+    loop = min((loop for loop in loops if loop.count("gsb0") > 3), key=len)
+    return {name: len(re.findall(name, loop)) for name in ("BAR.SYNC", "PRMT", "LDS")}
+
 def facts_of(spec):
     compiled = compile_spec(spec, GPUTarget("cuda", 90, 32))
     ptx, binary = compiled.asm["ptx"], compiled.asm["cubin"]
@@ -82,6 +97,7 @@ def facts_of(spec):
     # what lies behind each wait, up to the next one
     facts["behind"] = [[int(left, 16), after.count("MUFU.EX2")] for left, after in zip(waits[1::2], waits[2::2])]
     facts["unwritten"] = unwritten_reads(text)
+    facts["loop"] = loop_over_keys(text)
     facts["groups"], facts["HGMMA"] = len(re.findall(r"HGMMA[^\\n]*gsb0", text)), text.count("HGMMA")
     return facts
 
@@ -128,7 +144,7 @@ def test_a_plan_compiles_to_what_was_planned(name: str, compiled: dict[str, list
 
 @pytest.mark.slow
 @pytest.mark.compiles
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [name for name in CASES if name not in FULL_OF_REGISTERS])
 def test_exponentials_lie_beneath_the_product_with_values(name: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
     """Between the wait for scores, which leaves that product running, and the wait for it."""
     problem, plan = planned(name)
@@ -136,6 +152,15 @@ def test_exponentials_lie_beneath_the_product_with_values(name: str, compiled: d
         beneath = [exponentials for left, exponentials in facts["behind"] if left == parts(problem.head_dim_v)]
         assert len(beneath) == plan.block_m // 64
         assert all(exponentials >= plan.block_n // 2 for exponentials in beneath)
+
+
+@pytest.mark.slow
+@pytest.mark.compiles
+@pytest.mark.parametrize("name", [name for name in CASES if "everything" not in name])
+def test_threads_of_a_loop_meet_only_to_give_memory_back(name: str, compiled: dict[str, list[dict[str, Any]]]) -> None:
+    """Before and behind each of two arrivals. No warp asks the others whether their rows are rescaled, and no pair is taken apart."""
+    for facts in compiled[name]:
+        assert facts["loop"] == {"BAR.SYNC": 4, "PRMT": 0, "LDS": int("pages" in name)}
 
 
 @pytest.mark.slow

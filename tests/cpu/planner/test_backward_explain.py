@@ -182,7 +182,7 @@ def test_one_pass_is_explained_without_a_second_and_with_its_workspace() -> None
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"seqlen_q": 1024, "seqlen_k": 1024, "total_q": 4096}, "dQ's sums in memory pay from 2048 keys a query on, and there are 512"),
+        ({"seqlen_q": 1024, "seqlen_k": 1024, "total_q": 4096}, "dQ's sums in memory pay from 1024 keys a query on, and there are 512"),
         ({"deterministic": True}, "dQ is summed in no fixed order"),
     ],
 )

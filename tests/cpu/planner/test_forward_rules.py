@@ -112,11 +112,13 @@ def test_two_programs_an_sm_come_first_where_wgmma_takes_them_whole() -> None:
     [
         (128, 1024, FULL, (128, 128, 8, 2, 8, True)),
         (128, 16384, CAUSAL, (128, 128, 8, 2, 8, True)),
-        (64, 1024, FULL, (128, 128, 8, 4, 0, True)),
+        (64, 1024, FULL, (128, 128, 8, 4, 8, True)),
         (64, 4096, FULL, (192, 128, 12, 4, 0, False)),
-        (64, 2048, CAUSAL, (128, 128, 8, 4, 0, True)),
+        (64, 2048, CAUSAL, (128, 128, 8, 4, 8, True)),
         (64, 4096, CAUSAL, (192, 128, 12, 4, 0, False)),
         (64, 8192, CAUSAL, (192, 128, 12, 4, 0, False)),
+        (192, 4096, FULL, (128, 64, 8, 2, 8, True)),
+        (256, 4096, FULL, (128, 64, 8, 2, 8, False)),
     ],
 )
 def test_hoppers_kernel_takes_what_measured_best(head_dim: int, seqlen: int, band: Band, expected: tuple[object, ...]) -> None:
