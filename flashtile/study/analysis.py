@@ -19,7 +19,8 @@ NOISE = 0.01  # relative differences below this, or below both spreads, decide n
 class Verdict:
     """One problem of the study: its fastest plan, the fastest of each query tile, and what the planner's choice and 64 rows lose.
 
-    Losses are relative to the best time (0.1 is 10 % longer), None where that plan was not timed.
+    Losses are relative to the best time (0.1 is 10 % longer), None where that plan was not timed. ``unlike_loss`` is the choice's against
+    the best plan that holds up where a batch's lengths differ, which is what the planner has to reckon with.
     """
 
     point: Point
@@ -27,6 +28,7 @@ class Verdict:
     by_block_m: dict[int, Row]
     planner_loss: float | None
     fixed_loss: float | None
+    unlike_loss: float | None
 
     @property
     def best_in_words(self) -> str:
@@ -55,7 +57,17 @@ def _verdict(entry: Entry) -> Verdict:
     best = min(entry.rows, key=lambda row: row.us)
     by_block_m = fastest_of(entry.rows)
     chosen, fixed = entry.chosen, by_block_m.get(FIXED_BLOCK_M)
-    return Verdict(entry.point, best, by_block_m, _loss(chosen, best), _loss(fixed, best))
+    steady = [row for row in entry.rows if holds_for_unlike_lengths(entry.point, row)]
+    unlike_loss = _loss(chosen, min(steady, key=lambda row: row.us)) if steady else None
+    return Verdict(entry.point, best, by_block_m, _loss(chosen, best), _loss(fixed, best), unlike_loss)
+
+
+def holds_for_unlike_lengths(point: Point, row: Row) -> bool:
+    """Whether a plan balances a batch whose lengths differ: its programs share all keys evenly. A lone sequence has nothing to balance.
+
+    A grid gives each sequence as many programs, however long it is.
+    """
+    return point.batch == 1 or row.num_programs > 0
 
 
 def _loss(row: Row | None, best: Row) -> float | None:

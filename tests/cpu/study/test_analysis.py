@@ -42,6 +42,16 @@ def test_the_best_tile_and_what_others_lose() -> None:
     assert verdict.ties() == [8]
 
 
+def test_a_batch_of_unlike_lengths_wants_programs_that_share_its_keys() -> None:
+    rows = row(8, 10.2, programs=264), row(8, 9.0), row(16, 10.0, programs=64)
+    (batch,) = analysis.verdicts(document(entry(*rows, point=Point(8, 4096))))
+    assert (batch.planner_loss, batch.unlike_loss) == (pytest.approx(10.2 / 9 - 1), pytest.approx(0.02))
+    (lone,) = analysis.verdicts(document(entry(*rows)))
+    assert lone.unlike_loss == lone.planner_loss == pytest.approx(10.2 / 9 - 1), "a lone sequence has nothing to balance"
+    (grids,) = analysis.verdicts(document(entry(row(8, 9.0), point=Point(8, 4096))))
+    assert grids.unlike_loss is None
+
+
 def test_times_within_the_spread_are_ties() -> None:
     rows = (row(8, 10.0, spread=0.02), row(16, 10.35, spread=0.02), row(64, 10.6, spread=0.02))
     assert analysis.verdicts(document(entry(*rows)))[0].ties() == [8, 16]
@@ -99,6 +109,7 @@ def test_findings_carry_their_numbers(tmp_path: Path) -> None:
     text = " ".join(findings.in_words(some))
     assert "A fixed block_m of 64 loses" in text
     assert "The cost model is off by" in text
+    assert "Of the plans that hold up where a batch's lengths differ, it is within 3% of the best on" in text
     summary = findings.summary(some)
     json.dumps(summary)
     assert [problem["name"] for problem in summary["problems"]] == ["1x4096 q1 g8 d128", "8x8192 q4 g4 d128"]
