@@ -41,14 +41,20 @@ def key_of(problem: Problem) -> Key:
 def tuned_tile(problem: Problem, device: Device) -> dict[str, Any] | None:
     """The measured tile for the problem's bucket, if the device's architecture has a table with one."""
     table = tuned_table(nearest_architecture(device.arch)) if device.is_gpu else {}
-    return table.get(key_of(problem)) if table else None
+    return _held_by_pages(problem, table.get(key_of(problem)))
 
 
 def own_tile(problem: Problem, device: Device) -> dict[str, Any] | None:
-    """The same from the user's table of this GPU. It was measured without pages: others have to hold key tiles whole."""
+    """The same from the user's table of this GPU."""
     table = user_table(device.name, device.arch) if device.is_gpu and problem.operation == "decode" else {}
-    tile = table.get(key_of(problem)) if table else None
-    return None if tile is None or problem.page_size % tile["block_n"] else tile
+    return _held_by_pages(problem, table.get(key_of(problem)))
+
+
+def _held_by_pages(problem: Problem, tile: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A decode tile was measured without pages: they have to hold its key tiles whole, or else it says nothing."""
+    if tile is not None and problem.operation == "decode" and problem.page_size % tile["block_n"]:
+        return None
+    return tile
 
 
 @lru_cache(maxsize=64)
