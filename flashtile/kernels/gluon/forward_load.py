@@ -123,8 +123,8 @@ def _load_block(
 ):  # fmt: skip
     """A block of keys or values, from key ``key`` of the sequence on, into its stage of the ring once that is empty.
 
-    On pages, also says which of the block's boxes are there: one that is not reads as zero, as the copy engine has it for all
-    that lies outside a tensor.
+    ``place`` is (known pages, the page table, sequence, key head, first token within the tensor). On pages, also says which of the
+    block's boxes are there: one that is not reads as zero, as the copy engine has it for all that lies outside a tensor.
     """
     box, ring, full, empty = way
     known, pages, b, h, key_start = place
