@@ -19,7 +19,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from flashtile.kernels.block import Described
 from flashtile.kernels.direct import encoded
 
-GLUON_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "u16": "uint16", "i16": "int16"}
+GLUON_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "u16": "uint16", "i16": "int16"}
 TRITON_DTYPES = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "float8_e4m3fn": "u8", "int8": "i8"}
 """Codes of float8 are bytes to a kernel, which says itself what they mean: Triton would not let old GPUs hold them."""
 

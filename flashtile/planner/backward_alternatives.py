@@ -89,7 +89,7 @@ def _in_two_passes(problem: Problem, device: Device, kernel: str, plan: Backward
 
 def _in_one_pass(problem: Problem, device: Device, plan: BackwardPlan, cost: BackwardCost) -> BackwardAlternative:
     """One pass of Hopper's kernel against a plan in two."""
-    other = one_pass_plan(problem, GLUON_BACKWARD_SM90)
+    other = one_pass_plan(problem, device, GLUON_BACKWARD_SM90)
     [tile] = pass_tiles(other)
     if reasons := backward_infeasible(problem, other, device):
         return _whole(problem, tile, 1, None, "; ".join(reason.removeprefix("one_pass: ") for reason in reasons))

@@ -15,6 +15,8 @@ PANEL = 64
 BYTES = 2  # of an element
 STATISTICS_BYTES = 8  # of a query: lse and delta
 SHARED_SCRATCH = 1024  # barriers, and what the producer tells about a tile
+SHARED_DQ = 8192  # numbers of dQ that two warpgroups share; of fewer a third one computes all
+SUM_BLOCKS, SUM_BYTES = 2, 4  # its blocks on their way, and bytes of a number
 SCORE_BYTES = 4  # of a probability that one warpgroup leaves for the other
 SCORE_BUFFERS = 2  # of these
 WARPGROUP = 128  # threads, which hold 64 rows
@@ -30,14 +32,16 @@ def padded_dim(dim: int) -> int:
 
 
 def gluon_pass_shared_memory(problem: Problem, tile: PassTile) -> int:
-    """Bytes of shared memory: what a program owns, whose place its results take, a ring of what it walks; in one pass also one of
-    gradients of scores, from which dQ is computed."""
+    """Bytes of shared memory: what a program owns, whose place its results take (or one as large), a ring of what it walks; in one pass
+    also one of gradients of scores, from which dQ is computed, and blocks of dQ on their way where a third warpgroup computes it."""
     if max(problem.head_dim, problem.head_dim_v) > WIDE_HEAD:
         return _wide_shared_memory(problem, tile)
     dims = padded_dim(problem.head_dim) + padded_dim(problem.head_dim_v)
     over_keys = tile.owner == "keys"
     owned = tile.owned * dims * BYTES * (tile.key_slots if over_keys else 1)
-    owned += tile.num_stages * tile.owned * tile.step * BYTES if tile.adds_dq else 0
+    if tile.adds_dq:
+        owned += tile.num_stages * tile.owned * tile.step * BYTES
+        owned += 0 if padded_dim(problem.head_dim) * tile.step >= SHARED_DQ else SUM_BLOCKS * ROWS * PANEL * SUM_BYTES
     return owned + tile.num_stages * tile.step * (dims * BYTES + (STATISTICS_BYTES if over_keys else 0)) + SHARED_SCRATCH
 
 

@@ -35,6 +35,7 @@ from flashtile.planner.backward_tiles import (
 from flashtile.planner.backward_work import owned_tiles, seen_by, typical_keys
 from flashtile.planner.catalog import GLUON_BACKWARD_SM90
 from flashtile.planner.device import Device
+from flashtile.planner.forward_tiles import SHORT_HEAD
 from flashtile.planner.plans import BackwardPlan
 from flashtile.planner.ranges import MAX_GRID_X, beyond, beyond_powers, beyond_warps
 from flashtile.planner.resources import Footprint
@@ -44,8 +45,9 @@ OWNED_GAIN_PERCENT = 8  # what a tile that owns less must gain: less is within t
 # On an H200, 16384 tokens in sequences of one length, 2048 / head dim heads, by the keys that a query sees on average:
 UNEVEN_WALK = 4096  # under a mask, programs that stay lost from here on: 0.91x at 16384 keys, causal; 1.15x at 1024, 1.00x at 4096 (of
 # wide heads 0.92x at 4096 already)
-ONE_PASS_KEYS = 2048  # one pass won from here on, by 4 to 13%; with fewer keys what it needs beside the pass ate that up
-ONE_PASS_CAUSAL_KEYS = 1024  # the same under a causal mask, by 1 to 9% (at 512 it lost 7%, and with log-uniform lengths 3%)
+ONE_PASS_KEYS = 1024  # one pass won from here on, by 3 to 13%; with fewer keys what it needs beside the pass ate that up (1% lost at 512)
+ONE_PASS_SHORT_KEYS = 512  # the same with heads of 64 dims, by 16 and 17% at 512 and 1024; fewer were not measured
+ONE_PASS_UNLIKE_KEYS = 2048  # with sequences of log-uniform lengths it lost 3% at 1024; windows were not measured
 MAX_ONE_PASS_DIM = 128  # beyond it, registers hold no part of dQ beside dK and dV
 
 Fit = tuple[PassTile, Footprint]
@@ -128,7 +130,7 @@ def choose_backward_plan(problem: Problem, device: Device, kernel: str) -> Backw
         rows = max(1, problem.seqlen_q)
         return BackwardPlan(kernel, rows, 1, 1, 1, rows, 1, 1, 1)
     if typical_keys(problem) >= one_pass_keys(problem):
-        plan = one_pass_plan(problem, kernel)
+        plan = one_pass_plan(problem, device, kernel)
         if not backward_infeasible(problem, plan, device):
             return plan
     chosen = [choose_pass(problem, device, kernel, owner) for owner in OWNERS]
@@ -142,13 +144,15 @@ def choose_backward_plan(problem: Problem, device: Device, kernel: str) -> Backw
 
 def one_pass_keys(problem: Problem) -> int:
     """From how many keys a query on one pass is faster than two."""
-    causal = problem.band.right is not None and problem.band.left is None and not problem.ragged_q
-    return ONE_PASS_CAUSAL_KEYS if causal else ONE_PASS_KEYS
+    if problem.ragged_q or problem.band.left is not None:
+        return ONE_PASS_UNLIKE_KEYS
+    return ONE_PASS_SHORT_KEYS if max(problem.head_dim, problem.head_dim_v) <= SHORT_HEAD else ONE_PASS_KEYS
 
 
-def one_pass_plan(problem: Problem, kernel: str) -> BackwardPlan:
-    """A kernel's plan in one pass, if it can at all: a program for each tile of keys."""
-    return plan_of_passes(hopper_whole_tile(max(problem.head_dim, problem.head_dim_v))._replace(kernel=kernel), None)
+def one_pass_plan(problem: Problem, device: Device, kernel: str) -> BackwardPlan:
+    """A kernel's plan in one pass, if it can at all: programs stay, one for each SM, and take tiles of keys until none is left."""
+    tile = hopper_whole_tile(max(problem.head_dim, problem.head_dim_v))._replace(kernel=kernel)
+    return plan_of_passes(tile, None, max(1, min(owned_tiles(problem, tile), device.num_sms)))
 
 
 def _programs(problem: Problem, device: Device, tiles: tuple[PassTile, PassTile]) -> int:

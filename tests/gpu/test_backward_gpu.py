@@ -142,7 +142,8 @@ def test_every_case_by_the_rule(case: ForwardCase, device: torch.device) -> None
 def test_tails_of_every_length(head_dim: int, causal: bool, device: torch.device) -> None:
     """Queries and keys a few more and fewer than tiles of 64 and 128."""
     case = replace(PLAIN, batch=1, num_heads_q=2, num_heads_kv=1, head_dim=head_dim, head_dim_v=head_dim, causal=causal)
-    plans = {64: (SHORT, WHOLE_SHORT, WHOLE_ADDERS), 128: (USUAL, WHOLE)}.get(head_dim, (WIDE,))
+    few = {"num_programs": 3}
+    plans = {64: (SHORT, WHOLE_SHORT, WHOLE_ADDERS.with_(**few)), 128: (USUAL, WHOLE, WHOLE.with_(**few))}.get(head_dim, (WIDE,))
     for i, seqlen_q in enumerate(EDGES):
         for seqlen_k in (EDGES[-1 - i], EDGES[i], EDGES[(3 * i + 1) % len(EDGES)]):
             check_case(replace(case, name=f"{seqlen_q}, {seqlen_k}", seqlens_q=seqlen_q, seqlens_k=seqlen_k), device, plans)
@@ -215,9 +216,10 @@ def test_a_hundred_repeats_are_bit_identical(case: ForwardCase, device: torch.de
 @hopper_only
 @pytest.mark.parametrize("case", [PLAIN, PACKED], ids=lambda case: case.name)
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_in_one_pass_only_dq_varies(case: ForwardCase, head_dim: int, device: torch.device) -> None:
+@pytest.mark.parametrize("causal", [False, True])
+def test_in_one_pass_only_dq_varies(case: ForwardCase, head_dim: int, causal: bool, device: torch.device) -> None:
     """Whoever owns keys sums them in one order; to dQ they add as they come."""
-    inputs = make_forward_inputs(replace(case, head_dim=head_dim, head_dim_v=head_dim), device)
+    inputs = make_forward_inputs(replace(case, head_dim=head_dim, head_dim_v=head_dim, causal=causal), device)
     for plan in (
         (WHOLE, WHOLE.with_(num_programs=5)) if head_dim == 128 else (WHOLE_SHORT, WHOLE_ADDERS, WHOLE_ADDERS.with_(num_programs=5))
     ):

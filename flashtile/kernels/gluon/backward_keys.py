@@ -43,7 +43,7 @@ def backward_keys_kernel(
     k_full = allocate_barriers(2, 1)
     k_empty = allocate_barriers(2, 2)
     v_full = allocate_barriers(2, 1)
-    q_full = allocate_barriers(STAGES, 1)
+    q_full = allocate_barriers(STAGES, 2)
     q_empty = allocate_barriers(STAGES, 2)
     dout_full = allocate_barriers(STAGES, 1)
     dout_empty = allocate_barriers(STAGES, 2)
@@ -58,7 +58,7 @@ def backward_keys_kernel(
         (sum_over_queries, (dk_box, dv_box, dk, dv, tokens, keys, band, batch, num_heads_kv, scale, scale_log2, memory,
                             1, GROUP, BLOCK_M, HEAD_DIM, HEAD_DIM_V, STAGES)),
         (load_keys_and_queries, (q, k, v, dout, statistics, tokens, keys, band, counter, num_programs, batch, num_heads_kv, heads_at_once,
-                                 memory, GROUP, BLOCK_M, D, DV, STAGES, False)),
+                                 memory, GROUP, BLOCK_M, D, DV, STAGES, False, 2)),
     ], [4, 1], [REGISTERS, PRODUCER_REGISTERS])  # fmt: skip
 
 
@@ -98,8 +98,8 @@ def sum_over_queries(
         s = warpgroup_mma_wait(0, deps=(s,))
         for _ in range(GROUP * (high - low) - 1):
             dv_coming, ds = add_values(
-                s, v_own, dout_ring, lse_ring, delta_ring, dout_full, tokens, stage, phase, block, place, scale_log2, dv,
-                C, BLOCK_M, D, DV, False,
+                s, s, v_own, dout_ring, lse_ring, delta_ring, dout_full, tokens, stage, phase, block, place, scale_log2, dv,
+                C, BLOCK_M, D, DV, False, False,
             )  # fmt: skip
             dk_coming = warpgroup_mma(gl.convert_layout(ds, operand_layout(D)), q_ring[1].index(stage), dk, is_async=True)
             # while dv's operand may be in use, its registers are taken: the next scores would not have enough
@@ -118,8 +118,8 @@ def sum_over_queries(
             phase = next_phase
         v_own = v_tiles[1].index(2 * slot_anew(notes, tiles_done, C) + C)
         dv_coming, ds = add_values(
-            s, v_own, dout_ring, lse_ring, delta_ring, dout_full, tokens, stage, phase, block, place, scale_log2, dv,
-            C, BLOCK_M, D, DV, False,
+            s, s, v_own, dout_ring, lse_ring, delta_ring, dout_full, tokens, stage, phase, block, place, scale_log2, dv,
+            C, BLOCK_M, D, DV, False, False,
         )  # fmt: skip
         dk_coming = warpgroup_mma(gl.convert_layout(ds, operand_layout(D)), q_ring[1].index(stage), dk, is_async=True)
         dv, dk = warpgroup_mma_wait(0, deps=(dv_coming, dk_coming))
@@ -170,12 +170,13 @@ def start_scores_of_keys(
 
 @gluon.jit
 def add_values(
-    s, v_own, dout_ring, lse_ring, delta_ring, dout_full, tokens, stage, phase, block, place, scale_log2, dv,
-    C: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, KEYS_END: gl.constexpr,
+    s, lse_log2, v_own, dout_ring, lse_ring, delta_ring, dout_full, tokens, stage, phase, block, place, scale_log2, dv,
+    C: gl.constexpr, BLOCK_M: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, KEYS_END: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """(dv plus probabilities times dout, on its way; the scores' gradients, rounded).
 
-    KEYS_END: in blocks that are masked, also keys behind those that count get gradient 0.
+    KEYS_END: in blocks that are masked, also keys behind those that count get gradient 0. EARLY: there are registers for what the
+    softmax needs of the queries while products run; ``lse_log2`` is read already.
     """
     band, whole_low, whole_high, notes, tiles_done = place
     S: gl.constexpr = products_layout(BLOCK_M)
@@ -184,7 +185,8 @@ def add_values(
     dout = dout_ring[1].index(stage)
     zeros = gl.zeros([ROWS, BLOCK_M], gl.float32, S)
     dp_coming = warpgroup_mma(v_own, dout.permute((1, 0)), zeros, use_acc=False, is_async=True)
-    lse_log2 = lse_ring.index(stage).load(gl.SliceLayout(0, S))
+    if not EARLY:
+        lse_log2 = lse_ring.index(stage).load(gl.SliceLayout(0, S))
     p = gl.exp2(s * scale_log2 - gl.expand_dims(lse_log2, 0))
     if (block < whole_low) | (block >= whole_high):
         # read again, so that the other blocks' registers need not hold it
@@ -195,9 +197,11 @@ def add_values(
         p = gl.where(seen, p, 0.0)
     operand = gl.convert_layout(p.to(dout.dtype), operand_layout(DV))
     dv_coming = warpgroup_mma(operand, dout, dv, is_async=True)
+    if EARLY:
+        delta = delta_ring.index(stage).load(gl.SliceLayout(0, S))
     dp = warpgroup_mma_wait(1, deps=(dp_coming,))
-    # read behind the wait: while products run, registers are scarce
-    delta = delta_ring.index(stage).load(gl.SliceLayout(0, S))
+    if not EARLY:
+        delta = delta_ring.index(stage).load(gl.SliceLayout(0, S))
     ds = p * (dp - gl.expand_dims(delta, 0))
     return dv_coming, ds.to(dout.dtype)
 

@@ -1,7 +1,7 @@
 """The producer of the keys' pass: one warp that finds blocks of keys, and asks for them and for the queries that see them.
 
 q and dout come by the copy engine. What the softmax needs of each query, its lse and its delta, the warp reads itself, since
-their rows are not aligned as the copy engine wants them, and puts into shared memory beside them.
+their rows are not aligned as the copy engine wants them, and puts into shared memory beside q: two arrivals a block of queries.
 """
 
 from triton.experimental import gluon
@@ -20,10 +20,12 @@ from flashtile.kernels.tile.schedule import sequence_rows, stored_keys
 def load_keys_and_queries(
     q, k, v, dout, statistics, tokens, keys, band, counter, num_programs, batch, num_heads_kv, heads_at_once, memory,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, DIM: gl.constexpr, DIM_V: gl.constexpr, STAGES: gl.constexpr, STAGGERED: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):  # fmt: skip
     """Brings every block of 128 keys that this program takes, and for each query head of their group its blocks of queries.
 
-    STAGGERED: neighbours among the blocks of keys begin at other queries than each other, and come round to the first ones later.
+    SLOTS tiles of keys lie in shared memory at a time. STAGGERED: neighbours among the blocks of keys begin at other queries than each
+    other, and come round to the first ones later.
     """
     k_tiles, v_tiles, q_ring, dout_ring, lse_ring, delta_ring, notes, k_full, k_empty, v_full, q_full, q_empty, dout_full, dout_empty = (
         memory
@@ -44,10 +46,10 @@ def load_keys_and_queries(
         begin = low + block % (high - low) if STAGGERED else low
         b_rows = b * 0 if tokens.cu_seqlens_q is not None else b
         b_keys = b * 0 if tokens.cu_seqlens_k is not None else b
-        slot = tiles_done & 1
-        mbarrier.wait(k_empty.index(slot), ((tiles_done >> 1) & 1) ^ 1)
+        slot = tiles_done & (SLOTS - 1)
+        mbarrier.wait(k_empty.index(slot), ((tiles_done // SLOTS) & 1) ^ 1)
         for c in gl.static_range(2):
-            write_note(notes.index(2 * c + slot), b, h, key, key_start, seqlen_q, seqlen_k, stored, begin)
+            write_note(notes.index(2 * c + (tiles_done & 1)), b, h, key, key_start, seqlen_q, seqlen_k, stored, begin)
         barrier()
         mbarrier.expect(k_full.index(slot), 2 * bytes_of_tile(ROWS, DIM))
         for c in gl.static_range(2):
@@ -55,11 +57,6 @@ def load_keys_and_queries(
         mbarrier.expect(v_full.index(slot), 2 * bytes_of_tile(ROWS, DIM_V))
         for c in gl.static_range(2):
             load_box(v, v_tiles, v_full.index(slot), 2 * slot + c, b_keys, key_start + key + c * ROWS, h, 0, 1, DIM_V)
-        # the next tile's number comes while this one's queries do
-        if counter is not None:
-            t = num_programs + gl.atomic_add(counter, 1, sem="relaxed")
-        else:
-            t += num_programs
         h_q = h * GROUP
         row = begin * BLOCK_M
         for _ in range(GROUP * (high - low)):
@@ -67,27 +64,32 @@ def load_keys_and_queries(
             # asked for before the wait, so that they come meanwhile
             lse_log2, row_delta = load_statistics(statistics, b_rows, h_q, row_start, rows, rows < seqlen_q)
             mbarrier.wait(q_empty.index(stage), phase ^ 1)
-            lse_ring.index(stage).store(lse_log2)
-            barrier()
             mbarrier.expect(q_full.index(stage), bytes_of_tile(BLOCK_M, DIM))
             load_box(q, q_ring, q_full.index(stage), stage, b_rows, row_start + row, h_q, 0, 1, DIM)
             mbarrier.wait(dout_empty.index(stage), phase ^ 1)
-            delta_ring.index(stage).store(row_delta)
-            barrier()
             mbarrier.expect(dout_full.index(stage), bytes_of_tile(BLOCK_M, DIM_V))
             load_box(dout, dout_ring, dout_full.index(stage), stage, b_rows, row_start + row, h_q, 0, 1, DIM_V)
+            lse_ring.index(stage).store(lse_log2)
+            delta_ring.index(stage).store(row_delta)
+            barrier()
+            mbarrier.arrive(q_full.index(stage), count=1)
             stage, phase = turned(stage, phase, STAGES)
             row += BLOCK_M
             if row == high * BLOCK_M:
                 row = low * BLOCK_M
             if row == begin * BLOCK_M:
                 h_q += 1
+        # asked for no earlier, so that no tile waits for a program while another has none
+        if counter is not None:
+            t = num_programs + gl.atomic_add(counter, 1, sem="relaxed")
+        else:
+            t += num_programs
         tiles_done += 1
         b, h, block, walk = tile_numbered(t, keys, batch, num_heads_kv, heads_at_once, walk, BLOCK_N, LAST_FIRST)
-    slot = tiles_done & 1
-    mbarrier.wait(k_empty.index(slot), ((tiles_done >> 1) & 1) ^ 1)
+    slot = tiles_done & (SLOTS - 1)
+    mbarrier.wait(k_empty.index(slot), ((tiles_done // SLOTS) & 1) ^ 1)
     for c in gl.static_range(2):
-        write_note(notes.index(2 * c + slot), b, b, b, b, b, b, b, b)
+        write_note(notes.index(2 * c + (tiles_done & 1)), b, b, b, b, b, b, b, b)
     barrier()
     mbarrier.arrive(k_full.index(slot), count=1)
     if counter is not None:

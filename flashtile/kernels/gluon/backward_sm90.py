@@ -18,8 +18,8 @@ from flashtile.kernels.backward import CallViews, clear_gradients, delta_pass
 from flashtile.kernels.backward_delta import delta_spec, sinks_spec
 from flashtile.kernels.call import BackwardCall, BackwardRunner
 from flashtile.kernels.gluon.backward_results import padded_dim
-from flashtile.kernels.gluon.backward_specs import DEPENDENT_LAUNCH, NO_PAGES, NO_ROWS, keys_spec, queries_spec, whole_spec
-from flashtile.kernels.gluon.backward_sums import SUMS_BLOCK, SUMS_SIDE, conversion_spec, sums_blocks
+from flashtile.kernels.gluon.backward_specs import DEPENDENT_LAUNCH, NO_PAGES, NO_ROWS, has_adders, keys_spec, queries_spec, whole_spec
+from flashtile.kernels.gluon.backward_sums import SUMS_BLOCK, SUMS_SIDE, as_boxes, conversion_spec, sums_blocks
 from flashtile.kernels.gluon.forward_counter import tile_counters
 from flashtile.kernels.launch import Spec, launcher, on_device, workspace
 from flashtile.kernels.operands import rows_view, scores_view
@@ -58,7 +58,7 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
     band, transposed = band_view(problem.band), band_view(problem.band.transposed())
     keys_at_once, queries_at_once = heads_at_once(problem)
     counters = tile_counters(device) if programs else None
-    panels = padded_dim(problem.head_dim) // SUMS_SIDE.value
+    panels, boxed = padded_dim(problem.head_dim) // SUMS_SIDE.value, one_pass and has_adders(problem, plan)
 
     def run(stream: int, call: BackwardCall) -> None:
         q, k, v, dout, dq, dk, dv = call.q, call.k, call.v, call.dout, call.dq, call.dk, call.dv
@@ -105,7 +105,8 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
         key_band_args = (statistics, tokens, keys, transposed, counter, grid, heads_kv, batch, min(keys_at_once, in_line), scale, scores[0])
         if sums is not None:
             added = (pointer(sums), blocks)
-            over_queries.run(grid, 1, stream, q, k, v, dout, dk, dv, dk_view, dv_view, added, *key_band_args, *over_queries.constants)
+            box = as_boxes(sums) if boxed else None
+            over_queries.run(grid, 1, stream, q, k, v, dout, dk, dv, dk_view, dv_view, added, box, *key_band_args, *over_queries.constants)
             row_blocks = max(1, -(-seqlen_q // SUMS_SIDE.value))  # somebody clears rows of nobody
             finish.run(
                 batch * row_blocks * heads, 1, stream, added, rows_view(call.dq, pointer), tokens, scale, heads, batch, row_blocks,

@@ -7,7 +7,7 @@ from typing import Any
 from flashtile.kernels.gluon.backward_keys import backward_keys_kernel
 from flashtile.kernels.gluon.backward_queries import backward_queries_kernel
 from flashtile.kernels.gluon.backward_results import padded_dim
-from flashtile.kernels.gluon.backward_sums import sums_spec
+from flashtile.kernels.gluon.backward_sums import sums_box, sums_spec
 from flashtile.kernels.gluon.backward_whole import backward_whole_kernel
 from flashtile.kernels.gluon.backward_wide_keys import backward_wide_keys_kernel
 from flashtile.kernels.gluon.backward_wide_queries import backward_wide_queries_kernel
@@ -62,22 +62,29 @@ def keys_spec(problem: Problem, plan: BackwardPlan) -> Spec:
 def whole_spec(problem: Problem, plan: BackwardPlan) -> Spec:
     """Both in one pass: the keys' pass, which also adds to dQ's sums."""
     keys = keys_spec(problem, plan)
-    # two consumers find a half each of 128 queries, or of 128 dims; else a third warpgroup computes dQ
-    adders = padded_dim(problem.head_dim) * plan.block_m < _PANEL * 128
+    adders = has_adders(problem, plan)
+    # measured: under a mask a block behind lost 3%, without one it won 2 to 5%; 128 queries a step leave no registers for it
+    behind = not adders and problem.band.is_full and plan.block_m == _PANEL
     registers = {"REGISTERS": _REGISTERS_BESIDE_ADDERS} if adders else {}
     return Spec(
         backward_whole_kernel,
-        args={**keys.args, "sums": sums_spec()},
+        args={**keys.args, "sums": sums_spec(), "sums_box": sums_box() if adders else None},
         constants={
             **keys.constants,
             "ADDERS": adders,
-            "VALUES_IN_REGISTERS": adders and padded_dim(problem.head_dim_v) == _PANEL,
+            "SPARE": adders and padded_dim(problem.head_dim_v) == _PANEL,
+            "BEHIND": behind,
             "FROM_SHARED": padded_dim(problem.head_dim) > _PANEL,
             **registers,
             "ADDER_REGISTERS": _ADDER_REGISTERS,
         },
         options=keys.options,
     )
+
+
+def has_adders(problem: Problem, plan: BackwardPlan) -> bool:
+    """Whether a third warpgroup computes dQ in one pass: two find a half each of 128 queries, or of 128 dims, and else have none."""
+    return padded_dim(problem.head_dim) * plan.block_m < _PANEL * 128
 
 
 def queries_spec(problem: Problem, plan: BackwardPlan) -> Spec:

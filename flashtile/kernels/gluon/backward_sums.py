@@ -1,21 +1,26 @@
 """dQ while programs add to it: float32 in memory, in the order in which a warpgroup holds a product, and its conversion at the end.
 
 A block is 64 dims of 64 queries, dims as rows. Each thread of a warpgroup holds 2 x 2 of its numbers side by side in registers, and
-adds these four at once; a warp's 512 bytes lie in a row. Who reads a block undoes that order (backward_sums_kernel).
+adds these four at once; a warp's 512 bytes lie in a row. Or it leaves them in shared memory in the same order, and the copy engine
+adds the whole block. Who reads a block undoes that order (backward_sums_kernel).
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.language.extra.cuda import gdc_wait
 
 from flashtile.kernels.gluon.backward_results import padded_dim
-from flashtile.kernels.launch import Arg, Spec
+from flashtile.kernels.gluon.copy_add import async_add_shared_to_global
+from flashtile.kernels.gluon.names import barrier
+from flashtile.kernels.launch import Arg, Descriptor, Spec
 from flashtile.kernels.operands import rows_spec, tokens_spec
 from flashtile.kernels.tile.results import store_rows
 from flashtile.kernels.tile.rows import clear_rows
@@ -26,6 +31,8 @@ from flashtile.problem import Problem
 SUMS_SIDE = tl.constexpr(64)  # queries of a block, and dims
 SUMS_BLOCK = tl.constexpr(4096)  # numbers of a block
 SUMS_TILE = tl.constexpr(128)  # a sequence has memory for whole tiles of so many queries
+_BOX_ROWS = tl.constexpr(128)  # of a block, as the copy engine sees it: rows of 32 numbers
+_BOX_COLUMNS = tl.constexpr(32)
 _WARPS = 4
 
 
@@ -44,6 +51,16 @@ def sums_spec() -> SumsView:
     return SumsView(Arg("*fp32", 16), Arg("i32"))
 
 
+def sums_box() -> Descriptor:
+    """A block for the copy engine: of the sums as [blocks x 128, 32]."""
+    return Descriptor("fp32", (_BOX_ROWS.value, _BOX_COLUMNS.value))
+
+
+def as_boxes(sums: torch.Tensor) -> torch.Tensor:
+    """The sums as ``sums_box`` sees them."""
+    return sums.view(-1, _BOX_COLUMNS.value)
+
+
 def sums_blocks(batch: int, seqlen_q: int, total_q: int, packed: bool) -> int:
     """Blocks of a head: of one sequence, or of all packed ones."""
     tile, side = SUMS_TILE.value, SUMS_SIDE.value
@@ -54,12 +71,17 @@ def sums_blocks(batch: int, seqlen_q: int, total_q: int, packed: bool) -> int:
 @triton.jit
 def sums_of_head(sums, tokens, b, h, num_heads, PANELS: tl.constexpr):
     """Where the blocks of a sequence's query head begin."""
+    return sums.ptr + first_block(sums, tokens, b, h, num_heads) * (PANELS * SUMS_BLOCK)
+
+
+@triton.jit
+def first_block(sums, tokens, b, h, num_heads):
+    """Blocks of queries ahead of those of a sequence's query head; of each there are as many as panels of dims."""
     if tokens.cu_seqlens_q is not None:
         row_start, _ = sequence_rows(tokens, b)
-        head = h.to(tl.int64) * sums.blocks + (row_start // SUMS_TILE + b) * (SUMS_TILE // SUMS_SIDE)
+        return h.to(tl.int64) * sums.blocks + (row_start // SUMS_TILE + b) * (SUMS_TILE // SUMS_SIDE)
     else:
-        head = (b.to(tl.int64) * num_heads + h) * sums.blocks
-    return sums.ptr + head * (PANELS * SUMS_BLOCK)
+        return (b.to(tl.int64) * num_heads + h) * sums.blocks
 
 
 @triton.jit
@@ -80,6 +102,23 @@ def add_to_sums(ptr, x):
         "red.relaxed.gpu.global.add.v4.f32 [$1], {$5, $6, $7, $8}; mov.u32 $0, 0;", "=r,l,l,l,l,f,f,f,f",
         [at, x], dtype=gl.int8, is_pure=False, pack=4,
     )  # fmt: skip
+
+
+@gluon.jit
+def allocate_outgoing(box, COUNT: gl.constexpr):
+    """Shared memory for COUNT blocks on their way to the sums."""
+    return gl.allocate_shared_memory(box.dtype, [COUNT, _BOX_ROWS, _BOX_COLUMNS], box.layout)
+
+
+@gluon.jit
+def send_to_sums(box, block, outgoing, x):
+    """Has the copy engine add a product x [64 dims, 64 queries] to block ``block`` of all, by way of the memory ``outgoing``."""
+    # [warp, 8 dims apart, dim of 8, 8 queries apart, 2 queries apart, query of 2], in the order of place_in_block
+    x = gl.permute(gl.reshape(x, [4, 2, 8, 8, 4, 2]), (3, 0, 2, 4, 1, 5))
+    outgoing.store(gl.reshape(x, [_BOX_ROWS, _BOX_COLUMNS]))
+    fence_async_shared()
+    barrier()
+    async_add_shared_to_global(box, [block * _BOX_ROWS, 0], outgoing)
 
 
 @triton.jit

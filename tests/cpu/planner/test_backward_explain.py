@@ -164,7 +164,7 @@ def test_nothing_to_do_is_explained_too(changes: dict[str, int]) -> None:
 
 def test_one_pass_is_explained_without_a_second_and_with_its_workspace() -> None:
     problem = TRAINING.with_(num_heads_kv=16)
-    plan = one_pass_plan(problem, GLUON_BACKWARD_SM90).with_(source="explicit")
+    plan = one_pass_plan(problem, H200, GLUON_BACKWARD_SM90).with_(source="explicit")
     explanation = explain_backward(problem, H200, plan, compiled=[Facts(240, 128, 165_296, "wgmma m64n64k16")])
     assert explanation.passes == (explanation.keys,)
     assert explanation.predicted_us == pytest.approx(explanation.delta_us + explanation.keys.predicted_us + explanation.dq_us)
@@ -182,7 +182,7 @@ def test_one_pass_is_explained_without_a_second_and_with_its_workspace() -> None
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        ({"seqlen_q": 1024, "seqlen_k": 1024, "total_q": 4096}, "dQ's sums in memory pay from 1024 keys a query on, and there are 512"),
+        ({"seqlen_q": 512, "seqlen_k": 512, "total_q": 2048}, "dQ's sums in memory pay from 512 keys a query on, and there are 256"),
         ({"deterministic": True}, "dQ is summed in no fixed order"),
     ],
 )

@@ -11,6 +11,7 @@ from flashtile.planner.backward_footprint import pass_footprint, pass_shared_mem
 from flashtile.planner.backward_rules import (
     backward_infeasible,
     choose_backward_plan,
+    one_pass_keys,
     one_pass_plan,
     why_not_one_pass,
 )
@@ -34,7 +35,7 @@ FULL, CAUSAL = Band(), Band(None, 0)
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 def test_hoppers_kernel_can_do_it_in_one_pass_where_asked_to(head_dim: int) -> None:
     problem = training(head_dim=head_dim)
-    plan = one_pass_plan(problem, GLUON_BACKWARD_SM90).with_(source="explicit")
+    plan = one_pass_plan(problem, H200, GLUON_BACKWARD_SM90).with_(source="explicit")
     assert plan.one_pass
     assert plan_backward(problem, H200, plan=plan) == plan
     assert plan_backward(problem, H200, plan=plan.with_(dq_block_n=7, dq_num_stages=99)).one_pass
@@ -42,7 +43,7 @@ def test_hoppers_kernel_can_do_it_in_one_pass_where_asked_to(head_dim: int) -> N
 
 def test_one_pass_is_never_deterministic() -> None:
     problem = training(16384, deterministic=True)
-    plan = one_pass_plan(problem, GLUON_BACKWARD_SM90)
+    plan = one_pass_plan(problem, H200, GLUON_BACKWARD_SM90)
     assert "in no fixed order, and the same bits are wanted" in "; ".join(backward_infeasible(problem, plan, H200))
     with pytest.raises(UnsupportedError, match="one_pass"):
         plan_backward(problem, H200, plan=plan)
@@ -57,21 +58,28 @@ def test_long_heads_leave_no_registers_for_one_pass(dims: tuple[int, int]) -> No
 
 
 @pytest.mark.parametrize(
-    ("seqlen", "band", "deterministic", "one_pass"),
+    ("head_dim", "seqlen", "band", "deterministic", "one_pass"),
     [
-        (1024, FULL, False, False), (2048, FULL, False, True), (2048, FULL, True, False), (1024, CAUSAL, False, False),
-        (2048, CAUSAL, False, True), (4096, CAUSAL, False, True), (4096, CAUSAL, True, False), (16384, Band(1023, 0), False, False),
+        (128, 512, FULL, False, False), (128, 1024, FULL, False, True), (128, 1024, FULL, True, False), (128, 1024, CAUSAL, False, False),
+        (128, 2048, CAUSAL, False, True), (128, 4096, CAUSAL, True, False), (128, 16384, Band(1023, 0), False, False),
+        (64, 256, FULL, False, False), (64, 512, FULL, False, True), (64, 512, FULL, True, False), (64, 512, CAUSAL, False, False),
+        (64, 1024, CAUSAL, False, True), (64, 16384, Band(1023, 0), False, False),
     ],
 )  # fmt: skip
-def test_one_pass_is_for_queries_that_see_many_keys(seqlen: int, band: Band, deterministic: bool, one_pass: bool) -> None:
-    problem = training(seqlen, band=band, deterministic=deterministic)
-    for head_dim in (64, 128):
-        plan = choose_backward_plan(problem.with_(head_dim=head_dim, head_dim_v=head_dim), H200, GLUON_BACKWARD_SM90)
-        assert isinstance(plan, BackwardPlan)
-        assert plan.one_pass is one_pass
+def test_one_pass_is_for_queries_that_see_many_keys(head_dim: int, seqlen: int, band: Band, deterministic: bool, one_pass: bool) -> None:
+    problem = training(seqlen, head_dim=head_dim, band=band, deterministic=deterministic)
+    plan = choose_backward_plan(problem, H200, GLUON_BACKWARD_SM90)
+    assert isinstance(plan, BackwardPlan)
+    assert plan.one_pass is one_pass
+    assert plan.num_programs == H200.num_sms or not one_pass
     portable = choose_backward_plan(problem, H200, TRITON_BACKWARD)
     assert isinstance(portable, BackwardPlan)
     assert not portable.one_pass
+
+
+def test_packed_sequences_and_windows_want_more_keys_for_one_pass() -> None:
+    for changes in ({"ragged_q": True, "ragged_k": True, "total_q": 8192}, {"band": Band(1023, None)}):
+        assert one_pass_keys(training(1024, **changes)) > one_pass_keys(training(1024))
 
 
 def test_packed_sequences_count_as_long_as_they_are_on_average() -> None:
@@ -94,7 +102,7 @@ def test_one_pass_takes_room_for_gradients_of_scores_and_for_dqs_sums() -> None:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "num_programs", "compiled"), [(128, 0, 165_624), (128, 132, 231_160), (64, 0, 133_560), (64, 132, 166_328)]
+    ("head_dim", "num_programs", "compiled"), [(128, 0, 165_656), (128, 132, 231_288), (64, 0, 166_344), (64, 132, 199_128)]
 )
 def test_hoppers_shared_memory_is_what_one_pass_takes(head_dim: int, num_programs: int, compiled: int) -> None:
     [tile] = pass_tiles(plan_of_passes(hopper_whole_tile(head_dim), None, num_programs))
