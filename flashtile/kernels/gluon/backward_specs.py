@@ -84,7 +84,7 @@ def whole_spec(problem: Problem, plan: BackwardPlan) -> Spec:
 
 def has_adders(problem: Problem, plan: BackwardPlan) -> bool:
     """Whether a third warpgroup computes dQ in one pass: two find a half each of 128 queries, or of 128 dims, and else have none."""
-    return padded_dim(problem.head_dim) * plan.block_m < _PANEL * 128
+    return bool(padded_dim(problem.head_dim) * plan.block_m < _PANEL * 128)
 
 
 def queries_spec(problem: Problem, plan: BackwardPlan) -> Spec:

@@ -48,8 +48,16 @@ WHOLE: dict[str, Any] = {"block_m": 64, "num_stages": 2, "num_programs": 0, "one
 IN_ONE_PASS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "head dim 128, causal": ({"band": CAUSAL}, WHOLE, 0),
     "head dim 128, packed, a window, used keys": ({"band": WINDOW, "seqused_k": True} | PACKED, WHOLE | {"num_programs": 132}, 8),
+    "head dim 128, causal, programs that stay": ({"band": CAUSAL}, WHOLE | {"num_programs": 132}, 0),
+    "head dim 128, programs that stay": ({"band": FULL}, WHOLE | {"num_programs": 132}, 16),
+    "head dim 128, packed": ({"band": FULL} | PACKED, WHOLE | {"num_stages": 3}, 8),
     "head dim 64": ({"band": FULL, "head_dim": 64}, WHOLE | {"block_m": 128}, 2),
     "head dim 64, packed, causal, a third warpgroup": ({"band": CAUSAL, "head_dim": 64} | PACKED, WHOLE | {"num_stages": 3}, 8),
+    "head dim 64, a third warpgroup, programs that stay": (
+        {"band": FULL, "head_dim": 64},
+        WHOLE | {"num_stages": 3, "num_programs": 132},
+        0,
+    ),
 }
 
 EVERY = {
@@ -59,7 +67,7 @@ EVERY = {
 }
 TELLING = (
     "head dim 128, causal", "head dim 128, packed, causal, no groups", "wide: head dim 256, causal", "one pass: head dim 128, causal",
-    "one pass: head dim 64, packed, causal, a third warpgroup",
+    "one pass: head dim 128, programs that stay", "one pass: head dim 64, packed, causal, a third warpgroup",
 )  # fmt: skip
 
 COMPILE = """
@@ -88,7 +96,8 @@ def loops_of(lines):
 def facts_of(spec):
     compiled = compile_spec(spec, GPUTarget("cuda", 90, 32))
     ptx, binary = compiled.asm["ptx"], compiled.asm["cubin"]
-    counted = ("wgmma.mma_async", "wgmma.commit_group", "cp.async.bulk.tensor", "setmaxnreg", "red.global", "global.add.v4.f32")
+    counted = ("wgmma.mma_async", "wgmma.commit_group", "cp.async.bulk.tensor", "cp.reduce.async.bulk", "setmaxnreg")
+    counted = (*counted, "red.global", "global.add.v4.f32")
     facts = {name: len(re.findall(name, ptx)) for name in counted}
     facts |= {"shared": compiled.metadata.shared, "warps": compiled.metadata.num_warps, "takes": parameter_sizes(binary)}
     facts["passed"] = sizes_of(Kernel(1, 32, 0, False, False, spec.parameters(compiled.metadata.tensordesc_meta)))
@@ -97,7 +106,7 @@ def facts_of(spec):
         file.flush()
         text = subprocess.run([disassembler, "-c", file.name], capture_output=True, text=True, check=True).stdout
     facts["groups"], facts["HGMMA"] = len(re.findall(r"HGMMA[^\\n]*gsb0", text)), text.count("HGMMA")
-    counted = ("HGMMA", "MUFU.EX2", "STL", "LDL", "REDG.E.ADD.F32x4")
+    counted = ("HGMMA", "MUFU.EX2", "STL", "LDL", "REDG.E.ADD.F32x4", "UTMAREDG")
     facts["unwritten"] = unwritten_reads(text)
     facts["loops"] = [{name: sum(name in line for line in loop) for name in counted} for loop in loops_of(text.splitlines())]
     return facts
@@ -196,26 +205,29 @@ def parts_of(dim: int) -> tuple[int, ...]:
 @pytest.mark.slow
 @pytest.mark.compiles
 @pytest.mark.parametrize("name", each(f"one pass: {name}" for name in IN_ONE_PASS))
-def test_one_pass_adds_sixteen_bytes_at_once_and_its_products_overlap(name: str) -> None:
+def test_one_pass_adds_sixteen_bytes_or_a_block_at_once_and_its_products_overlap(name: str) -> None:
     changes, tile, spilled = EVERY[name]
     problem, plan = planned(changes, tile)
     (facts,), dim = compiled(name), 64 if problem.head_dim <= 64 else 128
     adders = dim * plan.block_m < 64 * 128
+    behind = not adders and problem.band.is_full and plan.block_m == 64
     assert facts["warps"] == (16 if adders else 12)
     assert facts["shared"] <= 227 * 1024
     assert facts["takes"] == facts["passed"]
-    # as in the keys' pass; dQ is two more, in the loop and behind it, or in the loop of a third warpgroup. None is waited for by itself
-    assert facts["groups"] == facts["wgmma.commit_group"] == (2 * (1 + 4 + 3) + 2 if adders else 2 * (1 + 6 + 5))
+    # as in the keys' pass; dQ is two more, in the loop and behind it (where it comes a block behind, twice), or in the loop of a third
+    # warpgroup. None is waited for by itself
+    assert facts["groups"] == facts["wgmma.commit_group"] == (2 * (1 + 4 + 3) + 2 if adders else 2 * (1 + 6 + 5 + 2 * behind))
     assert facts["HGMMA"] == facts["wgmma.mma_async"]
     assert not facts["unwritten"]
-    # a thread holds 32 numbers of 64 x 64, and adds four at once
-    assert facts["global.add.v4.f32"] == (8 if adders else 2 * 2 * 8)
+    # a thread holds 32 numbers of 64 x 64, and adds four at once; the copy engine adds them all
+    assert facts["global.add.v4.f32"] == (0 if adders else 2 * (2 + behind) * 8)
+    assert facts["cp.reduce.async.bulk"] == adders
     over_keys = 2 * 64 // 16  # both consumers' keys, in steps of 16
     products = 2 * dim // 16 + 2 * plan.block_m // 16 + (0 if adders else over_keys)
     consumers = [loop for loop in facts["loops"] if loop["HGMMA"] == products and loop["MUFU.EX2"] == plan.block_m // 2]
-    adding = [loop for loop in facts["loops"] if loop["HGMMA"] == over_keys and loop["REDG.E.ADD.F32x4"]] if adders else consumers
+    adding = [loop for loop in facts["loops"] if loop["HGMMA"] == over_keys and loop["UTMAREDG"] == 1] if adders else consumers
     assert len(consumers) == 2 and len(adding) == (1 if adders else 2), facts["loops"]
-    assert all(loop["REDG.E.ADD.F32x4"] == 8 for loop in adding)
+    assert all(loop["REDG.E.ADD.F32x4"] == (0 if adders else 8) for loop in adding)
     assert all(loop["STL"] + loop["LDL"] <= spilled for loop in (*consumers, *adding))
 
 
