@@ -56,7 +56,7 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
     over_queries = launcher(whole_spec(problem, plan) if one_pass else keys_spec(problem, plan), device)
     finish = launcher(conversion_spec(problem, dependent=DEPENDENT_LAUNCH) if one_pass else queries_spec(problem, plan), device)
     band, transposed = band_view(problem.band), band_view(problem.band.transposed())
-    keys_at_once, queries_at_once = heads_at_once(problem)
+    keys_at_once, queries_at_once = heads_at_once(problem, plan)
     counters = tile_counters(device) if programs else None
     panels, boxed = padded_dim(problem.head_dim) // SUMS_SIDE.value, one_pass and has_adders(problem, plan)
 
@@ -124,11 +124,13 @@ def bind(problem: Problem, plan: BackwardPlan, device: torch.device) -> Backward
     return on_device(run, device)
 
 
-def heads_at_once(problem: Problem) -> tuple[int, int]:
+def heads_at_once(problem: Problem, plan: BackwardPlan) -> tuple[int, int]:
     """Heads whose tiles take turns (tile/order.py): key heads in the keys' pass, query heads in the queries' pass.
 
-    As many as L2 keeps of what their tiles walk: q and dout of all heads of a group, or k and v of a key head.
+    As many as L2 keeps of what their tiles walk: q and dout of all heads of a group, or k and v of a key head. But of key heads as many as
+    occupy programs that stay: the last heads' long walks would else begin when most programs have nothing left to do.
     """
     row_bytes = problem.head_dim * DTYPE_BYTES[problem.dtype_q] + problem.head_dim_v * DTYPE_BYTES[problem.dtype_out]
     walked_q, walked_k = max(1, problem.group * problem.seqlen_q * row_bytes), max(1, problem.seqlen_k * row_bytes)
-    return max(1, _L2_BYTES // walked_q), problem.group * max(1, _L2_BYTES // walked_k)
+    busy = plan.num_programs // max(1, -(-problem.seqlen_k // plan.block_n))
+    return max(1, _L2_BYTES // walked_q, busy), problem.group * max(1, _L2_BYTES // walked_k)

@@ -231,8 +231,12 @@ def test_one_pass_adds_sixteen_bytes_or_a_block_at_once_and_its_products_overlap
     assert all(loop["STL"] + loop["LDL"] <= spilled for loop in (*consumers, *adding))
 
 
-def test_heads_are_taken_together_as_l2_holds_what_they_walk() -> None:
+def test_heads_are_taken_together_as_l2_holds_what_they_walk_or_as_programs_are_busy_with() -> None:
     problem = Problem(operation="backward", seqlen_q=1024, seqlen_k=4096, num_heads_q=16, num_heads_kv=4, head_dim=128)
+    plan = BackwardPlan("gluon.backward_sm90", 64, 128, num_programs=0)
     # q and dout of a group take 2 MiB, k and v of a head as much
-    assert heads_at_once(problem) == (4, 4 * 4)
-    assert heads_at_once(problem.with_(seqlen_q=2**20, seqlen_k=2**20)) == (1, 4)
+    assert heads_at_once(problem, plan) == (4, 4 * 4)
+    assert heads_at_once(problem.with_(seqlen_q=2**20, seqlen_k=2**20), plan) == (1, 4)
+    # a head has 32 tiles of 128 keys
+    assert heads_at_once(problem.with_(seqlen_q=4096), plan) == (1, 4 * 4)
+    assert heads_at_once(problem.with_(seqlen_q=4096), plan.with_(num_programs=132)) == (4, 4 * 4)
