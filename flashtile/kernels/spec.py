@@ -34,10 +34,10 @@ class Arg:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """A tensor that a Gluon kernel reads by TMA, in boxes of ``box`` elements; the launch takes the tensor itself.
+    """A tensor that a Gluon kernel reads, writes or adds to by TMA, in boxes of ``box`` elements; the launch takes the tensor itself.
 
     Its base and strides are multiples of 16 bytes and its last dimension is contiguous. What a box reaches beyond the
-    tensor's shape, in either direction, reads as zero.
+    tensor's shape, in either direction, reads as zero and is not written.
     """
 
     dtype: str
