@@ -24,8 +24,8 @@ def load_keys_and_queries(
 ):  # fmt: skip
     """Brings every block of 128 keys that this program takes, and for each query head of their group its blocks of queries.
 
-    SLOTS tiles of keys lie in shared memory at a time. STAGGERED: neighbours among the blocks of keys begin at other queries than each
-    other, and come round to the first ones later.
+    SLOTS tiles of keys have barriers of their own, and those that are used have memory. STAGGERED: neighbours among the blocks of keys
+    begin at other queries than each other, and come round to the first ones later.
     """
     k_tiles, v_tiles, q_ring, dout_ring, lse_ring, delta_ring, notes, k_full, k_empty, v_full, q_full, q_empty, dout_full, dout_empty = (
         memory

@@ -85,6 +85,7 @@ def backward_whole_kernel(
     exchange = (ds_ring, ds_full, ds_empty, k_read)
     results = (dk_tiles, dv_tiles)
     begin_after_last(PDL)
+    # a program that does not stay is told so by way of a second place for keys, which nobody holds and which has no memory
     # constants are written inside the calls, for a tuple bound to a name makes numbers of them
     if ADDERS:
         gl.warp_specialize([

@@ -51,6 +51,11 @@ IN_ONE_PASS: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     "head dim 128, causal, programs that stay": ({"band": CAUSAL}, WHOLE | {"num_programs": 132}, 0),
     "head dim 128, programs that stay": ({"band": FULL}, WHOLE | {"num_programs": 132}, 16),
     "head dim 128, packed": ({"band": FULL} | PACKED, WHOLE | {"num_stages": 3}, 8),
+    "head dim 128, packed, causal, no groups, programs that stay": (
+        {"band": CAUSAL, "num_heads_kv": 8} | PACKED,
+        WHOLE | {"num_programs": 132},
+        8,
+    ),
     "head dim 64": ({"band": FULL, "head_dim": 64}, WHOLE | {"block_m": 128}, 2),
     "head dim 64, packed, causal, a third warpgroup": ({"band": CAUSAL, "head_dim": 64} | PACKED, WHOLE | {"num_stages": 3}, 8),
     "head dim 64, a third warpgroup, programs that stay": (
